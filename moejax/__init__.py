@@ -1,0 +1,32 @@
+"""moejax: train sparse mixture-of-experts models in JAX.
+
+Dims are letters, the same in names, einsums and docs:
+
+    B batch (sequences)   T tokens of a sequence   D model width     V vocabulary
+    L layers              H query heads            N key/value heads K head width
+    E experts             F expert hidden width    S selected experts of a token (top-k)
+    C capacity: slots an expert has in one group   G groups          Z degree of the expert axis
+
+An array that crosses a function carries its dims as a suffix: `x_btd`, `expert_ts`, `buf_ecd`. Inside a
+per-sequence or per-device scope `t` runs over every token in that scope.
+
+Importing `moejax` does not import JAX: the command line must answer before that.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "MoE": "moejax.moe",
+    "Config": "moejax.config",
+    "MoEConfig": "moejax.config",
+    "default_config": "moejax.config",
+}
+__all__ = ["__version__", *_EXPORTS]
+
+
+def __getattr__(name: str):
+    if name in _EXPORTS:
+        return getattr(import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'moejax' has no attribute {name!r}")

@@ -1,0 +1,422 @@
+"""The config: frozen dataclasses that validate themselves. Nothing here imports JAX.
+
+A config file sees the same fields as an `ml_collections.ConfigDict` (`default_config()`);
+`overrides.py` turns that, and the command line, back into a `Config`. Every default lives here.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+from ml_collections import ConfigDict
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be: the message is one line with values, rule and remedy."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+def _require_positive(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value is None or value >= 1,
+            f"{section}.{name}={value} is below 1; use a whole number of at least 1",
+        )
+
+
+def _require_finite(section: str, config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            value is None or (math.isfinite(value) and value >= 0),
+            f"{section}.{name}={value} is not a finite number of at least 0; give one, for example "
+            "0.1",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder-only transformer: RMSNorm, grouped-query attention with RoPE, SwiGLU."""
+
+    num_layers: int = 4
+    d_model: int = 128
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    dense_hidden: int = 512  # hidden width of the layers that are not MoE
+    vocab_size: int = 264  # at least the tokenizer's; 257 ids of the byte tokenizer, rounded up
+    tie_embeddings: bool = False
+    qk_norm: bool = True
+    rope_theta: float = 10_000.0
+    remat: Literal["none", "full", "dots", "dots_with_no_batch_dims"] = "none"
+    dtype: Literal["float32", "bfloat16"] = "float32"  # compute
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights
+
+    def __post_init__(self):
+        _require_positive(
+            "model",
+            self,
+            "num_layers",
+            "d_model",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "dense_hidden",
+            "vocab_size",
+        )
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads="
+            f"{self.num_kv_heads}; every key/value head serves the same number of query heads",
+        )
+        _require(
+            self.head_dim % 2 == 0,
+            f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs, use an even width",
+        )
+        _require(
+            math.isfinite(self.rope_theta) and self.rope_theta > 1,
+            f"model.rope_theta={self.rope_theta} must be a finite number above 1; 10000.0 is usual",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Which layers are MoE, how tokens are routed, and what a full expert does.
+
+    Layers `first_dense, first_dense + 1, ...` are taken in runs of `every`; the last of each run is
+    MoE. `every=None` makes the whole model dense. `capacity_factor=None` is dropless.
+    """
+
+    router: Literal["softmax", "sigmoid_bias"] = "softmax"
+    num_experts: int = 8
+    top_k: int = 2
+    expert_hidden: int = 256
+    capacity_factor: float | None = 1.25
+    eval_capacity_factor: float = (
+        2.0  # of the second, named evaluation number; the first is dropless
+    )
+    group_sequences: int = 1  # capacity is enforced per group of this many whole sequences
+    priority: Literal["token", "rank"] = "token"  # who gets a slot; "rank" (GShard) is not causal
+    transport: Literal["auto", "all_to_all", "gather"] = "auto"
+    every: int | None = 1
+    first_dense: int = 0
+    balance_loss_weight: float = 0.01
+    balance_scope: Literal["sequence", "global"] = "global"
+    router_z_loss_weight: float = 0.001
+    normalize_weights: bool = True
+    bias_update_rate: float = 0.001  # of router="sigmoid_bias" (DeepSeek-V3)
+
+    def __post_init__(self):
+        _require_positive(
+            "moe", self, "num_experts", "top_k", "expert_hidden", "group_sequences", "every"
+        )
+        _require_finite(
+            "moe",
+            self,
+            "balance_loss_weight",
+            "router_z_loss_weight",
+            "bias_update_rate",
+            "first_dense",
+        )
+        for name in ("capacity_factor", "eval_capacity_factor"):
+            value = getattr(self, name)
+            _require(
+                value is None or (math.isfinite(value) and value > 0),
+                f"moe.{name}={value} must be a finite number above 0, or None for dropless",
+            )
+        _require(
+            self.top_k <= self.num_experts,
+            f"moe.top_k={self.top_k} is larger than moe.num_experts={self.num_experts}; a token "
+            "can select "
+            f"each expert once, use top_k <= {self.num_experts}",
+        )
+        _require(
+            not (self.top_k == 1 and self.normalize_weights and self.every is not None),
+            "moe.top_k=1 with moe.normalize_weights=True makes every combine weight 1, so the "
+            "router gets no "
+            "gradient from the task; use moe.normalize_weights=False",
+        )
+        _require(
+            not (self.capacity_factor is None and self.transport == "all_to_all"),
+            "moe.transport='all_to_all' has a fixed number of slots and moe.capacity_factor=None "
+            "is dropless; "
+            "use moe.transport=gather (or auto), or give a capacity_factor",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from: `embedded` in moejax, or `prepared` by `moejax prepare` in a "
+    "folder."""
+
+    source: Literal["embedded", "prepared"] = "embedded"
+    tokenizer: str = (
+        "bytes"  # or the path of a Hugging Face tokenizer.json or a SentencePiece model
+    )
+    sequence_length: int = 256
+    path: str | None = None
+
+    def __post_init__(self):
+        _require(
+            self.sequence_length >= 2,
+            f"data.sequence_length={self.sequence_length} is below 2; a sequence needs a token and "
+            "a target",
+        )
+        _require(
+            (self.source == "prepared") == (self.path is not None),
+            f"data.source={self.source!r} with data.path={self.path!r}: give data.path exactly "
+            "when data.source "
+            "is 'prepared'",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    """AdamW. Weight decay acts on matrices only, never on norms, biases or the router."""
+
+    learning_rate: float = 3e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    clip_norm: float | None = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_fraction: float = 0.1  # of the peak learning rate, at the last step
+
+    def __post_init__(self):
+        _require_finite(
+            "optim", self, "learning_rate", "warmup_steps", "weight_decay", "final_fraction"
+        )
+        for name in ("b1", "b2"):
+            value = getattr(self, name)
+            _require(
+                0 <= value < 1, f"optim.{name}={value} is outside [0, 1); 0.9 and 0.95 are usual"
+            )
+        for name in ("eps", "clip_norm"):
+            value = getattr(self, name)
+            _require(
+                value is None or (math.isfinite(value) and value > 0),
+                f"optim.{name}={value} must be a finite number above 0",
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """`batch_size` is global, in sequences; a step splits it into `accumulation` microbatches."""
+
+    steps: int = 1000
+    batch_size: int = 16
+    accumulation: int = 1
+
+    def __post_init__(self):
+        _require_positive("train", self, "steps", "batch_size", "accumulation")
+        _require(
+            self.batch_size % self.accumulation == 0,
+            f"train.batch_size={self.batch_size} is not a multiple of "
+            f"train.accumulation={self.accumulation}; "
+            "microbatches have equal size",
+        )
+
+
+AXES = ("data", "fsdp", "expert", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes. At most one is None: it takes the devices that are left."""
+
+    data: int | None = None
+    fsdp: int | None = 1
+    expert: int | None = 1
+    tensor: int | None = 1
+
+    def __post_init__(self):
+        _require_positive("mesh", self, *AXES)
+        free = [axis for axis in AXES if getattr(self, axis) is None]
+        _require(
+            len(free) <= 1,
+            f"mesh.{' and mesh.'.join(free)} are all None; at most one axis can take the devices "
+            "that are left",
+        )
+
+    def resolve(self, num_devices: int) -> "MeshConfig":
+        """Returns the mesh with every size known, for `num_devices` devices.
+
+        Raises:
+            ConfigError: the sizes do not multiply to `num_devices`.
+        """
+        sizes = {axis: getattr(self, axis) for axis in AXES}
+        product = math.prod(size for size in sizes.values() if size is not None)
+        asked = " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+        _require(
+            product <= num_devices,
+            f"mesh {asked} needs {product} devices and {num_devices} are there; make an axis "
+            "smaller, or on a CPU "
+            f"give --cpu_devices {product}",
+        )
+        free = [axis for axis in AXES if sizes[axis] is None]
+        _require(
+            num_devices % product == 0 and (bool(free) or product == num_devices),
+            f"mesh {asked} takes {product} devices and {num_devices} are there; sizes must "
+            "multiply to "
+            f"{num_devices}: set one axis to None to take what is left",
+        )
+        for axis in free:
+            sizes[axis] = num_devices // product
+        return MeshConfig(**sizes)
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(getattr(self, axis) for axis in AXES)
+
+    @property
+    def token_shards(self) -> int:
+        """Into how many parts a batch of sequences is split: data x fsdp x expert."""
+        return self.data * self.fsdp * self.expert  # pyright: ignore[reportOptionalOperand]
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Save every `every` steps; keep the last `keep` and the best by validation loss."""
+
+    every: int = 100
+    keep: int = 2
+
+    def __post_init__(self):
+        _require_positive("checkpoint", self, "every", "keep")
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """Evaluate every `every` steps on `batches` validation batches; None is the whole split."""
+
+    every: int | None = 100
+    batches: int | None = 8
+
+    def __post_init__(self):
+        _require_positive("eval", self, "every", "batches")
+
+
+@dataclasses.dataclass(frozen=True)
+class LoggingConfig:
+    """Write a line of metrics every `every` steps."""
+
+    every: int = 10
+
+    def __post_init__(self):
+        _require_positive("logging", self, "every")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides a training, in sections."""
+
+    model: ModelConfig = ModelConfig()
+    moe: MoEConfig = MoEConfig()
+    data: DataConfig = DataConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    logging: LoggingConfig = LoggingConfig()
+    seed: int = 0
+
+    def __post_init__(self):
+        model, moe = self.model, self.moe
+        _require(
+            0 <= self.seed < 2**32,
+            f"seed={self.seed} is outside [0, 2**32); use a non-negative whole number below "
+            "4294967296",
+        )
+        if moe.every is not None:
+            runs = model.num_layers - moe.first_dense
+            _require(
+                runs >= moe.every and runs % moe.every == 0,
+                f"model.num_layers={model.num_layers} minus moe.first_dense={moe.first_dense} is "
+                f"{runs}, not a "
+                f"positive multiple of moe.every={moe.every}; the layers after the first dense "
+                "ones come in runs of "
+                "moe.every",
+            )
+        microbatch = self.train.batch_size // self.train.accumulation
+        _require(
+            microbatch % moe.group_sequences == 0,
+            f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulation) is "
+            "not a multiple of "
+            f"moe.group_sequences={moe.group_sequences}; capacity groups are whole",
+        )
+
+    @property
+    def num_moe_layers(self) -> int:
+        if self.moe.every is None:
+            return 0
+        return (self.model.num_layers - self.moe.first_dense) // self.moe.every
+
+    @property
+    def num_dense_layers(self) -> int:
+        return self.model.num_layers - self.num_moe_layers
+
+    def check_mesh(self, mesh: MeshConfig) -> None:
+        """Checks that this model and batch can be laid out on `mesh`, whose sizes are known.
+
+        Raises:
+            ConfigError: an axis does not divide what it splits.
+        """
+        model, moe = self.model, self.moe
+
+        def divides(axis: str, name: str, value: int) -> None:
+            size = getattr(mesh, axis)
+            _require(
+                value % size == 0,
+                f"{name}={value} is not divisible by the {axis} axis ({size}); use a multiple of "
+                f"{size} or another "
+                f"mesh.{axis}{_divisor_hint(value, size)}",
+            )
+
+        if moe.every is not None:
+            divides("expert", "moe.num_experts", moe.num_experts)
+            divides("tensor", "moe.expert_hidden", moe.expert_hidden)
+        if self.num_dense_layers:
+            divides("tensor", "model.dense_hidden", model.dense_hidden)
+        divides("tensor", "model.num_heads", model.num_heads)
+        divides("tensor", "model.num_kv_heads", model.num_kv_heads)
+        divides("tensor", "model.vocab_size", model.vocab_size)
+        divides("fsdp", "model.d_model", model.d_model)
+        microbatch = self.train.batch_size // self.train.accumulation
+        unit = mesh.token_shards * moe.group_sequences
+        _require(
+            microbatch % unit == 0,
+            f"train.batch_size={self.train.batch_size} over "
+            f"train.accumulation={self.train.accumulation} gives "
+            f"microbatches of {microbatch} sequences, not a multiple of {unit} = data {mesh.data} "
+            f"x fsdp {mesh.fsdp} x "
+            f"expert {mesh.expert} x moe.group_sequences {moe.group_sequences}; use "
+            "train.batch_size="
+            f"{max(1, round(microbatch / unit)) * unit * self.train.accumulation} or a smaller "
+            "mesh",
+        )
+
+
+def _divisor_hint(value: int, size: int) -> str:
+    divisors = [d for d in range(1, size) if value % d == 0]
+    return f", for example {divisors[-1]}" if divisors else ""
+
+
+def default_config() -> ConfigDict:
+    """Returns the defaults as a locked `ConfigDict`, for `get_config` to change."""
+    fields = {}
+    for field in dataclasses.fields(Config):
+        value = field.default
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            fields[field.name] = dataclasses.asdict(value)
+        else:
+            fields[field.name] = value
+    config = ConfigDict(fields, type_safe=False)
+    return config.lock()

@@ -1,0 +1,76 @@
+"""Starting JAX and making the one device mesh. No other module does either."""
+
+import os
+
+import jax
+from absl import flags
+from jax.sharding import AxisType, Mesh
+
+from moejax.config import AXES, ConfigError, MeshConfig
+
+
+def start_jax(cpu_devices: int | None = None) -> None:
+    """Configures JAX for this process; call it once, before anything touches a device.
+
+    Args:
+        cpu_devices: number of virtual CPU devices of this process; None leaves JAX's choice.
+
+    Raises:
+        ConfigError: `cpu_devices` is asked for on an accelerator, or after the devices were made.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain reads absl flags, which nobody has parsed
+    if cpu_devices is not None:
+        try:
+            jax.config.update("jax_num_cpu_devices", cpu_devices)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"--cpu_devices {cpu_devices}: the devices of this process exist already ({error}); "
+                "start a new process"
+            ) from error
+    _join_processes()
+    if cpu_devices is not None and jax.default_backend() != "cpu":
+        raise ConfigError(
+            f"--cpu_devices {cpu_devices} was given and JAX runs on {jax.default_backend()}; "
+            "leave it out, or set JAX_PLATFORMS=cpu"
+        )
+
+
+def _join_processes() -> None:
+    """Joins the processes that a launcher started, if one did (see `launch/`)."""
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address is None or jax.distributed.is_initialized():
+        return
+    jax.distributed.initialize(
+        address,
+        num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+        process_id=int(os.environ["JAX_PROCESS_ID"]),
+        initialization_timeout=60,
+        shutdown_timeout_seconds=20,
+    )
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Returns the mesh (data, fsdp, expert, tensor); axes of size 1 exist too.
+
+    Args:
+        config: sizes; at most one None, which takes the devices that are left.
+        devices: default: every device of every process.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = config.resolve(len(devices))
+    shape = tuple(getattr(sizes, axis) for axis in AXES)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_config(mesh: Mesh) -> MeshConfig:
+    """Returns the sizes of `mesh`, every one known."""
+    return MeshConfig(**{axis: mesh.shape[axis] for axis in AXES})
+
+
+def single_device_mesh(device: jax.Device | None = None) -> Mesh:
+    """Returns a mesh of one device, for tests, oracles and use of `MoE` alone."""
+    return make_mesh(MeshConfig(data=1), [device or jax.local_devices()[0]])

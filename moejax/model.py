@@ -1,0 +1,302 @@
+"""The decoder: RMSNorm, grouped-query attention with RoPE, SwiGLU or MoE, in stacked and scanned layers.
+
+Layers live in two stacks: `prefix` holds the first dense layers, `runs` the rest, each run being `moe.every - 1`
+dense layers and one MoE layer. A stack is one block whose parameters have a leading layer dim, and one scan, so
+compile time does not grow with depth.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh
+
+from moejax.config import Config, ModelConfig
+from moejax.experts import swiglu
+from moejax.moe import MoE
+from moejax.routing import RouterStats
+from moejax.sharding import constrain_tokens
+
+
+class Cache(NamedTuple):
+    """Keys and values of past tokens, for generation: [L, B, T, N, K], or one layer's [B, T, N, K]."""
+
+    key: jax.Array
+    value: jax.Array
+
+
+class Tokens(NamedTuple):
+    """What every layer needs to know of the tokens besides their vectors.
+
+    Attributes:
+        position_bt: int32; for RoPE and, with a cache, the row of the cache that a token is written to.
+        attend_bqt: bool [B, T, T or cache length]; which keys each query may see.
+        mask_bt: bool; False for padding.
+    """
+
+    position_bt: jax.Array
+    attend_bqt: jax.Array
+    mask_bt: jax.Array
+
+
+def packed_tokens(segment_bt: jax.Array) -> Tokens:
+    """Returns `Tokens` for packed sequences: causal attention inside each document, segment 0 is padding."""
+    length = segment_bt.shape[1]
+    position_t = jnp.arange(length, dtype=jnp.int32)
+    causal_qt = position_t[:, None] >= position_t[None, :]
+    same_bqt = segment_bt[:, :, None] == segment_bt[:, None, :]
+    position_bt = jnp.broadcast_to(position_t, segment_bt.shape)
+    return Tokens(position_bt, same_bqt & causal_qt[None], segment_bt > 0)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str, scale: float = 1.0):
+    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * (scale / fan_in**0.5))
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, dtype: str):
+        self.scale = nnx.Param(jnp.ones(width, dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + 1e-6)
+        scale = self.scale[...].astype(jnp.float32)
+        return (x32 * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
+
+
+def rope(x_bthk: jax.Array, position_bt: jax.Array, theta: float) -> jax.Array:
+    """Rotates pairs (i, i + K/2) by position * theta^(-2i/K), in float32 (Su et al. 2021)."""
+    half = x_bthk.shape[-1] // 2
+    frequency_k = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_btk = position_bt[..., None].astype(jnp.float32) * frequency_k[None, None]
+    sin, cos = jnp.sin(angle_btk)[:, :, None], jnp.cos(angle_btk)[:, :, None]
+    left, right = jnp.split(x_bthk.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+    return turned.astype(x_bthk.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention (Ainslie et al. 2023) with RoPE and optional RMS norm of queries and keys."""
+
+    def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs):
+        model = config.model
+        self.config, self.mesh = model, mesh
+        d, h, n, k = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
+        self.query = _normal(rngs, (d, h, k), d, model.param_dtype)
+        self.key = _normal(rngs, (d, n, k), d, model.param_dtype)
+        self.value = _normal(rngs, (d, n, k), d, model.param_dtype)
+        self.output = _normal(rngs, (h, k, d), h * k, model.param_dtype, _output_scale(model))
+        if model.qk_norm:
+            self.query_norm = RMSNorm(k, model.param_dtype)
+            self.key_norm = RMSNorm(k, model.param_dtype)
+
+    def __call__(
+        self, x_btd: jax.Array, tokens: Tokens, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        """Returns [B, T, D] and the cache with this call's keys and values written to it."""
+
+        def project(w):
+            heads = jnp.einsum("btd,dhk->bthk", x_btd, w[...].astype(x_btd.dtype))
+            return constrain_tokens(heads, self.mesh, heads=True)
+
+        q, k, v = project(self.query), project(self.key), project(self.value)
+        if self.config.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        q = rope(q, tokens.position_bt, self.config.rope_theta)
+        k = rope(k, tokens.position_bt, self.config.rope_theta)
+        if cache is not None:
+            row_b1 = jnp.arange(k.shape[0])[:, None]
+            k = cache.key.at[row_b1, tokens.position_bt].set(k, mode="drop")
+            v = cache.value.at[row_b1, tokens.position_bt].set(v, mode="drop")
+            cache = Cache(k, v)
+        mixed = jax.nn.dot_product_attention(q, k, v, mask=tokens.attend_bqt[:, None])
+        out = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(x_btd.dtype))
+        return constrain_tokens(out, self.mesh), cache
+
+
+def _output_scale(model: ModelConfig) -> float:
+    return (2 * model.num_layers) ** -0.5
+
+
+class FeedForward(nnx.Module):
+    """The dense SwiGLU layer."""
+
+    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+        model = config.model
+        d, f = model.d_model, model.dense_hidden
+        self.gate = _normal(rngs, (d, f), d, model.param_dtype)
+        self.up = _normal(rngs, (d, f), d, model.param_dtype)
+        self.down = _normal(rngs, (f, d), f, model.param_dtype, _output_scale(model))
+
+    def __call__(self, x_btd: jax.Array) -> jax.Array:
+        weights = (w[...].astype(x_btd.dtype) for w in (self.gate, self.up, self.down))
+        return swiglu(x_btd, *weights)
+
+
+class Block(nnx.Module):
+    """Attention, then a dense or an MoE layer, each behind a norm and beside a residual."""
+
+    def __init__(self, config: Config, mesh: Mesh, *, sparse: bool, rngs: nnx.Rngs):
+        model = config.model
+        self.mesh = mesh
+        self.attention_norm = RMSNorm(model.d_model, model.param_dtype)
+        self.attention = Attention(config, mesh, rngs=rngs)
+        self.ffn_norm = RMSNorm(model.d_model, model.param_dtype)
+        if sparse:
+            self.moe = MoE(
+                config.moe,
+                model.d_model,
+                mesh=mesh,
+                param_dtype=model.param_dtype,
+                output_scale=_output_scale(model),
+                rngs=rngs,
+            )
+        else:
+            self.ffn = FeedForward(config, rngs=rngs)
+        self.sparse = sparse
+
+    def __call__(
+        self, x_btd: jax.Array, tokens: Tokens, bias_e: jax.Array | None, cache: Cache | None
+    ) -> tuple[jax.Array, RouterStats | None, Cache | None]:
+        with jax.named_scope("attention"):
+            mixed, cache = self.attention(self.attention_norm(x_btd), tokens, cache)
+            x_btd = x_btd + mixed
+        stats = None
+        with jax.named_scope("moe" if self.sparse else "ffn"):
+            normed = self.ffn_norm(x_btd)
+            if self.sparse:
+                y_btd, stats = self.moe(normed, tokens.mask_bt, bias_e=bias_e)
+            else:
+                y_btd = self.ffn(normed)
+        return constrain_tokens(x_btd + y_btd, self.mesh), stats, cache
+
+
+class Run(nnx.Module):
+    """The layers that one step of a scan applies: `kinds` says for each whether it is sparse."""
+
+    def __init__(self, config: Config, mesh: Mesh, kinds: tuple[bool, ...], *, rngs: nnx.Rngs):
+        self.names = tuple(f"layer_{i}" for i in range(len(kinds)))
+        for name, sparse in zip(self.names, kinds, strict=True):
+            setattr(self, name, Block(config, mesh, sparse=sparse, rngs=rngs))
+
+    def __call__(self, x_btd, tokens, bias_e, cache_l: Cache | None):
+        """Returns x, the MoE layer's stats (None without one) and the layers' cache [layers of the run, ...]."""
+        stats, caches = None, []
+        for i, name in enumerate(self.names):
+            cache = None if cache_l is None else Cache(cache_l.key[i], cache_l.value[i])
+            x_btd, layer_stats, cache = getattr(self, name)(x_btd, tokens, bias_e, cache)
+            stats = stats if layer_stats is None else layer_stats
+            caches.append(cache)
+        if cache_l is None:
+            return x_btd, stats, None
+        return x_btd, stats, jax.tree.map(lambda *c: jnp.stack(c), *caches)
+
+
+def _stack(config: Config, mesh: Mesh, kinds: tuple[bool, ...], count: int, rngs: nnx.Rngs) -> Run:
+    """Returns one `Run` whose parameters hold `count` independent runs, in a leading dim."""
+
+    def make(key):
+        return nnx.split(Run(config, mesh, kinds, rngs=nnx.Rngs(params=key)))
+
+    graphdef, _ = make(jax.random.key(0))
+    params = jax.vmap(lambda key: nnx.to_pure_dict(make(key)[1]))(
+        jax.random.split(rngs.params(), count)
+    )
+    return nnx.merge(graphdef, params)
+
+
+REMAT_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.dots_saveable,
+    "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Decoder(nnx.Module):
+    """The language model. `__call__` gives hidden states; `unembed` makes logits of them."""
+
+    def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs):
+        model, every = config.model, config.moe.every
+        self.config, self.mesh = config, mesh
+        d, v = model.d_model, model.vocab_size
+        self.embedding = _normal(rngs, (v, d), d, model.param_dtype)
+        prefix = config.moe.first_dense if every else model.num_layers
+        self.prefix = _stack(config, mesh, (False,), prefix, rngs) if prefix else None
+        self.runs = None
+        if every:
+            kinds = (False,) * (every - 1) + (True,)
+            self.runs = _stack(config, mesh, kinds, config.num_moe_layers, rngs)
+        self.final_norm = RMSNorm(d, model.param_dtype)
+        if not model.tie_embeddings:
+            self.unembedding = _normal(rngs, (d, v), d, model.param_dtype)
+
+    def __call__(
+        self,
+        token_bt: jax.Array,
+        tokens: Tokens,
+        router_state: dict[str, jax.Array],
+        cache: Cache | None = None,
+    ) -> tuple[jax.Array, RouterStats | None, Cache | None]:
+        """Returns hidden states [B, T, D], routing sums with a leading dim of MoE layers, and the cache.
+
+        Args:
+            token_bt: int32 ids; one outside the vocabulary gives NaN.
+            router_state: `bias` [L, E], or empty.
+            cache: keys and values so far [L, B, cache length, N, K].
+        """
+        dtype = self.config.model.dtype
+        x_btd = self.embedding[...].astype(dtype).at[token_bt].get(mode="fill", fill_value=jnp.nan)
+        x_btd = constrain_tokens(x_btd, self.mesh)
+        stats, caches, start = None, [], 0
+        for stack, bias in ((self.prefix, None), (self.runs, router_state.get("bias"))):
+            if stack is None:
+                continue
+            x_btd, layer_stats, stack_cache = self._scan(stack, x_btd, tokens, bias, cache, start)
+            stats = stats if layer_stats is None else layer_stats
+            start += 0 if stack_cache is None else stack_cache.key.shape[0]
+            caches.append(stack_cache)
+        if cache is not None:
+            cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+        return self.final_norm(x_btd), stats, cache
+
+    def _scan(self, stack, x_btd, tokens, bias_le, cache, start):
+        """Scans x through the runs of `stack`, whose first layer is number `start`."""
+        graphdef, params = nnx.split(stack)
+        params = nnx.to_pure_dict(params)
+        count = jax.tree.leaves(params)[0].shape[0]
+        width = len(stack.names)
+        if cache is not None:
+            cache = jax.tree.map(
+                lambda c: c[start : start + count * width].reshape(count, width, *c.shape[1:]), cache
+            )
+
+        def body(x_btd, inputs):
+            run_params, bias_e, cache_l = inputs
+            run = nnx.merge(graphdef, run_params)
+            x_btd, stats, cache_l = run(x_btd, tokens, bias_e, cache_l)
+            return x_btd, (stats, cache_l)
+
+        if self.config.model.remat != "none":
+            body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.model.remat])
+        x_btd, (stats, cache) = jax.lax.scan(body, x_btd, (params, bias_le, cache))
+        if cache is not None:
+            cache = jax.tree.map(lambda c: c.reshape(count * width, *c.shape[2:]), cache)
+        return x_btd, stats, cache
+
+    def unembed(self, x_btd: jax.Array) -> jax.Array:
+        """Returns float32 logits [B, T, V]."""
+        tied = self.config.model.tie_embeddings
+        w_dv = self.embedding[...].T if tied else self.unembedding[...]
+        return jnp.einsum(
+            "btd,dv->btv", x_btd, w_dv.astype(x_btd.dtype), preferred_element_type=jnp.float32
+        )
+
+
+def empty_cache(config: Config, batch: int, length: int) -> Cache:
+    """Returns a cache of zeros for `length` tokens of `batch` sequences."""
+    model = config.model
+    shape = (model.num_layers, batch, length, model.num_kv_heads, model.head_dim)
+    return Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))

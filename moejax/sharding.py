@@ -1,0 +1,110 @@
+"""Where every array lives: one table from parameter name to mesh axes.
+
+Tokens are split over data x fsdp x expert, so for everything but the experts the expert axis is one more data
+axis. Experts are split over `expert`, every matrix over `fsdp` and `tensor` too.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+BATCH_AXES = ("data", "fsdp", "expert")
+
+# By the end of the parameter's path. A stacked layer dim in front is never split.
+PARAMETER_SPECS = {
+    "embedding": P("tensor", "fsdp"),  # [V, D]
+    "unembedding": P("fsdp", "tensor"),  # [D, V]
+    "attention/query": P("fsdp", "tensor", None),  # [D, H, K]
+    "attention/key": P("fsdp", "tensor", None),  # [D, N, K]
+    "attention/value": P("fsdp", "tensor", None),  # [D, N, K]
+    "attention/output": P("tensor", None, "fsdp"),  # [H, K, D]
+    "ffn/gate": P("fsdp", "tensor"),  # [D, F]
+    "ffn/up": P("fsdp", "tensor"),  # [D, F]
+    "ffn/down": P("tensor", "fsdp"),  # [F, D]
+    "moe/router": P(None, None),  # [D, E]
+    "moe/gate": P("expert", "fsdp", "tensor"),  # [E, D, F]
+    "moe/up": P("expert", "fsdp", "tensor"),  # [E, D, F]
+    "moe/down": P("expert", "tensor", "fsdp"),  # [E, F, D]
+    "scale": P(None),  # of a norm: [D] or [K]
+}
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """Returns a pytree path as `runs/layer_0/moe/gate`."""
+    return "/".join(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
+
+
+def parameter_spec(name: str, ndim: int) -> P:
+    """Returns the mesh axes of the array called `name`; what the table does not know is replicated.
+
+    Optimizer state carries the names of the parameters that it belongs to, so the same rule places both.
+    """
+    for suffix, spec in PARAMETER_SPECS.items():
+        if (name == suffix or name.endswith("/" + suffix)) and ndim >= len(spec):
+            return P(*(None,) * (ndim - len(spec)), *spec)
+    return P()
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """Returns a `NamedSharding` for every leaf of `tree` (arrays or shapes), by its name."""
+
+    def place(path, leaf):
+        return NamedSharding(mesh, parameter_spec(path_name(path), leaf.ndim))
+
+    return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of batch arrays [accumulation, B, T]."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
+
+
+def constrain_tokens(x: jax.Array, mesh: Mesh, *, heads: bool = False) -> jax.Array:
+    """Splits axis 0 of [B, T, ...] over the batch axes and, with `heads`, axis 2 over `tensor`."""
+    spec = P(BATCH_AXES, None, "tensor") if heads else P(BATCH_AXES)
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def place_batch(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> Any:
+    """Makes a global batch [accumulation, B, T] of which each process loads only its own rows.
+
+    Args:
+        rows: `rows(start, stop)` gives the batch rows start..stop as a pytree of numpy arrays [stop - start, T].
+        batch_size: rows of the whole step, over all microbatches.
+        accumulation: number of microbatches; consecutive rows make one.
+    """
+    sharding = batch_sharding(mesh)
+    micro = batch_size // accumulation
+    template = rows(0, 1)
+    index_map = sharding.addressable_devices_indices_map((accumulation, micro))
+    shards: dict[Any, Any] = {}
+    for device, (_, row_slice) in index_map.items():
+        start, stop, _ = row_slice.indices(micro)
+        if (start, stop) not in shards:
+            parts = [rows(a * micro + start, a * micro + stop) for a in range(accumulation)]
+            shards[start, stop] = jax.tree.map(lambda *p: np.stack(p), *parts)
+        shards[device] = shards[start, stop]
+
+    def assemble(leaf, *per_device):
+        shape = (accumulation, micro, *leaf.shape[1:])
+        arrays = [jax.device_put(a, d) for a, d in zip(per_device, index_map, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    return jax.tree.map(assemble, template, *[shards[device] for device in index_map])
+
+
+def vary_like(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Inside `shard_map`, marks all arrays as varying over every axis over which one of them does.
+
+    The transpose of that mark is the sum over those axes, so it stands where a gradient has to be summed.
+    """
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    return tuple(_vary(a, axes) for a in arrays)
+
+
+def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = axes - jax.typeof(array).manual_axis_type.varying
+    return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array

@@ -1,0 +1,83 @@
+"""The training state: plain pytrees, born sharded."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from moejax.config import Config
+from moejax.model import Decoder
+from moejax.routing import initial_router_state
+from moejax.sharding import tree_shardings
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything that a step reads and writes, and all that a checkpoint holds of a training.
+
+    Attributes:
+        step: int32; finished steps.
+        params: nested dict of arrays.
+        opt_state: of Optax.
+        router_state: `bias` [L, E] for routers that keep one, else empty; no optimizer touches it.
+        rng: uint32 [2]; key data, the same in every step: a step folds its number in.
+    """
+
+    step: jax.Array
+    params: Any
+    opt_state: Any
+    router_state: dict[str, jax.Array]
+    rng: jax.Array
+
+
+def split_model(config: Config, mesh: Mesh, key: jax.Array) -> tuple[nnx.GraphDef, Any]:
+    """Returns the model's structure and its freshly drawn parameters as a nested dict."""
+    graphdef, params = nnx.split(Decoder(config, mesh, rngs=nnx.Rngs(params=key)))
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def model_graph(config: Config, mesh: Mesh) -> nnx.GraphDef:
+    """Returns the model's structure; no array is made. Merge it with parameters to call the model."""
+    graphs = []
+
+    def trace(key):
+        graph, params = split_model(config, mesh, key)
+        graphs.append(graph)
+        return params
+
+    jax.eval_shape(trace, jax.random.key(0))
+    return graphs[0]
+
+
+def _initial_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    key = jax.random.key(config.seed)
+    params_key, rng = jax.random.split(key)
+    _, params = split_model(config, mesh, params_key)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        router_state=initial_router_state(config.moe, config.num_moe_layers),
+        rng=jax.random.key_data(rng),
+    )
+
+
+def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state's shapes, each with its sharding on `mesh`."""
+    shapes = jax.eval_shape(lambda: _initial_state(config, mesh, optimizer))
+    return jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
+        shapes,
+        tree_shardings(mesh, shapes),
+    )
+
+
+def initial_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """Returns the state before the first step: the same values on every mesh."""
+    shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, optimizer))
+    return jax.jit(lambda: _initial_state(config, mesh, optimizer), out_shardings=shardings)()
