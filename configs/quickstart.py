@@ -1,6 +1,6 @@
 """A small byte-level MoE language model on the embedded text.
 
-    moejax train configs/quickstart.py --workdir runs/quickstart --cpu_devices 4
+moejax train configs/quickstart.py --workdir runs/quickstart --cpu_devices 4
 """
 
 from moejax.config import default_config

@@ -34,8 +34,8 @@ def _require_finite(section: str, config: object, *names: str) -> None:
         value = getattr(config, name)
         _require(
             value is None or (math.isfinite(value) and value >= 0),
-            f"{section}.{name}={value} is not a finite number of at least 0; give one, for example "
-            "0.1",
+            f"{section}.{name}={value} is not a finite number of at least 0; give one, for "
+            "example 0.1",
         )
 
 
@@ -71,8 +71,9 @@ class ModelConfig:
         )
         _require(
             self.num_heads % self.num_kv_heads == 0,
-            f"model.num_heads={self.num_heads} is not a multiple of model.num_kv_heads="
-            f"{self.num_kv_heads}; every key/value head serves the same number of query heads",
+            f"model.num_heads={self.num_heads} is not a multiple of "
+            f"model.num_kv_heads={self.num_kv_heads}; every key/value head serves the same number "
+            "of query heads",
         )
         _require(
             self.head_dim % 2 == 0,
@@ -102,7 +103,7 @@ class MoEConfig:
     )
     group_sequences: int = 1  # capacity is enforced per group of this many whole sequences
     priority: Literal["token", "rank"] = "token"  # who gets a slot; "rank" (GShard) is not causal
-    transport: Literal["auto", "all_to_all", "gather"] = "auto"
+    transport: Literal["auto", "all_to_all", "gather", "reference"] = "auto"
     every: int | None = 1
     first_dense: int = 0
     balance_loss_weight: float = 0.01
@@ -132,27 +133,23 @@ class MoEConfig:
         _require(
             self.top_k <= self.num_experts,
             f"moe.top_k={self.top_k} is larger than moe.num_experts={self.num_experts}; a token "
-            "can select "
-            f"each expert once, use top_k <= {self.num_experts}",
+            f"can select each expert once, use top_k <= {self.num_experts}",
         )
         _require(
             not (self.top_k == 1 and self.normalize_weights and self.every is not None),
             "moe.top_k=1 with moe.normalize_weights=True makes every combine weight 1, so the "
-            "router gets no "
-            "gradient from the task; use moe.normalize_weights=False",
+            "router gets no gradient from the task; use moe.normalize_weights=False",
         )
         _require(
             not (self.capacity_factor is None and self.transport == "all_to_all"),
             "moe.transport='all_to_all' has a fixed number of slots and moe.capacity_factor=None "
-            "is dropless; "
-            "use moe.transport=gather (or auto), or give a capacity_factor",
+            "is dropless; use moe.transport=gather (or auto), or give a capacity_factor",
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: `embedded` in moejax, or `prepared` by `moejax prepare` in a "
-    "folder."""
+    """Where tokens come from: `embedded` in moejax, or `prepared` by `moejax prepare` in a folder."""
 
     source: Literal["embedded", "prepared"] = "embedded"
     tokenizer: str = (
@@ -164,14 +161,13 @@ class DataConfig:
     def __post_init__(self):
         _require(
             self.sequence_length >= 2,
-            f"data.sequence_length={self.sequence_length} is below 2; a sequence needs a token and "
-            "a target",
+            f"data.sequence_length={self.sequence_length} is below 2; a sequence needs a token "
+            "and a target",
         )
         _require(
             (self.source == "prepared") == (self.path is not None),
             f"data.source={self.source!r} with data.path={self.path!r}: give data.path exactly "
-            "when data.source "
-            "is 'prepared'",
+            "when data.source is 'prepared'",
         )
 
 
@@ -219,8 +215,7 @@ class TrainConfig:
         _require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size={self.batch_size} is not a multiple of "
-            f"train.accumulation={self.accumulation}; "
-            "microbatches have equal size",
+            f"train.accumulation={self.accumulation}; microbatches have equal size",
         )
 
 
@@ -257,15 +252,13 @@ class MeshConfig:
         _require(
             product <= num_devices,
             f"mesh {asked} needs {product} devices and {num_devices} are there; make an axis "
-            "smaller, or on a CPU "
-            f"give --cpu_devices {product}",
+            f"smaller, or on a CPU give --cpu_devices {product}",
         )
         free = [axis for axis in AXES if sizes[axis] is None]
         _require(
             num_devices % product == 0 and (bool(free) or product == num_devices),
             f"mesh {asked} takes {product} devices and {num_devices} are there; sizes must "
-            "multiply to "
-            f"{num_devices}: set one axis to None to take what is left",
+            f"multiply to {num_devices}: set one axis to None to take what is left",
         )
         for axis in free:
             sizes[axis] = num_devices // product
@@ -340,17 +333,15 @@ class Config:
             _require(
                 runs >= moe.every and runs % moe.every == 0,
                 f"model.num_layers={model.num_layers} minus moe.first_dense={moe.first_dense} is "
-                f"{runs}, not a "
-                f"positive multiple of moe.every={moe.every}; the layers after the first dense "
-                "ones come in runs of "
-                "moe.every",
+                f"{runs}, not a positive multiple of moe.every={moe.every}; the layers after the "
+                "first dense ones come in runs of moe.every",
             )
         microbatch = self.train.batch_size // self.train.accumulation
         _require(
             microbatch % moe.group_sequences == 0,
             f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulation) is "
-            "not a multiple of "
-            f"moe.group_sequences={moe.group_sequences}; capacity groups are whole",
+            f"not a multiple of moe.group_sequences={moe.group_sequences}; capacity groups are "
+            "whole",
         )
 
     @property
@@ -376,8 +367,7 @@ class Config:
             _require(
                 value % size == 0,
                 f"{name}={value} is not divisible by the {axis} axis ({size}); use a multiple of "
-                f"{size} or another "
-                f"mesh.{axis}{_divisor_hint(value, size)}",
+                f"{size} or another mesh.{axis}{_divisor_hint(value, size)}",
             )
 
         if moe.every is not None:
@@ -394,10 +384,9 @@ class Config:
         _require(
             microbatch % unit == 0,
             f"train.batch_size={self.train.batch_size} over "
-            f"train.accumulation={self.train.accumulation} gives "
-            f"microbatches of {microbatch} sequences, not a multiple of {unit} = data {mesh.data} "
-            f"x fsdp {mesh.fsdp} x "
-            f"expert {mesh.expert} x moe.group_sequences {moe.group_sequences}; use "
+            f"train.accumulation={self.train.accumulation} gives microbatches of {microbatch} "
+            f"sequences, not a multiple of {unit} = data {mesh.data} x fsdp {mesh.fsdp} x expert "
+            f"{mesh.expert} x moe.group_sequences {moe.group_sequences}; use "
             "train.batch_size="
             f"{max(1, round(microbatch / unit)) * unit * self.train.accumulation} or a smaller "
             "mesh",

@@ -57,7 +57,9 @@ def local_experts(expert_ts: jax.Array, num_experts: int) -> jax.Array:
 def gather_weights(w: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Gathers a weight over fsdp, in the compute dtype; the transpose is a reduce-scatter, not an all-reduce."""
     w = w.astype(dtype)
-    return w if lax.axis_size(FSDP_AXIS) == 1 else lax.all_gather(w, FSDP_AXIS, axis=axis, tiled=True)
+    return (
+        w if lax.axis_size(FSDP_AXIS) == 1 else lax.all_gather(w, FSDP_AXIS, axis=axis, tiled=True)
+    )
 
 
 def sum_tensor(y: jax.Array) -> jax.Array:

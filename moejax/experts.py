@@ -1,6 +1,7 @@
 """experts: the stacked SwiGLU networks, over equal buffers or over groups of rows of any size."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,15 @@ from jax import lax
 from moejax.sharding import vary_like
 
 BLOCK_ROWS = 128  # of the CPU's grouped matmul; groups smaller than that use a smaller block
+
+
+class MoEWeights(NamedTuple):
+    """The weights of one layer: router [D, E], gate and up [E, D, F], down [E, F, D]."""
+
+    router: jax.Array
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
 
 
 def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:

@@ -195,8 +195,10 @@ class Run(nnx.Module):
         return x_btd, stats, jax.tree.map(lambda *c: jnp.stack(c), *caches)
 
 
-def _stack(config: Config, mesh: Mesh, kinds: tuple[bool, ...], count: int, rngs: nnx.Rngs) -> Run:
-    """Returns one `Run` whose parameters hold `count` independent runs, in a leading dim."""
+def _stack(config: Config, mesh: Mesh, kinds: tuple[bool, ...], count: int, rngs: nnx.Rngs):
+    """Returns one `Run` whose parameters hold `count` independent runs, in a leading dim; None for count 0."""
+    if count == 0:
+        return None
 
     def make(key):
         return nnx.split(Run(config, mesh, kinds, rngs=nnx.Rngs(params=key)))
@@ -224,11 +226,9 @@ class Decoder(nnx.Module):
         d, v = model.d_model, model.vocab_size
         self.embedding = _normal(rngs, (v, d), d, model.param_dtype)
         prefix = config.moe.first_dense if every else model.num_layers
-        self.prefix = _stack(config, mesh, (False,), prefix, rngs) if prefix else None
-        self.runs = None
-        if every:
-            kinds = (False,) * (every - 1) + (True,)
-            self.runs = _stack(config, mesh, kinds, config.num_moe_layers, rngs)
+        kinds = (False,) * ((every or 1) - 1) + (True,)
+        self.prefix = _stack(config, mesh, (False,), prefix, rngs)
+        self.runs = _stack(config, mesh, kinds, config.num_moe_layers, rngs)
         self.final_norm = RMSNorm(d, model.param_dtype)
         if not model.tie_embeddings:
             self.unembedding = _normal(rngs, (d, v), d, model.param_dtype)
@@ -270,7 +270,8 @@ class Decoder(nnx.Module):
         width = len(stack.names)
         if cache is not None:
             cache = jax.tree.map(
-                lambda c: c[start : start + count * width].reshape(count, width, *c.shape[1:]), cache
+                lambda c: c[start : start + count * width].reshape(count, width, *c.shape[1:]),
+                cache,
             )
 
         def body(x_btd, inputs):

@@ -4,7 +4,6 @@ Inside it every array is one device's part: B is its sequences, E all experts fo
 """
 
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from moejax import exchange
+from moejax import exchange, reference
 from moejax.config import MoEConfig
 from moejax.dispatch import (
     capacity_slots,
@@ -24,19 +23,10 @@ from moejax.dispatch import (
     grouped_slots,
     kept_experts,
 )
-from moejax.experts import block_rows, capacity_experts, grouped_experts
+from moejax.experts import MoEWeights, block_rows, capacity_experts, grouped_experts
 from moejax.mesh import single_device_mesh
 from moejax.routing import Routing, RouterStats, route, router_logits, router_stats
 from moejax.sharding import BATCH_AXES, parameter_spec
-
-
-class MoEWeights(NamedTuple):
-    """The weights of one layer: router [D, E], gate and up [E, D, F], down [E, F, D]."""
-
-    router: jax.Array
-    gate: jax.Array
-    up: jax.Array
-    down: jax.Array
 
 
 class MoE(nnx.Module):
@@ -108,6 +98,8 @@ def apply_moe(
     mesh: Mesh,
 ) -> tuple[jax.Array, RouterStats]:
     """The layer as a function of its weights; see `MoE.__call__`. `reference.apply_moe` is its oracle."""
+    if config.transport == "reference":
+        return reference.apply_moe(weights, x_btd, mask_bt, bias_e, config=config)
     specs = MoEWeights(*(parameter_spec(f"moe/{n}", w.ndim) for n, w in weights._asdict().items()))
     tokens = P(BATCH_AXES)
     run = jax.shard_map(

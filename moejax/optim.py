@@ -38,7 +38,11 @@ def decays(params: Any) -> Any:
 
 def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformation:
     """Returns AdamW (Loshchilov and Hutter 2019), after clipping by global norm."""
-    clip = optax.identity() if config.clip_norm is None else optax.clip_by_global_norm(config.clip_norm)
+    clip = (
+        optax.identity()
+        if config.clip_norm is None
+        else optax.clip_by_global_norm(config.clip_norm)
+    )
     adamw = optax.adamw(
         learning_rate(config, steps),
         b1=config.b1,

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from moejax.config import MoEConfig
 from moejax.dispatch import expert_capacity
-from moejax.moe import MoEWeights
+from moejax.experts import MoEWeights
 from moejax.routing import RouterStats, route, router_stats
 
 
@@ -59,7 +59,9 @@ def _drop(expert_bts: jax.Array, mask_bt: jax.Array, config: MoEConfig) -> jax.A
         jnp.pad(used_gae, ((0, 0), (0, 0), (0, 1))), ordered_ga[..., None], axis=2
     )[..., 0]
     capacity_n = np.array([_capacity(n, config) for n in range(expert_gts.shape[1] + 1)])
-    kept_ga = jnp.where(place_ga <= jnp.asarray(capacity_n)[real_g][:, None], ordered_ga, config.num_experts)
+    kept_ga = jnp.where(
+        place_ga <= jnp.asarray(capacity_n)[real_g][:, None], ordered_ga, config.num_experts
+    )
     if config.priority == "rank":
         kept_gts = kept_ga.reshape(groups, top_k, -1).swapaxes(1, 2)
     else:

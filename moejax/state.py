@@ -54,7 +54,9 @@ def model_graph(config: Config, mesh: Mesh) -> nnx.GraphDef:
     return graphs[0]
 
 
-def _initial_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def _initial_state(
+    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
     key = jax.random.key(config.seed)
     params_key, rng = jax.random.split(key)
     _, params = split_model(config, mesh, params_key)
@@ -67,7 +69,9 @@ def _initial_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransfor
     )
 
 
-def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def abstract_state(
+    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
     """Returns the state's shapes, each with its sharding on `mesh`."""
     shapes = jax.eval_shape(lambda: _initial_state(config, mesh, optimizer))
     return jax.tree.map(
@@ -77,7 +81,9 @@ def abstract_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransfor
     )
 
 
-def initial_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def initial_state(
+    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
     """Returns the state before the first step: the same values on every mesh."""
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, optimizer))
     return jax.jit(lambda: _initial_state(config, mesh, optimizer), out_shardings=shardings)()
