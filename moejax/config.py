@@ -149,12 +149,10 @@ class MoEConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: `embedded` in moejax, or `prepared` by `moejax prepare` in a folder."""
+    """Where tokens come from: moejax itself, or a folder that `moejax prepare` wrote."""
 
     source: Literal["embedded", "prepared"] = "embedded"
-    tokenizer: str = (
-        "bytes"  # or the path of a Hugging Face tokenizer.json or a SentencePiece model
-    )
+    tokenizer: str = "bytes"  # or the path of a tokenizer.json or a SentencePiece model
     sequence_length: int = 256
     path: str | None = None
 
@@ -271,7 +269,7 @@ class MeshConfig:
     @property
     def token_shards(self) -> int:
         """Into how many parts a batch of sequences is split: data x fsdp x expert."""
-        return self.data * self.fsdp * self.expert  # pyright: ignore[reportOptionalOperand]
+        return math.prod(getattr(self, axis) for axis in ("data", "fsdp", "expert"))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ FIELDS = {
         Field("learning_rate", "1", "scalar", _TRAIN),
         Field("tokens", "tokens", "scalar"),
         Field("tokens_seen", "tokens", "scalar"),
+        Field("dropped_seen", "assignments", "scalar"),
         Field("tokens_per_second", "tokens per second", "scalar"),
         Field("step_seconds", "seconds", "scalar", _TRAIN),
         Field("mfu", "fraction", "scalar", _TRAIN),
@@ -466,3 +467,22 @@ def load_image(load_le: list[list[float | None]], *, pixels: int = 512) -> np.nd
     image_lec = np.where(np.isnan(image_lec), 128, image_lec).round().astype(np.uint8)
     cell_height, cell_width = (max(4, min(32, pixels // size)) for size in (layers, experts))
     return image_lec.repeat(cell_height, axis=0).repeat(cell_width, axis=1)
+
+
+def routing_record(stats: Any, positions: int, tokens: int) -> dict[str, Any]:
+    """Returns the routing fields of a record.
+
+    Args:
+        stats: `RouterStats` of NumPy arrays [layers, ...]; None for a dense model, whose lists are empty.
+        positions: of the batch, padding included.
+        tokens: real tokens among them.
+    """
+    record: dict[str, Any] = {"routed": 0, "dropped": 0, "padding": positions - tokens}
+    if stats is None:
+        empty = ("expert_load", "max_violation", "router_entropy", "dead_experts")
+        return record | {"drop_fraction": 0.0} | {name: [] for name in empty}
+    record["routed"] = int(stats.count_e.sum(dtype=np.int64))
+    record["dropped"] = int(stats.dropped_e.sum(dtype=np.int64))
+    record["drop_fraction"] = record["dropped"] / max(record["routed"], 1)
+    entropy_l = np.asarray(stats.entropy, np.float64) / np.maximum(stats.tokens, 1)
+    return record | layer_summary(stats.count_e) | {"router_entropy": entropy_l.tolist()}

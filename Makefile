@@ -1,0 +1,57 @@
+# Everything runs in .venv, which `make setup` makes from requirements.lock and keeps up to date.
+PY ?= python3
+ACCELERATOR ?=
+
+BIN := .venv/bin
+STAMP := .venv/.made$(if $(ACCELERATOR),-$(ACCELERATOR))
+comma := ,
+EXTRAS := test$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
+CPU_DEVICES := $(if $(ACCELERATOR),,--cpu_devices 4)
+# Compiled test programs are kept between runs and shared by the test processes.
+TEST_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
+
+.PHONY: help setup train test lint verify compare bench lock clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make or update .venv; PY=python3.11 names the Python, ACCELERATOR=tpu|cuda12 the chip
+
+train: setup ## train configs/quickstart.py into runs/quickstart, or resume it
+	$(BIN)/moejax train configs/quickstart.py --workdir runs/quickstart $(CPU_DEVICES)
+
+test: setup ## run the tests
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+lint: setup ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+verify: setup ## check that every layout computes the same
+	$(BIN)/moejax verify configs/quickstart.py --cpu_devices 8
+
+compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an hour)
+	$(BIN)/python scripts/compare.py
+
+bench: setup ## tokens/s against the dense model and the machine's peak
+	$(BIN)/python benchmarks/step.py
+
+lock: setup ## resolve requirements.lock anew from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --all-extras \
+	  --no-emit-index-url --no-annotate --no-header pyproject.toml --output-file requirements.lock
+
+clean: ## remove .venv and caches; runs stay
+	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): pyproject.toml requirements.lock
+	@$(PY) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "moejax needs Python 3.11 or newer, and $(PY) is not one; name one: make PY=python3.11" >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PY) -m venv --clear .venv || { rm -rf .venv; \
+	  echo "$(PY) cannot make a virtual environment; on Debian and Ubuntu: sudo apt-get install python3-venv" >&2; \
+	  exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock uv
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --constraint requirements.lock --editable ".[$(EXTRAS)]"
+	@touch $@

@@ -1,0 +1,7 @@
+"""`python -m moejax` is `moejax`."""
+
+import sys
+
+from moejax.cli import main
+
+sys.exit(main())

@@ -1,0 +1,145 @@
+"""Checkpoints: Orbax, asynchronous and sharded, in one module.
+
+A step's folder holds three items: `model` (step, parameters, router state: all that evaluation needs), `training`
+(optimizer state, rng) and `meta` (config, data fingerprint, versions, counters). A folder without Orbax's commit
+marker is no checkpoint. Kept are the last `keep` and the best by validation loss.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from moejax.config import CheckpointConfig, ConfigError
+from moejax.state import TrainState
+from moejax.workdir import CHECKPOINTS
+
+ITEMS = ("model", "training", "meta")
+
+
+def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
+    best = BestN(
+        get_metric_fn=lambda metrics: metrics["loss"],
+        reverse=True,
+        n=1,
+        keep_checkpoints_without_metrics=False,
+    )
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=AnyPreservationPolicy([LatestN(config.keep), best]),
+        atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
+    )
+
+
+def _split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    model = {"step": state.step, "params": state.params, "router_state": state.router_state}
+    return model, {"opt_state": state.opt_state, "rng": state.rng}
+
+
+class Checkpoints:
+    """The checkpoints of one run. A context manager: leaving it waits for the last save.
+
+    Args:
+        workdir: of the run.
+        config: how many to keep.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig):
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells each of its moves
+        self._folder = workdir.resolve() / CHECKPOINTS
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=_options(config), item_names=ITEMS
+        )
+        self._saved = set(self._manager.all_steps())
+
+    @property
+    def steps(self) -> list[int]:
+        """The committed steps there were when the run was opened, and those saved since, in order."""
+        return sorted(self._saved)
+
+    def save(
+        self, state: TrainState, meta: dict[str, Any], validation_loss: float | None
+    ) -> None:
+        """Starts to save; returns when the arrays are copied, and they may be donated.
+
+        Args:
+            meta: JSON.
+            validation_loss: of these parameters, nats; None if they were not evaluated.
+        """
+        step = int(state.step)
+        model, training = _split(state)
+        saved = self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardSave(model),  # pyright: ignore[reportCallIssue]
+                training=ocp.args.StandardSave(training),  # pyright: ignore[reportCallIssue]
+                meta=ocp.args.JsonSave(meta),  # pyright: ignore[reportCallIssue]
+            ),
+            metrics=None if validation_loss is None else {"loss": validation_loss},
+            force=True,
+        )
+        if not saved:
+            raise RuntimeError(
+                f"the checkpoint of step {step} was refused: {self._folder} has steps up to "
+                f"{self._manager.latest_step()}; another run may be writing there"
+            )
+        self._saved.add(step)
+
+    def restore_meta(self, step: int) -> dict[str, Any]:
+        """Returns the `meta` item of a step."""
+        restored = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        return restored["meta"]
+
+    def restore(self, step: int, abstract: TrainState) -> TrainState:
+        """Returns the state of `step`, laid out as `abstract` says, whatever mesh it was saved from."""
+        model, training = _split(abstract)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                model=ocp.args.StandardRestore(model),  # pyright: ignore[reportCallIssue]
+                training=ocp.args.StandardRestore(training),  # pyright: ignore[reportCallIssue]
+            ),
+        )
+        return TrainState(**restored["model"], **restored["training"])
+
+    def restore_model(self, step: int, abstract: TrainState) -> tuple[Any, dict[str, jax.Array]]:
+        """Returns (params, router state) of `step`; the optimizer's state is not read."""
+        model, _ = _split(abstract)
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(model=ocp.args.StandardRestore(model)),  # pyright: ignore[reportCallIssue]
+        )
+        return restored["model"]["params"], restored["model"]["router_state"]
+
+    def find(self, step: int | None) -> int:
+        """Returns `step`, or the last one for None.
+
+        Raises:
+            ConfigError: there is no such checkpoint.
+        """
+        if not self.steps:
+            raise ConfigError(
+                f"{self._folder} holds no checkpoint; train first, or wait for the first checkpoint.every steps"
+            )
+        if step is None:
+            return self.steps[-1]
+        if step not in self._saved:
+            raise ConfigError(
+                f"step {step} has no checkpoint in {self._folder}; there are steps "
+                f"{', '.join(map(str, self.steps))}"
+            )
+        return step
+
+    def close(self) -> None:
+        """Waits until everything is written."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()

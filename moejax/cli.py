@@ -1,0 +1,620 @@
+"""The command line. A verb imports what it calls only after the config is valid: JAX comes late.
+
+Exit codes, which schedulers and scripts act on:
+
+      0  done
+      1  a check failed: `verify` above tolerance, a loss that is not finite
+      2  bad input: one line on stderr says what, and what to do
+    130  interrupted (Ctrl-C)
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import moejax
+from moejax.config import Config, ConfigError
+from moejax.overrides import (
+    apply_overrides,
+    build_config,
+    config_values,
+    describe_type,
+    keys,
+    load_config,
+    load_values,
+    read_overrides,
+    sections,
+    suggest,
+    value_difference,
+)
+from moejax.workdir import matches, open_workdir, read_config
+
+DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+# What a checkpoint does not fix: where the model runs and how it is measured.
+MAY_CHANGE_AFTER_TRAINING = (
+    "mesh.*",
+    "eval.*",
+    "moe.eval_capacity_factor",
+    "moe.transport",
+    "model.dtype",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command line and returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    verb = words[0] if words and not words[0].startswith("-") else None
+    name = f"moejax {verb}" if verb in VERBS else "moejax"
+    try:
+        return VERBS[verb].main(words[1:]) if verb in VERBS else _without_verb(words)
+    except ConfigError as error:
+        print(f"{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # `moejax config ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _without_verb(words: list[str]) -> int:
+    verbs = ", ".join(VERBS)
+    if not words:
+        raise ConfigError(f"no verb; give one of {verbs}, or --help")
+    if words[0] in ("-h", "--help"):
+        rows = "\n".join(f"  {name:9} {verb.summary}" for name, verb in VERBS.items())
+        print(f"{HELP}\nverbs:\n{rows}\n\nmoejax VERB --help tells more about each.")
+    elif words[0] == "--version":
+        print(f"moejax {moejax.__version__}")
+    else:
+        raise ConfigError(
+            f"unknown verb {words[0]!r}{suggest(words[0], VERBS) or f'; give one of {verbs}'}"
+        )
+    return DONE
+
+
+HELP = """moejax: train sparse mixture-of-experts models in JAX
+
+  moejax train configs/quickstart.py --workdir runs/a --cpu_devices 8 train.steps=50
+  moejax eval --workdir runs/a
+"""
+
+
+# A line: options anywhere, and words
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """What stood on a command line: options, a config file, `key=value` overrides, other words."""
+
+    options: argparse.Namespace
+    config: str | None
+    words: list[str]
+    overrides: list[str]
+
+    def load(self) -> Config:
+        assert self.config is not None
+        return load_config(self.config, self.overrides)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing a usage and exiting."""
+
+    def error(self, message: str):
+        raise ConfigError(message.removeprefix("argument "))
+
+
+class _Once(argparse.Action):
+    """Stores a value, and refuses a second one."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        given = vars(namespace).setdefault("given", set())
+        if self.dest in given:
+            raise ConfigError(f"{option_string} is given twice; give it once")
+        given.add(self.dest)
+        setattr(namespace, self.dest, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verb:
+    """One verb: its help, its options, and the function that runs a line."""
+
+    name: str
+    summary: str
+    usage: str
+    details: str
+    add_options: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[Line], int]
+    keys: tuple[str, ...] = ()  # patterns of the keys that `key=value` may set; () takes none
+    config: bool = True  # whether it takes a config file
+    required: tuple[str, ...] = ()  # options that must be given; the rest have defaults
+
+    def main(self, argv: list[str]) -> int:
+        return self.run(self.read(argv))
+
+    def read(self, argv: list[str]) -> Line:
+        """Sorts the words of a line into options, config file, overrides and other words."""
+        options, rest = self.parser().parse_known_args(_plain_forms(argv) if self.keys else argv)
+        configs, words, overrides = [], [], []
+        for word in rest:
+            if word.startswith("-"):
+                raise self._unknown_option(word)
+            if self.keys and re.match(r"[\w.]+=", word):
+                overrides.append(word)
+            elif self.config and re.search(r"\.py(:|$)", word):
+                configs.append(word)
+            elif self.keys and "=" in word:
+                overrides.append(word)
+            else:
+                words.append(word)
+        if self.keys and words:
+            forms = (
+                "a config file (configs/quickstart.py) or key=value" if self.config else "key=value"
+            )
+            raise ConfigError(
+                f"stray word {words[0]!r}; expected {forms}{suggest(words[0], keys())}"
+            )
+        if len(configs) > 1:
+            raise ConfigError(
+                f"config given twice, as {configs[0]} and as {configs[1]}; give it once"
+            )
+        for name in self.required:
+            if getattr(options, name) is None:
+                raise ConfigError(f"--{name} is missing; see moejax {self.name} --help")
+        if self.keys and self.config and not configs:
+            raise ConfigError(
+                f"no config; give a file, for example moejax {self.name} configs/quickstart.py"
+            )
+        return Line(options, configs[0] if configs else None, words, overrides)
+
+    def parser(self) -> argparse.ArgumentParser:
+        epilog = f"{self.details}\n{_keys_help(self.keys)}" if self.keys else self.details
+        parser = _Parser(
+            prog=f"moejax {self.name}",
+            usage=self.usage,
+            description=f"{self.summary[0].upper()}{self.summary[1:]}.",
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_options(parser)
+        return parser
+
+    def _unknown_option(self, word: str) -> ConfigError:
+        name = word.partition("=")[0]
+        known = [option for action in self.parser()._actions for option in action.option_strings]
+        return ConfigError(
+            f"unknown option {name}{suggest(name, known) or f'; see moejax {self.name} --help'}"
+        )
+
+
+def _plain_forms(argv: list[str]) -> list[str]:
+    """Turns `--config=X` and `--config.key=value`, also with a space for the `=`, into plain "
+    "words."""
+    plain = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        if name != "--config" and not name.startswith("--config."):
+            plain.append(word)
+            continue
+        if not equals:
+            value = next(words, "--")
+            if value.startswith("--"):
+                raise ConfigError(f"{name} has no value; write {name}=VALUE")
+        key = name.removeprefix("--config").removeprefix(".")
+        plain.append(f"{key}={value}" if name != "--config" else _config_word(value))
+    return plain
+
+
+def _config_word(value: str) -> str:
+    if not re.search(r"\.py(:|$)", value):
+        raise ConfigError(
+            f"--config={value} is not a Python file; for example --config=configs/quickstart.py"
+        )
+    return value
+
+
+def _keys_help(patterns: tuple[str, ...]) -> str:
+    lines = []
+    for section in [*sections(), ""]:
+        names = [
+            name
+            for name in keys()
+            if name.rpartition(".")[0] == section and matches(name, patterns)
+        ]
+        if names and section:
+            lines.append(f"\n  {(sections()[section].__doc__ or '').splitlines()[0]}")
+        for name in names:
+            key = keys()[name]
+            lines.append(f"    {f'{name}={key.default}':36} {describe_type(key.annotation)}")
+    return "\nkeys, with their defaults:\n" + "\n".join(lines)
+
+
+# Options
+
+
+def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not re.fullmatch(r"[+-]?\d{1,18}", text) or not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not a whole number from {least} to {most}"
+            )
+        return int(text)
+
+    return read
+
+
+def _between(low: float, high: float, *, open_low: bool = False) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = float("nan")
+        if not low <= value <= high or (open_low and value == low):
+            asked = f"above {low:g} and" if open_low else f"from {low:g}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number {asked} up to {high:g}")
+        return value
+
+    return read
+
+
+def _option(parser: argparse.ArgumentParser, name: str, help: str, **arguments: Any) -> None:
+    parser.add_argument(name, action=_Once, help=help, **arguments)
+
+
+def _cpu_devices(parser: argparse.ArgumentParser) -> None:
+    help = "virtual CPU devices (default: the devices that JAX finds); an error on an accelerator"
+    _option(parser, "--cpu_devices", help, type=_whole(1), metavar="N")
+
+
+def _workdir(parser: argparse.ArgumentParser, help: str) -> None:
+    _option(parser, "--workdir", help, metavar="DIR")
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    _option(
+        parser, "--json", "also write the result to FILE as JSON", type=_output_file, metavar="FILE"
+    )
+
+
+def _output_file(text: str) -> Path:
+    """Refuses a file that cannot be written before minutes are spent on what should stand in it."""
+    path = Path(text)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(
+            f"{text} cannot be written; give a file in an existing folder"
+        )
+    return path
+
+
+def _step(parser: argparse.ArgumentParser) -> None:
+    _option(parser, "--step", "checkpoint to read (default: the last)", type=_whole(0), metavar="N")
+
+
+# Verbs
+
+
+def _start_jax(cpu_devices: int | None) -> None:
+    """Starts JAX. From here on importing it is allowed."""
+    os.environ.setdefault(
+        "TF_CPP_MIN_LOG_LEVEL", "1"
+    )  # XLA's own INFO lines would break the progress bar
+    from moejax.mesh import start_jax
+
+    start_jax(cpu_devices)
+
+
+def _train_options(parser: argparse.ArgumentParser) -> None:
+    _workdir(
+        parser,
+        "folder of the run: config, checkpoints, metrics, plots; one with checkpoints is resumed",
+    )
+    _cpu_devices(parser)
+
+
+def _train(line: Line) -> int:
+    config = line.load()
+    workdir = open_workdir(line.options.workdir, config)
+    _start_jax(line.options.cpu_devices)
+    from moejax.loop import train
+
+    return train(config, workdir)
+
+
+def _eval_options(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser, "folder that `moejax train` wrote")
+    _step(parser)
+    _cpu_devices(parser)
+    _json(parser)
+
+
+def _stored_config(line: Line, verb: str) -> Config:
+    """Returns the workdir's config, changed only where the checkpoint leaves the choice."""
+    for name in read_overrides(line.overrides):
+        if not matches(name, MAY_CHANGE_AFTER_TRAINING):
+            allowed = ", ".join(MAY_CHANGE_AFTER_TRAINING)
+            raise ConfigError(f"{name} is fixed by the checkpoint; {verb} can change {allowed}")
+    return apply_overrides(read_config(line.options.workdir), line.overrides)
+
+
+def _eval(line: Line) -> int:
+    config = _stored_config(line, "eval")
+    _start_jax(line.options.cpu_devices)
+    from moejax.evaluate import evaluate_workdir
+    from moejax.progress import show_evaluation
+
+    record = evaluate_workdir(config, Path(line.options.workdir), line.options.step)
+    show_evaluation(record)
+    if line.options.json:
+        line.options.json.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    return DONE
+
+
+def _generate_options(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser, "folder that `moejax train` wrote")
+    parser.add_argument(
+        "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable"
+    )
+    _option(parser, "--prompts", "file with a prompt a line", type=Path, metavar="FILE")
+    _step(parser)
+    _cpu_devices(parser)
+    _option(
+        parser,
+        "--max_tokens",
+        "new tokens a prompt (default: 100)",
+        type=_whole(1),
+        default=100,
+        metavar="N",
+    )
+    help = "0 takes the likeliest token each time (default: 0.8)"
+    _option(parser, "--temperature", help, type=_between(0, 100), default=0.8, metavar="X")
+    help = "choose among the likeliest tokens that together have this probability (default: 0.95)"
+    _option(parser, "--top_p", help, type=_between(0, 1, open_low=True), default=0.95, metavar="X")
+    _option(
+        parser,
+        "--seed",
+        "of the choice (default: 0)",
+        type=_whole(0, 2**32 - 1),
+        default=0,
+        metavar="N",
+    )
+
+
+def _generate(line: Line) -> int:
+    config, options = _stored_config(line, "generate"), line.options
+    prompts = [*options.prompt, *_read_prompts(options.prompts)]
+    if not prompts:
+        raise ConfigError('no prompt; give --prompt "In the beginning" or --prompts FILE')
+    _start_jax(options.cpu_devices)
+    from moejax.generate import generate_workdir
+    from moejax.progress import printable
+
+    texts = generate_workdir(
+        config,
+        Path(options.workdir),
+        options.step,
+        prompts,
+        options.max_tokens,
+        options.temperature,
+        options.top_p,
+        options.seed,
+    )
+    shown = [printable(prompt + text) for prompt, text in zip(prompts, texts, strict=True)]
+    print("\n\n".join(shown))
+    return DONE
+
+
+def _read_prompts(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        prompts = [text for text in file.read_text(encoding="utf-8").splitlines() if text.strip()]
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--prompts={file} cannot be read: {error}") from None
+    if not prompts:
+        raise ConfigError(f"--prompts={file} is empty; write a prompt a line")
+    return prompts
+
+
+def _verify_options(parser: argparse.ArgumentParser) -> None:
+    _cpu_devices(parser)
+    help = "every layout; without it a selection in which each pair of settings occurs"
+    parser.add_argument("--all", action="store_true", help=help)
+    _json(parser)
+
+
+def _verify(line: Line) -> int:
+    config = line.load()
+    _start_jax(line.options.cpu_devices)
+    from moejax.verify import verify
+
+    return verify(config, line.options.all, line.options.json)
+
+
+def _describe_options(parser: argparse.ArgumentParser) -> None:
+    help = "lay the mesh on this many devices (default: what the mesh asks for)"
+    _option(parser, "--devices", help, type=_whole(1), metavar="N")
+
+
+def _describe(line: Line) -> int:
+    config = line.load()
+    from moejax.describe import describe
+
+    describe(config, line.options.devices)
+    return DONE
+
+
+def _config(line: Line) -> int:
+    assert line.config is not None
+    in_file = load_values(line.config)
+    values = config_values(build_config({**in_file, **read_overrides(line.overrides)}))
+    for section in [*sections(), ""]:
+        print(f"{section}:" if section else "", end="\n" if section else "")
+        for name in values:
+            if name.rpartition(".")[0] == section:
+                print(f"{'  ' if section else ''}{name.rpartition('.')[2]}: {values[name]}")
+    defaults = {name: key.default for name, key in keys().items()}
+    for other, than in ((in_file, line.config), (defaults, "the defaults")):
+        rows = [
+            f"#   {key}: {theirs} -> {ours}"
+            for key, theirs, ours in value_difference(other, values)
+        ]
+        print(f"\n# differs from {than}: {'' if rows else 'nothing'}", *rows, sep="\n")
+    return DONE
+
+
+def _prepare_options(parser: argparse.ArgumentParser) -> None:
+    help = "`bytes`, or the path of a tokenizer.json or a SentencePiece model (default: bytes)"
+    _option(parser, "--tokenizer", help, default="bytes", metavar="NAME")
+    _option(parser, "--output", "folder to write, for data.path", metavar="DIR")
+    _option(
+        parser,
+        "--field",
+        "of a .jsonl or .parquet row that holds the text (default: text)",
+        default="text",
+    )
+    help = "share of the documents kept for validation (default: 0.05)"
+    _option(
+        parser,
+        "--validation_fraction",
+        help,
+        type=_between(0, 1, open_low=True),
+        default=0.05,
+        metavar="X",
+    )
+    _option(parser, "--workers", "processes (default: one a core)", type=_whole(1), metavar="N")
+
+
+def _prepare(line: Line) -> int:
+    if not line.words:
+        raise ConfigError(
+            "no input; give files, folders or patterns, for example moejax prepare 'text/*.txt'"
+        )
+    from moejax.prepare import prepare
+
+    options = line.options
+    meta = prepare(
+        line.words,
+        options.tokenizer,
+        options.output,
+        field=options.field,
+        validation_fraction=options.validation_fraction,
+        workers=options.workers,
+    )
+    for name, split in meta["splits"].items():
+        print(f"{name}: {split['num_documents']:,} documents, {split['num_tokens']:,} tokens")
+    keys = f"data.source=prepared data.path={options.output} data.tokenizer={options.tokenizer}"
+    print(f"train on it with {keys} model.vocab_size={meta['vocab_size']}")
+    return DONE
+
+
+def _no_options(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+_VERBS = [
+    Verb(
+        "train",
+        "train a model, or resume the training of a workdir",
+        "moejax train CONFIG[:ARG] --workdir DIR [--cpu_devices N] [key=value ...]",
+        """
+  moejax train configs/quickstart.py --workdir runs/a --cpu_devices 8 train.steps=50 moe.top_k=1
+
+CONFIG is a Python file that defines get_config(arg); ARG is passed to it. Later wins: defaults,
+the file, its argument, the command line. --config=CONFIG and --config.key=value are the same as
+CONFIG and key=value. 1e4 may stand for 10000, None for off, true and false for themselves.
+
+A workdir that has checkpoints is resumed; its config must then be the same, but for the number of
+steps, the cadence of logging, checkpoints and evaluation, the mesh and the accumulation.""",
+        _train_options,
+        _train,
+        ("*",),
+        required=("workdir",),
+    ),
+    Verb(
+        "eval",
+        "measure a checkpoint on the validation split",
+        "moejax eval --workdir DIR [--step N] [--cpu_devices N] [--json FILE] [key=value ...]",
+        """
+  moejax eval --workdir runs/a --step 40 --cpu_devices 1 mesh.expert=1 --json out.json
+
+The config comes from the workdir. The result is the same on every mesh.""",
+        _eval_options,
+        _eval,
+        MAY_CHANGE_AFTER_TRAINING,
+        config=False,
+        required=("workdir",),
+    ),
+    Verb(
+        "generate",
+        "continue prompts with a checkpoint's model",
+        "moejax generate --workdir DIR --prompt TEXT [--prompt TEXT ...] [options] [key=value ...]",
+        """
+  moejax generate --workdir runs/a --prompt "In the beginning" --max_tokens 100 --temperature 0.8
+
+The config comes from the workdir. A prompt that begins with a dash is written --prompt="- so".""",
+        _generate_options,
+        _generate,
+        MAY_CHANGE_AFTER_TRAINING,
+        config=False,
+        required=("workdir",),
+    ),
+    Verb(
+        "verify",
+        "check that every layout computes the same losses and gradients",
+        "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all] [--json FILE] [key=value ...]",
+        """
+  moejax verify configs/quickstart.py --cpu_devices 8
+
+Takes the config's model with few steps and a small batch; runs it on factorisations of the devices
+over data, fsdp, expert and tensor, with and without accumulation, remat and capacity, and against a
+dense oracle. One row each. Exit code 1 says that a difference is above tolerance.""",
+        _verify_options,
+        _verify,
+        ("*",),
+    ),
+    Verb(
+        "describe",
+        "show parameters, FLOPs, memory, shardings and the mesh of a config",
+        "moejax describe CONFIG[:ARG] [--devices N] [key=value ...]",
+        """
+  moejax describe configs/quickstart.py mesh.expert=8""",
+        _describe_options,
+        _describe,
+        ("*",),
+    ),
+    Verb(
+        "config",
+        "show the resolved config, and what differs from the file and from the defaults",
+        "moejax config CONFIG[:ARG] [key=value ...]",
+        """
+  moejax config configs/quickstart.py moe.top_k=1""",
+        _no_options,
+        _config,
+        ("*",),
+    ),
+    Verb(
+        "prepare",
+        "turn text into a data set that data.path can name",
+        "moejax prepare INPUT [INPUT ...] --output DIR [options]",
+        """
+  moejax prepare 'text/*.txt' --tokenizer path/to/tokenizer.json --output data/mine
+  moejax train configs/quickstart.py --workdir runs/mine data.source=prepared data.path=data/mine
+
+INPUT is a file (.txt, .jsonl, .parquet), a folder, or a pattern.""",
+        _prepare_options,
+        _prepare,
+        config=False,
+        required=("output",),
+    ),
+]
+VERBS = {verb.name: verb for verb in _VERBS}

@@ -1,0 +1,239 @@
+"""Batches: documents packed in windows, in an order made of (step, seed) alone. No JAX here."""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, cast
+
+import numpy as np
+
+from moejax.config import ConfigError
+from moejax.corpus import Corpus
+
+
+class Batch(NamedTuple):
+    """Sequences, and what model and loss need to know of them: arrays [B, T], or [T] of one.
+
+    tokens, targets: int32, the input and the token after it.
+    segments: int32, the number of the input's document inside its row, from 1; 0 is padding.
+    loss_mask: bool, True where input and target belong to one document.
+    domains: int32, the index of the target's document's domain; 0 under padding.
+    """
+
+    tokens: Any
+    targets: Any
+    segments: Any
+    loss_mask: Any
+    domains: Any
+
+
+class Sequences:
+    """The documents of a corpus as one stream, cut in windows of T + 1 tokens that share one token.
+
+    `sequences[k]` is a Batch of arrays [T]; every token of the stream but the first is a target
+    once. Costs O(T log documents) and reads only its window. The last window is padded.
+    """
+
+    def __init__(self, corpus: Corpus, sequence_length: int):
+        self.corpus = corpus
+        self.sequence_length = sequence_length
+
+    def __len__(self) -> int:
+        return -(-max(self.corpus.num_tokens - 1, 0) // self.sequence_length)
+
+    def __getitem__(self, index: int) -> Batch:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sequence {index} of {len(self)}")
+        corpus, length = self.corpus, self.sequence_length
+        start = int(index) * length
+        stop = min(start + length + 1, corpus.num_tokens)
+        window = np.full(length + 1, corpus.end_of_document, np.int32)
+        window[: stop - start] = corpus.token_n[start:stop]
+        document = np.searchsorted(corpus.start_d, np.arange(start, stop), side="right") - 1
+        segments = np.zeros(length + 1, np.int32)
+        segments[: stop - start] = document - document[0] + 1
+        domains = np.zeros(length + 1, np.int32)
+        domains[: stop - start] = corpus.domain_d[document]
+        return Batch(
+            tokens=window[:-1],
+            targets=window[1:],
+            segments=segments[:-1],
+            loss_mask=(segments[:-1] == segments[1:]) & (segments[1:] > 0),
+            domains=domains[1:],
+        )
+
+    def padding(self) -> Batch:
+        """A sequence of nothing but padding."""
+        ids = np.full(self.sequence_length, self.corpus.end_of_document, np.int32)
+        zeros = np.zeros(self.sequence_length, np.int32)
+        return Batch(ids, ids, zeros, zeros.astype(bool), zeros)
+
+
+class TrainBatches:
+    """Global batches of B sequences, shuffled anew each epoch, without end.
+
+    Row i of step s is entry s * B + i of one order, which Grain makes from `seed`: the position in
+    the data is the step, and processes that ask for parts of a batch get parts of the same batch.
+
+    Raises:
+        ConfigError: the split has fewer sequences than one batch.
+    """
+
+    def __init__(self, corpus: Corpus, sequence_length: int, batch_size: int, seed: int):
+        import grain  # imports JAX
+
+        sequences = Sequences(corpus, sequence_length)
+        if len(sequences) < batch_size:
+            raise ConfigError(
+                f"the training split has {corpus.num_tokens} tokens, {len(sequences)} sequences "
+                f"of data.sequence_length={sequence_length}, fewer than "
+                f"train.batch_size={batch_size}; use more text, a smaller batch or shorter "
+                "sequences"
+            )
+        self.batch_size = batch_size
+        self.num_sequences = len(sequences)
+        self._order = grain.MapDataset.source(sequences).seed(seed).shuffle().repeat(None)
+        about = f"{corpus.fingerprint}:{sequence_length}:{batch_size}:{seed}"
+        self.fingerprint = hashlib.sha256(about.encode()).hexdigest()
+
+    def rows(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
+        """Returns rows `start` to `stop` of the batch of `step` (from 0), [stop - start, T]."""
+        first = step * self.batch_size
+        stop = self.batch_size if stop is None else stop
+        return _stack([cast(Batch, self._order[first + i]) for i in range(start, stop)])
+
+    def prefetch(
+        self, step: int, start: int = 0, stop: int | None = None, depth: int = 2
+    ) -> "Prefetch":
+        """Returns an iterator over the rows of `step`, `step + 1`, ..., made `depth` ahead."""
+        return Prefetch(lambda index: self.rows(index, start, stop), step, depth)
+
+
+class ValidationBatches:
+    """Batches of the validation split, the same at every evaluation.
+
+    With `batches` fewer than the split fills, their sequences are spread evenly over it. The last
+    batch of the whole split is filled up with padding, so that shapes are static.
+
+    Raises:
+        ConfigError: the split has no sequence.
+    """
+
+    def __init__(self, corpus: Corpus, sequence_length: int, batch_size: int, batches: int | None):
+        self._sequences = Sequences(corpus, sequence_length)
+        total = len(self._sequences)
+        if total == 0:
+            raise ConfigError(
+                f"the validation split has {corpus.num_tokens} tokens and no token to predict; "
+                "use more text"
+            )
+        self.batch_size = batch_size
+        chosen = total if batches is None else min(total, batches * batch_size)
+        self._chosen = (2 * np.arange(chosen, dtype=np.int64) + 1) * total // (2 * chosen)
+
+    def __len__(self) -> int:
+        return -(-len(self._chosen) // self.batch_size)
+
+    def rows(self, index: int, start: int = 0, stop: int | None = None) -> Batch:
+        """Returns rows `start` to `stop` of batch `index`, arrays [stop - start, T]."""
+        first = index * self.batch_size
+        stop = self.batch_size if stop is None else stop
+        return _stack([self._row(first + i) for i in range(start, stop)])
+
+    def _row(self, position: int) -> Batch:
+        if position < len(self._chosen):
+            return self._sequences[self._chosen[position]]
+        return self._sequences.padding()
+
+
+def _stack(rows: list[Batch]) -> Batch:
+    return Batch(*(np.stack(arrays) for arrays in zip(*rows, strict=True)))
+
+
+class Prefetch:
+    """Calls `make(first)`, `make(first + 1)`, ... in a thread and yields the results in order.
+
+    An error in `make` is raised where its result would have come. A context manager; or close it.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], first: int, depth: int = 2):
+        self._queue: queue.Queue = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(
+            target=self._run, args=(make, first), name="moejax-data", daemon=True
+        )
+        self._thread.start()
+
+    def _run(self, make: Callable[[int], Batch], index: int) -> None:
+        while not self._closed.is_set():
+            try:
+                item = (make(index), None)
+            except BaseException as error:
+                item = (None, error)
+            self._put(item)
+            if item[1] is not None:
+                return
+            index += 1
+
+    def _put(self, item) -> None:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.1)
+                return
+            except queue.Full:
+                continue
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed.is_set():
+            raise StopIteration
+        batch, error = self._queue.get()
+        if error is not None:
+            self.close()
+            raise error
+        return batch
+
+    def close(self) -> None:
+        """Stops the thread and waits for it. Closing twice is fine."""
+        self._closed.set()
+        self._thread.join()
+
+    def __enter__(self) -> "Prefetch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+
+def check_tokens(batch: Batch, vocab_size: int) -> None:
+    """Checks on the host that the ids of a batch [B, T] fit a model with `vocab_size` embeddings.
+
+    Raises:
+        ConfigError: an id is not in [0, vocab_size), which a device would clamp in silence.
+    """
+    for name in ("tokens", "targets"):
+        ids = np.asarray(getattr(batch, name))
+        bad = (ids < 0) | (ids >= vocab_size)
+        if bad.any():
+            row, position = np.argwhere(bad)[0]
+            raise ConfigError(
+                f"token id {ids[row, position]} in {name} at row {row}, position {position} is "
+                f"outside [0, model.vocab_size={vocab_size}); use the tokenizer that the data "
+                "were made with, or a larger model.vocab_size"
+            )
+
+
+def check_vocabulary(corpus: Corpus, model_vocab_size: int) -> None:
+    """Checks that the model has an embedding for every id that the corpus may hold.
+
+    Raises:
+        ConfigError: it does not.
+    """
+    if corpus.vocab_size > model_vocab_size:
+        raise ConfigError(
+            f"the tokenizer has {corpus.vocab_size} ids and model.vocab_size={model_vocab_size}; "
+            f"every id needs an embedding, use model.vocab_size={-(-corpus.vocab_size // 8) * 8}"
+        )

@@ -1,0 +1,197 @@
+"""Evaluation on the validation split: dropless, and at `moe.eval_capacity_factor` as a second, named number.
+
+Sums are taken on the devices in float32, a batch at a time, and over batches on the host in float64, so the
+result is the same on every mesh to rounding.
+"""
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from moejax.checkpoint import Checkpoints
+from moejax.config import Config, MoEConfig
+from moejax.corpus import Corpus, load_corpus
+from moejax.data import Batch, ValidationBatches, check_vocabulary
+from moejax.loss import Totals, losses, token_losses, totals
+from moejax.mesh import make_mesh, mesh_config
+from moejax.metrics import routing_record
+from moejax.model import packed_tokens
+from moejax.optim import make_optimizer
+from moejax.routing import RouterStats
+from moejax.sharding import place_batch
+from moejax.state import abstract_state, model_graph
+from moejax.tokenizer import load_tokenizer
+
+
+class EvalSums(NamedTuple):
+    """Sums over a batch: by domain [N] the loss in nats, the targets and their bytes; and the routing."""
+
+    positions: jax.Array
+    nats_n: jax.Array
+    targets_n: jax.Array
+    bytes_n: jax.Array
+    totals: Totals
+    stats: RouterStats | None
+
+
+def dropless(config: MoEConfig) -> MoEConfig:
+    """Returns `config` without a capacity: what evaluation and generation run."""
+    transport = "reference" if config.transport == "reference" else "auto"
+    return dataclasses.replace(config, capacity_factor=None, transport=transport)
+
+
+def at_eval_capacity(config: MoEConfig) -> MoEConfig:
+    """Returns `config` with the capacity of evaluation."""
+    return dataclasses.replace(config, capacity_factor=config.eval_capacity_factor)
+
+
+def with_moe(config: Config, moe: MoEConfig) -> Config:
+    return dataclasses.replace(config, moe=moe)
+
+
+def make_eval_step(config: Config, mesh: Mesh, bytes_v: np.ndarray, num_domains: int):
+    """Returns the jitted `(params, router_state, batch [A, B, T]) -> EvalSums`."""
+    graph = model_graph(config, mesh)
+    table_v = jnp.asarray(bytes_v, jnp.int32)
+
+    def microbatch_sums(params, router_state, batch: Batch) -> EvalSums:
+        model = nnx.merge(graph, params)
+        hidden_btd, stats, _ = model(batch.tokens, packed_tokens(batch.segments), router_state)
+        loss_bt = token_losses(model.unembed(hidden_btd), batch.targets)
+        domain_btn = jax.nn.one_hot(batch.domains, num_domains, dtype=jnp.int32)
+        domain_btn *= batch.loss_mask[..., None].astype(jnp.int32)
+        bytes_bt = table_v.at[batch.targets].get(mode="fill", fill_value=0)
+        return EvalSums(
+            positions=jnp.asarray(batch.tokens.size, jnp.int32),
+            nats_n=jnp.einsum("bt,btn->n", loss_bt, domain_btn.astype(jnp.float32)),
+            targets_n=domain_btn.sum((0, 1)),
+            bytes_n=jnp.einsum("bt,btn->n", bytes_bt, domain_btn),
+            totals=totals(batch.loss_mask, batch.segments),
+            stats=stats,
+        )
+
+    @jax.jit
+    def step(params, router_state, batch: Batch) -> EvalSums:
+        sums = jax.lax.map(lambda b: microbatch_sums(params, router_state, b), batch)
+        return jax.tree.map(lambda leaf: leaf.sum(0), sums)
+
+    return step
+
+
+class Evaluator:
+    """Evaluates parameters on the validation split, the same sequences every time.
+
+    Args:
+        config: of the run; `eval.batches` batches of `train.batch_size` sequences.
+        mesh: where to run.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self._config, self._mesh = config, mesh
+        corpus: Corpus = load_corpus(config.data, "validation")
+        check_vocabulary(corpus, config.model.vocab_size)
+        self._domains = corpus.domains
+        bytes_v = load_tokenizer(config.data.tokenizer).bytes_v
+        data = config.data
+        self._batches = ValidationBatches(
+            corpus, data.sequence_length, config.train.batch_size, config.eval.batches
+        )
+        self._steps = {"dropless": dropless(config.moe)}
+        if config.num_moe_layers:
+            self._steps["capacity"] = at_eval_capacity(config.moe)
+        self._steps = {
+            name: make_eval_step(with_moe(config, moe), mesh, bytes_v, len(corpus.domains))
+            for name, moe in self._steps.items()
+        }
+
+    def __call__(self, params: Any, router_state: dict[str, jax.Array]) -> dict[str, Any]:
+        """Returns the fields of an evaluation record (see docs/metrics.md)."""
+        sums = {name: None for name in self._steps}
+        for index in range(len(self._batches)):
+            batch = place_batch(
+                self._mesh,
+                lambda start, stop, index=index: self._batches.rows(index, start, stop),
+                self._config.train.batch_size,
+                self._config.train.accumulation,
+            )
+            for name, step in self._steps.items():
+                new = jax.tree.map(_wide, jax.device_get(step(params, router_state, batch)))
+                old = sums[name]
+                sums[name] = new if old is None else jax.tree.map(np.add, old, new)
+        record = _loss_fields(sums["dropless"], self._domains, self._config.moe)
+        if sums.get("capacity") is not None:
+            at_capacity = _loss_fields(sums["capacity"], self._domains, self._config.moe)
+            record["loss_at_capacity"] = at_capacity["loss"]
+            record["drop_fraction_at_capacity"] = at_capacity["drop_fraction"]
+            record["capacity_factor"] = self._config.moe.eval_capacity_factor
+        return record
+
+
+def _wide(leaf: np.ndarray) -> np.ndarray:
+    return leaf.astype(np.int64 if np.issubdtype(leaf.dtype, np.integer) else np.float64)
+
+
+def _loss_fields(sums: Any, domains: tuple[str, ...], moe: MoEConfig) -> dict[str, Any]:
+    def fields(nats, targets, size):
+        return {
+            "loss": float(nats / max(targets, 1)),
+            "bits_per_byte": float(nats / math.log(2) / max(size, 1)),
+            "tokens": int(targets),
+        }
+
+    record = fields(sums.nats_n.sum(), sums.targets_n.sum(), sums.bytes_n.sum())
+    by_domain = zip(domains, sums.nats_n, sums.targets_n, sums.bytes_n, strict=True)
+    record["domains"] = {name: fields(*values) for name, *values in by_domain if values[1] > 0}
+    record |= _auxiliary_fields(record["loss"], sums, moe)
+    return record | routing_record(
+        sums.stats, int(sums.positions), int(sums.totals.tokens)
+    )
+
+
+def _auxiliary_fields(loss: float, sums: Any, moe: MoEConfig) -> dict[str, float]:
+    """Returns the auxiliary losses of the whole split, by the same formulas as in training."""
+    if sums.stats is None:
+        return {"total_loss": loss, "balance_loss": 0.0, "router_z_loss": 0.0}
+    stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, _narrow(leaf)), sums.stats)
+    total = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.int32), sums.totals)
+    zero = jnp.zeros((), jnp.float32)
+    parts = losses(zero, jnp.zeros((), bool), stats, stats.count_e, total, moe)
+    return {
+        "total_loss": loss + float(parts.total),
+        "balance_loss": float(parts.balance),
+        "router_z_loss": float(parts.z),
+    }
+
+
+def _narrow(leaf: np.ndarray):
+    return jnp.int32 if np.issubdtype(leaf.dtype, np.integer) else jnp.float32
+
+
+def restore_for_use(
+    config: Config, workdir: Path, step: int | None
+) -> tuple[Mesh, int, Any, dict[str, jax.Array]]:
+    """Returns (mesh, step, params, router state) of a run's checkpoint on `config.mesh`.
+
+    Raises:
+        ConfigError: no such checkpoint, or the mesh does not fit the devices or the model.
+    """
+    mesh = make_mesh(config.mesh)
+    config.check_mesh(mesh_config(mesh))
+    abstract = abstract_state(config, mesh, make_optimizer(config.optim, config.train.steps))
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+        found = checkpoints.find(step)
+        params, router_state = checkpoints.restore_model(found, abstract)
+    return mesh, found, params, router_state
+
+
+def evaluate_workdir(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run; returns its record with `step` and `split`."""
+    mesh, found, params, router_state = restore_for_use(config, workdir, step)
+    return {"step": found, "split": "eval", **Evaluator(config, mesh)(params, router_state)}

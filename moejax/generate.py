@@ -1,0 +1,164 @@
+"""Generation: one jitted loop over a key/value cache, several prompts at once, dropless.
+
+Prompts are padded on the right. A generated token takes the cache row of its own position, over the padding that
+prefill left there, and a query sees rows up to its own position only: padding is never seen.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from moejax.config import Config, ConfigError
+from moejax.evaluate import dropless, restore_for_use, with_moe
+from moejax.mesh import mesh_config
+from moejax.model import Cache, Decoder, Tokens, empty_cache
+from moejax.state import model_graph
+from moejax.tokenizer import load_tokenizer
+
+PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
+
+
+def cached_forward(
+    model: Decoder,
+    token_bt: jax.Array,
+    position_bt: jax.Array,
+    mask_bt: jax.Array,
+    router_state: dict[str, jax.Array],
+    cache: Cache,
+) -> tuple[jax.Array, Cache]:
+    """Runs tokens [B, T] at their positions on top of the cache; returns hidden states and the new cache."""
+    row_q = jnp.arange(cache.key.shape[2], dtype=jnp.int32)
+    attend_bqt = row_q[None, None, :] <= position_bt[:, :, None]
+    tokens = Tokens(position_bt, attend_bqt, mask_bt)
+    hidden_btd, _, new_cache = model(token_bt, tokens, router_state, cache)
+    assert new_cache is not None
+    return hidden_btd, new_cache
+
+
+def sample(key: jax.Array, logit_bv: jax.Array, temperature: float, top_p: float) -> jax.Array:
+    """Draws a token of each row: from the fewest whose probabilities reach `top_p`; temperature 0 takes the best.
+
+    Nucleus sampling (Holtzman et al. 2020), after the temperature. int32 [B].
+    """
+    if temperature == 0:
+        return jnp.argmax(logit_bv, axis=-1).astype(jnp.int32)
+    logit_bv = logit_bv / temperature
+    sorted_bv = jnp.sort(logit_bv, axis=-1, descending=True)
+    probability_bv = jax.nn.softmax(sorted_bv, axis=-1)
+    before_bv = jnp.cumsum(probability_bv, axis=-1) - probability_bv
+    last_b = jnp.sum(before_bv < top_p, axis=-1) - 1
+    threshold_b1 = jnp.take_along_axis(sorted_bv, last_b[:, None], axis=-1)
+    kept_bv = jnp.where(logit_bv >= threshold_b1, logit_bv, -jnp.inf)
+    return jax.random.categorical(key, kept_bv, axis=-1).astype(jnp.int32)
+
+
+def make_generate(
+    config: Config, mesh: Mesh, max_tokens: int, temperature: float, top_p: float, end: int
+):
+    """Returns the jitted `(params, router_state, prompt_bt, length_b, key) -> int32 [B, max_tokens]`.
+
+    Rows of length 0 are padding. After the id `end` a row is filled with `end`.
+    """
+    config = with_moe(config, dropless(config.moe))
+    graph = model_graph(config, mesh)
+
+    @jax.jit
+    def generate(params, router_state, prompt_bt, length_b, key):
+        model = nnx.merge(graph, params)
+        batch, width = prompt_bt.shape
+        position_bt = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), prompt_bt.shape)
+        real_b = length_b > 0
+        forward = partial(cached_forward, router_state=router_state)
+        hidden_btd, cache = forward(
+            model,
+            prompt_bt,
+            position_bt,
+            position_bt < length_b[:, None],
+            cache=empty_cache(config, batch, width + max_tokens),
+        )
+        last_b11 = jnp.maximum(length_b - 1, 0)[:, None, None]
+        last_b1d = jnp.take_along_axis(hidden_btd, last_b11, axis=1)
+
+        def step(carry, index):
+            hidden_b1d, cache, done_b = carry
+            logit_bv = model.unembed(hidden_b1d)[:, 0]
+            token_b = sample(jax.random.fold_in(key, index), logit_bv, temperature, top_p)
+            token_b = jnp.where(done_b, end, token_b)
+            done_b = done_b | (token_b == end)
+            hidden_b1d, cache = forward(
+                model, token_b[:, None], (length_b + index)[:, None], real_b[:, None], cache=cache
+            )
+            return (hidden_b1d, cache, done_b), token_b
+
+        start = (last_b1d, cache, ~real_b)
+        _, token_nb = jax.lax.scan(step, start, jnp.arange(max_tokens, dtype=jnp.int32))
+        return token_nb.T
+
+    return generate
+
+
+def generate(
+    config: Config,
+    mesh: Mesh,
+    params: Any,
+    router_state: dict[str, jax.Array],
+    prompts: Sequence[str],
+    max_tokens: int = 100,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> list[str]:
+    """Returns the continuation of each prompt, without the prompt.
+
+    Raises:
+        ConfigError: no prompt, or one without a token.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    for number, tokens in enumerate(ids):
+        if len(tokens) == 0:
+            raise ConfigError(f"prompt {number} is empty; give at least one character to continue")
+    if not ids:
+        raise ConfigError("there is no prompt; give --prompt TEXT or --prompts FILE")
+    longest = max(map(len, ids))
+    width = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
+    shards = mesh_config(mesh).token_shards
+    rows = -(-len(ids) // shards) * shards
+    prompt_bt = np.zeros((rows, width), np.int32)
+    length_b = np.zeros(rows, np.int32)
+    for row, tokens in enumerate(ids):
+        prompt_bt[row, : len(tokens)] = tokens
+        length_b[row] = len(tokens)
+    run = make_generate(config, mesh, max_tokens, temperature, top_p, tokenizer.end_of_document)
+    out_bt = np.asarray(run(params, router_state, prompt_bt, length_b, jax.random.key(seed)))
+    return [_decode(tokenizer, row) for row in out_bt[: len(ids)]]
+
+
+def _decode(tokenizer, row: np.ndarray) -> str:
+    ends = np.flatnonzero(row == tokenizer.end_of_document)
+    row = row[: ends[0]] if len(ends) else row
+    return tokenizer.decode(row[row < tokenizer.vocab_size])
+
+
+def generate_workdir(
+    config: Config,
+    workdir: Path,
+    step: int | None,
+    prompts: Sequence[str],
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> list[str]:
+    """Continues prompts with a checkpoint of a run; see `generate`."""
+    mesh, _, params, router_state = restore_for_use(config, workdir, step)
+    return generate(
+        config, mesh, params, router_state, prompts, max_tokens, temperature, top_p, seed
+    )

@@ -1,0 +1,279 @@
+"""The training loop: batch, step, hooks. Metrics are fetched one step late, so the devices never wait for them."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+import moejax
+from moejax.checkpoint import Checkpoints
+from moejax.config import Config
+from moejax.corpus import load_corpus
+from moejax.data import TrainBatches, check_tokens, check_vocabulary
+from moejax.evaluate import Evaluator
+from moejax.flops import model_flops_utilization
+from moejax.generate import generate
+from moejax.mesh import make_mesh, mesh_config
+from moejax.metrics import MetricWriter, read_metrics, routing_record
+from moejax.optim import make_optimizer
+from moejax.overrides import config_to_dict, config_to_json
+from moejax.plots import plot_expert_load, plot_loss
+from moejax.progress import TrainProgress, show_summary
+from moejax.sharding import place_batch
+from moejax.state import TrainState, initial_state
+from moejax.step import StepMetrics, make_train_step
+from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT
+
+SAMPLE_PROMPTS = ("And it came to pass", "Y aconteció que", "def main(")
+
+
+class NonFinite(Exception):
+    """A quantity of a step is NaN or infinite; the message says which came first."""
+
+
+def train(config: Config, workdir: Path) -> int:
+    """Trains, or resumes, the run in `workdir` to `config.train.steps`.
+
+    Returns:
+        0, or 1 when a quantity was not finite.
+
+    Raises:
+        ConfigError: the config does not fit the devices or the data.
+    """
+    mesh = make_mesh(config.mesh)
+    config.check_mesh(mesh_config(mesh))
+    corpus = load_corpus(config.data, "train")
+    check_vocabulary(corpus, config.model.vocab_size)
+    data = TrainBatches(
+        corpus, config.data.sequence_length, config.train.batch_size, config.seed
+    )
+    evaluator = Evaluator(config, mesh)
+    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+        run = Run(config, workdir, mesh, data, evaluator, checkpoints)
+        try:
+            run.train()
+        except NonFinite as error:
+            print(f"moejax train: {error}", file=sys.stderr)
+            return 1
+        run.finish()
+    return 0
+
+
+class Run:
+    """One training in progress: the state, and everything that its hooks write to."""
+
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        mesh: jax.sharding.Mesh,
+        data: TrainBatches,
+        evaluator: Evaluator,
+        checkpoints: Checkpoints,
+    ):
+        self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
+        self.evaluator, self.checkpoints = evaluator, checkpoints
+        self.step_function, abstract = make_train_step(config, mesh)
+        self.counters = {"tokens_seen": 0, "dropped_seen": 0}
+        if checkpoints.steps:
+            start = checkpoints.find(None)
+            self.state = checkpoints.restore(start, abstract)
+            self.counters = checkpoints.restore_meta(start)["counters"]
+        else:
+            start = 0
+            optimizer = make_optimizer(config.optim, config.train.steps)
+            self.state = initial_state(config, mesh, optimizer)
+        self.start = start
+        self.main_process = jax.process_index() == 0
+        self.writer = MetricWriter(workdir, start, enabled=self.main_process)
+        self.last_eval: dict[str, Any] | None = None
+        self.last_train: dict[str, Any] | None = None
+        self.seconds: list[float] = []
+
+    def train(self) -> None:
+        """Runs the steps that are left."""
+        config = self.config
+        positions = config.train.batch_size * config.data.sequence_length
+        self.writer.write_text("config", f"```\n{config_to_json(config)}\n```")
+        late = LateMetrics(self._record)
+        with (
+            TrainProgress(config.train.steps, self.start, positions) as self.progress,
+            self.data.prefetch(self.start) as batches,
+        ):
+            for step in range(self.start + 1, config.train.steps + 1):
+                batch = self._place(next(batches))
+                self.state, metrics = self.step_function(self.state, batch)
+                late.push(step, metrics)
+                self._hooks(step, late)
+            late.flush()
+
+    def _place(self, rows: Any) -> Any:
+        check_tokens(rows, self.config.model.vocab_size)
+
+        def part(start: int, stop: int):
+            return jax.tree.map(lambda leaf: leaf[start:stop], rows)
+
+        train = self.config.train
+        return place_batch(self.mesh, part, train.batch_size, train.accumulation)
+
+    def _hooks(self, step: int, late: "LateMetrics") -> None:
+        config, last = self.config, step == self.config.train.steps
+        evaluates = last or (config.eval.every is not None and step % config.eval.every == 0)
+        saves = last or step % config.checkpoint.every == 0
+        if not (evaluates or saves):
+            return
+        late.flush()  # nothing that is not finite is evaluated or saved
+        loss = self._evaluate(step) if evaluates else None
+        if saves:
+            self.checkpoints.save(self.state, self._meta(), loss)
+        late.restart_clock()
+
+    def _evaluate(self, step: int) -> float:
+        start = time.monotonic()
+        record = self.evaluator(self.state.params, self.state.router_state)
+        seconds = time.monotonic() - start
+        record = {"step": step, "split": "eval", **self.counters, **record}
+        record["tokens_per_second"] = record["tokens"] / seconds
+        self.writer.write(record)
+        self.progress.update(record)
+        self.last_eval = record
+        return record["loss"]
+
+    def _meta(self) -> dict[str, Any]:
+        return {
+            "config": config_to_dict(self.config),
+            "counters": dict(self.counters),
+            "data": self.data.fingerprint,
+            "versions": {"moejax": moejax.__version__, "jax": jax.__version__},
+        }
+
+    def _record(self, step: int, metrics: StepMetrics, seconds: float | None) -> None:
+        """Takes a finished step's metrics: checks that they are finite, counts, and now and then writes them."""
+        broken = [name for name, finite in metrics.finite.items() if not finite]
+        positions = self.config.train.batch_size * self.config.data.sequence_length
+        routing = routing_record(metrics.stats, positions, int(metrics.totals.tokens))
+        self.counters["tokens_seen"] += int(metrics.totals.targets)
+        self.counters["dropped_seen"] += routing["dropped"]
+        if seconds is not None:
+            self.seconds.append(seconds)
+        every, steps = self.config.logging.every, self.config.train.steps
+        if broken or step % every == 0 or step in (self.start + 1, steps):
+            record = self._train_record(step, metrics, seconds) | routing
+            self.writer.write(record)
+            self.progress.update(record)
+            self.last_train = record
+        if broken:
+            raise NonFinite(self._explain(step, broken))
+
+    def _train_record(
+        self, step: int, metrics: StepMetrics, seconds: float | None
+    ) -> dict[str, Any]:
+        losses, tokens = metrics.losses, int(metrics.totals.targets)
+        speed = None if seconds is None else tokens / seconds
+        devices = jax.devices()
+        utilization = None
+        if speed is not None:
+            utilization = model_flops_utilization(
+                self.config, speed, devices[0].device_kind, len(devices)
+            )
+        return {
+            "step": step,
+            "split": "train",
+            "loss": float(losses.loss),
+            "total_loss": float(losses.total),
+            "balance_loss": float(losses.balance),
+            "router_z_loss": float(losses.z),
+            "grad_norm": float(metrics.grad_norm),
+            "learning_rate": float(metrics.learning_rate),
+            "tokens": tokens,
+            **self.counters,
+            "tokens_per_second": speed,
+            "step_seconds": seconds,
+            "mfu": utilization,
+        }
+
+    def _explain(self, step: int, broken: list[str]) -> str:
+        steps = self.checkpoints.steps
+        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
+        return (
+            f"step {step}: {broken[0]} is not finite first, of {len(broken)} quantities; {kept}; lower "
+            f"optim.learning_rate={self.config.optim.learning_rate} or optim.clip_norm="
+            f"{self.config.optim.clip_norm}, or raise moe.router_z_loss_weight="
+            f"{self.config.moe.router_z_loss_weight}"
+        )
+
+    def finish(self) -> None:
+        """Shows what was learned: evaluation, speed, a sample, plots, and the files."""
+        if self.last_eval is None:  # the run was complete already
+            self.last_eval = {
+                "step": self.config.train.steps,
+                "split": "eval",
+                **self.evaluator(self.state.params, self.state.router_state),
+            }
+        self.checkpoints.close()
+        samples = generate(
+            self.config,
+            self.mesh,
+            self.state.params,
+            self.state.router_state,
+            SAMPLE_PROMPTS,
+            seed=self.config.seed,
+        )
+        self.writer.close()
+        if not self.main_process:
+            return
+        files = [self.workdir / LOSS_PLOT]
+        records = read_metrics(self.workdir)
+        plot_loss(records, files[0])
+        if self.config.num_moe_layers:
+            files.append(self.workdir / EXPERT_LOAD_PLOT)
+            plot_expert_load(records, files[1])
+        show_summary(
+            self.last_eval,
+            tokens_per_second=self._speed(),
+            files=[self.workdir / "checkpoints", *self.writer.files, *files],
+            sample="\n\n".join(p + s for p, s in zip(SAMPLE_PROMPTS, samples, strict=True)),
+            record_train=self.last_train,
+        )
+
+    def _speed(self) -> float | None:
+        if not self.seconds or self.last_train is None:
+            return None
+        return self.last_train["tokens"] / float(np.median(self.seconds))
+
+
+class LateMetrics:
+    """Fetches a step's metrics after the next step was dispatched.
+
+    Args:
+        record: called with (step, metrics as NumPy arrays, seconds since the step before, None for the first).
+    """
+
+    def __init__(self, record: Callable[[int, StepMetrics, float | None], None]):
+        self._record = record
+        self._waiting: tuple[int, StepMetrics] | None = None
+        self._clock: float | None = None
+
+    def push(self, step: int, metrics: StepMetrics) -> None:
+        """Takes the metrics of a step that was dispatched, and hands on those of the one before."""
+        self.flush()
+        self._waiting = (step, metrics)
+
+    def flush(self) -> None:
+        """Waits for the last step's metrics and hands them on."""
+        if self._waiting is None:
+            return
+        (step, metrics), self._waiting = self._waiting, None
+        fetched = jax.device_get(metrics)
+        now = time.monotonic()
+        seconds = None if self._clock is None else now - self._clock
+        self._clock = now
+        self._record(step, fetched, seconds)
+
+    def restart_clock(self) -> None:
+        """Leaves out of the next step's seconds what was done since the last."""
+        self._clock = time.monotonic()

@@ -1,0 +1,184 @@
+"""Text to ids and back: bytes, or a tokenizer of Hugging Face or SentencePiece. No JAX here."""
+
+import hashlib
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from moejax.config import ConfigError
+
+_END_NAMES = (
+    "</s>",
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<eos>",
+    "<|eot_id|>",
+    "<|im_end|>",
+    "[SEP]",
+)
+
+
+class Tokenizer(Protocol):
+    """What the data layer needs of a tokenizer. `load_tokenizer` makes one.
+
+    `bytes_v` is int32 [V]: how many bytes of text an id stands for, 0 for special ids, so that
+    bits per byte = nats / ln 2 / sum of bytes_v[targets].
+    """
+
+    vocab_size: int
+    end_of_document: int
+    bytes_v: np.ndarray
+    fingerprint: str
+
+    def encode(self, text: str) -> np.ndarray:
+        """Returns the ids of `text`, int32 [n], without the end of document."""
+        ...
+
+    def decode(self, ids) -> str:
+        """Returns the text of `ids`; special ids and ids beyond the vocabulary give none."""
+        ...
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """Returns the tokenizer `name`: "bytes", or a path of a tokenizer.json or SentencePiece model.
+
+    Raises:
+        ConfigError: no such file, not a tokenizer, or its package is not installed.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name).expanduser()
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "is not a file"
+        raise ConfigError(
+            f"data.tokenizer={name!r} {kind}; use 'bytes', or the path of a Hugging Face "
+            "tokenizer.json or of a SentencePiece model"
+        )
+    return HuggingFaceTokenizer(path) if path.suffix == ".json" else SentencePieceTokenizer(path)
+
+
+class ByteTokenizer:
+    """Id b is byte b of the UTF-8 text; id 256 ends a document."""
+
+    vocab_size = 257
+    end_of_document = 256
+    fingerprint = "bytes"
+
+    def __init__(self):
+        self.bytes_v = np.ones(self.vocab_size, np.int32)
+        self.bytes_v[self.end_of_document] = 0
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-8"), np.uint8).astype(np.int32)
+
+    def decode(self, ids) -> str:
+        ids = np.asarray(ids, np.int64)
+        return (
+            ids[(ids >= 0) & (ids < 256)]
+            .astype(np.uint8)
+            .tobytes()
+            .decode("utf-8", errors="replace")
+        )
+
+
+class HuggingFaceTokenizer:
+    """A tokenizer.json. Where it has no known end-of-document token, one more id is added for it.
+
+    Special tokens that are spelled out in a text are text: a document cannot forge its own end.
+    """
+
+    def __init__(self, path: Path):
+        tokenizers = _import_extra("tokenizers", path)
+        data = path.read_bytes()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise _not_a_tokenizer(path, "Hugging Face tokenizer.json", error) from error
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+        vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        self._size = max(vocabulary.values()) + 1
+        special = {
+            token.content: number
+            for number, token in self._tokenizer.get_added_tokens_decoder().items()
+            if token.special
+        }
+        self.end_of_document = next((special[n] for n in _END_NAMES if n in special), self._size)
+        self.vocab_size = max(self._size, self.end_of_document + 1)
+        self.bytes_v = np.zeros(self.vocab_size, np.int32)
+        byte_level = '"ByteLevel"' in json.dumps(json.loads(data).get("decoder"))
+        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        for piece, number in vocabulary.items():
+            if piece not in special:
+                # One character of a byte-level piece is one byte.
+                one_each = byte_level and piece not in added
+                self.bytes_v[number] = len(piece) if one_each else _piece_bytes(piece)
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(self, ids) -> str:
+        kept = [int(i) for i in ids if 0 <= i < self._size]
+        return self._tokenizer.decode(kept, skip_special_tokens=True)
+
+
+class SentencePieceTokenizer:
+    """A SentencePiece model. Where it has no end-of-sentence id, one more id is added for it.
+
+    The space that many models put before a text counts in the first piece's bytes; the first token
+    of a document is never a target, so bits per byte stay exact.
+    """
+
+    def __init__(self, path: Path):
+        sentencepiece = _import_extra("sentencepiece", path)
+        data = path.read_bytes()
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(data)
+        except Exception as error:  # RuntimeError today; the bindings promise nothing
+            raise _not_a_tokenizer(path, "SentencePiece model", error) from error
+        self._size: int = self._model.vocab_size()
+        end = self._model.eos_id()
+        self.end_of_document: int = end if end >= 0 else self._size
+        self.vocab_size = max(self._size, self.end_of_document + 1)
+        self.bytes_v = np.zeros(self.vocab_size, np.int32)
+        for number in range(self._size):
+            if not (self._model.is_control(number) or self._model.is_unknown(number)):
+                self.bytes_v[number] = _piece_bytes(self._model.id_to_piece(number))
+        self.fingerprint = hashlib.sha256(data).hexdigest()
+
+    def encode(self, text: str) -> np.ndarray:
+        return np.asarray(self._model.encode(text), np.int32)
+
+    def decode(self, ids) -> str:
+        return self._model.decode([int(i) for i in ids if 0 <= i < self._size])
+
+
+def _piece_bytes(piece: str) -> int:
+    """Bytes of text that a SentencePiece or WordPiece piece stands for."""
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return 1
+    return len(piece.removeprefix("##").replace("\u2581", " ").encode("utf-8"))
+
+
+def _import_extra(package: str, path: Path) -> Any:
+    try:
+        return import_module(package)
+    except ImportError as error:
+        raise ConfigError(
+            f"data.tokenizer={str(path)!r} needs the package {package}, which is not installed; "
+            "pip install 'moejax[tokenizers]', or use data.tokenizer=bytes"
+        ) from error
+
+
+def _not_a_tokenizer(path: Path, kind: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())
+    return ConfigError(
+        f"data.tokenizer={str(path)!r} is not a {kind} ({reason}); a name that ends in .json is "
+        "read as Hugging Face's, any other as SentencePiece's"
+    )

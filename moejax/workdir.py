@@ -1,0 +1,121 @@
+"""The folder of one run: what lies where in it, and whose config it has. JAX is not imported."""
+
+import contextlib
+import fnmatch
+import os
+from pathlib import Path
+
+from moejax.config import Config, ConfigError
+from moejax.overrides import config_difference, config_from_json, config_to_json
+
+CONFIG = "config.json"  # the resolved config
+METRICS = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+CHECKPOINTS = "checkpoints"  # one folder a step, named by its number
+LOSS_PLOT = "loss.png"
+EXPERT_LOAD_PLOT = "expert_load.png"
+
+# What may differ on resume: how long, how often to look and save, and how the same mathematics is
+# laid out over devices. Everything else decides what a step computes: another training.
+MAY_CHANGE = (
+    "train.steps",
+    "train.accumulation",
+    "logging.every",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "eval.*",
+    "mesh.*",
+)
+
+
+def matches(key: str, patterns: tuple[str, ...]) -> bool:
+    """Says whether a dotted key is one of `patterns`, where `mesh.*` stands for a whole section."""
+    return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def checkpoint_steps(workdir: Path) -> list[int]:
+    """Returns the steps that have a checkpoint folder, in order."""
+    folder = workdir / CHECKPOINTS
+    if not folder.is_dir():
+        return []
+    return sorted(
+        int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir()
+    )
+
+
+def open_workdir(path: str | os.PathLike, config: Config) -> Path:
+    """Makes `path` ready for a training with `config`: creates it, and stores the config in it.
+
+    A workdir that has checkpoints is resumed, and must have the same config but for `MAY_CHANGE`.
+
+    Raises:
+        ConfigError: it is a file, it cannot be written, or it belongs to another config.
+    """
+    workdir = Path(path)
+    if workdir.exists() and not workdir.is_dir():
+        raise ConfigError(
+            f"workdir {workdir} is a file; give a folder, for example --workdir runs/a"
+        )
+    steps = checkpoint_steps(workdir)
+    if steps:
+        _check_same_run(workdir, config, steps[-1])
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _write_atomically(workdir / CONFIG, config_to_json(config))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"workdir {workdir} cannot be written: {reason}; give another --workdir"
+        ) from None
+    return workdir
+
+
+def read_config(path: str | os.PathLike) -> Config:
+    """Returns the config of a workdir, without running anybody's Python.
+
+    Raises:
+        ConfigError: `path` is not a workdir of `moejax train`, or its config is damaged.
+    """
+    file = Path(path) / CONFIG
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{file} does not exist; give a workdir that `moejax train` wrote"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read: {error}") from None
+    try:
+        return config_from_json(text)
+    except ConfigError as error:
+        raise ConfigError(f"{file}: {error}") from None
+
+
+def _check_same_run(workdir: Path, config: Config, step: int) -> None:
+    differing = [
+        row
+        for row in config_difference(read_config(workdir), config)
+        if not matches(row[0], MAY_CHANGE)
+    ]
+    if differing:
+        rows = ", ".join(f"{key} {stored!r} -> {asked!r}" for key, stored, asked in differing)
+        raise ConfigError(
+            f"workdir {workdir} has checkpoints up to step {step} of another config ({rows}); give "
+            "the stored values back to resume, or another --workdir; on resume these may change: "
+            f"{', '.join(MAY_CHANGE)}"
+        )
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    """A reader sees the old file or the new one, also after a crash."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise

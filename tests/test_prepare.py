@@ -1,0 +1,312 @@
+"""`prepare`: each format, any number of workers, and what is said of input that cannot be read."""
+
+import importlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from moejax import prepare as prepare_module
+from moejax.config import ConfigError, DataConfig
+from moejax.corpus import Corpus, load_corpus
+from moejax.prepare import prepare
+from moejax.tokenizer import load_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def _in_tmp_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def _prepare(*inputs, output="out", **options) -> dict:
+    return prepare(
+        list(inputs), "bytes", output, **({"workers": 1, "show_progress": False} | options)
+    )
+
+
+def _load(path="out") -> tuple[Corpus, Corpus]:
+    config = DataConfig(source="prepared", path=path)
+    return load_corpus(config, "train"), load_corpus(config, "validation")
+
+
+def _documents(*corpora: Corpus) -> list[tuple[str, str]]:
+    """(domain, text) of every document, in the order of the corpora."""
+    decode = load_tokenizer("bytes").decode
+    return [
+        (corpus.domains[domain], decode(corpus.token_n[start : stop - 1]))
+        for corpus in corpora
+        for start, stop, domain in zip(
+            corpus.start_d[:-1], corpus.start_d[1:], corpus.domain_d, strict=True
+        )
+    ]
+
+
+def _write(path: str, data: str | bytes) -> str:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_bytes(data.encode() if isinstance(data, str) else data)
+    return path
+
+
+def _write_jsonl(path: str, texts, field="text") -> str:
+    return _write(path, "".join(json.dumps({"id": 1, field: text}) + "\n" for text in texts))
+
+
+def _write_parquet(path: str, texts, field="text", **options) -> str:
+    pyarrow = importlib.import_module("pyarrow")
+    table = pyarrow.table({"id": list(range(len(texts))), field: texts})
+    importlib.import_module("pyarrow.parquet").write_table(table, path, **options)
+    return path
+
+
+def test_text_files_and_folders():
+    for i in range(5):
+        _write(f"books/{i}.txt", f"book {i}\r\n\u00e9")
+        _write(f"letters/deep/er/{i}.txt", f"letter {i}")
+    _write("letters/notes.pdf", "not text")
+    meta = _prepare("books/*.txt", "mail=letters")
+    train, validation = _load()
+    assert train.domains == ("books", "mail")
+    assert sorted(_documents(train, validation)) == sorted(
+        [("books", f"book {i}\r\n\u00e9") for i in range(5)]
+        + [("mail", f"letter {i}") for i in range(5)]
+    )
+    assert meta["num_files"] == 10
+    assert meta == json.loads(Path("out/meta.json").read_text())
+    assert sorted(path.name for path in Path().iterdir()) == ["books", "letters", "out"]
+
+
+TEXTS = [f"text {i} \u00f1 \U0001f600 \n" for i in range(60)]
+
+
+def test_jsonl_with_a_field_in_pieces_of_any_size(monkeypatch):
+    _write_jsonl("shards/a.jsonl", TEXTS, field="body")
+    expected = sorted(("shards", text) for text in TEXTS)
+    _prepare("shards/a.jsonl", field="body", output="whole")
+    assert sorted(_documents(*_load("whole"))) == expected
+    for size in (1, 7, 100):  # pieces that end inside lines, on their ends, and hold none at all
+        monkeypatch.setattr(prepare_module, "_PIECE_BYTES", size)
+        _prepare("shards/a.jsonl", field="body", output=f"in{size}")
+        for split, other in zip(_load("whole"), _load(f"in{size}"), strict=True):
+            assert split.fingerprint == other.fingerprint
+
+
+def test_jsonl_without_text_in_some_lines():
+    _write(
+        "a.jsonl", b'\xef\xbb\xbf{"text": "one"}\n\n{"text": null}\r\n{"text": ""}\n{"text": "two"}'
+    )
+    meta = _prepare("a.jsonl")
+    assert sorted(text for _, text in _documents(*_load())) == ["one", "two"]
+    assert meta["num_empty"] == 2
+
+
+def test_parquet_with_row_groups():
+    _write_parquet("a.parquet", [*TEXTS, None], field="body", row_group_size=7)
+    meta = _prepare("p=a.parquet", field="body")
+    assert sorted(_documents(*_load())) == sorted(("p", text) for text in TEXTS)
+    assert meta["num_empty"] == 1
+
+
+def test_the_folder_is_the_same_for_any_number_of_workers(monkeypatch):
+    monkeypatch.setattr(prepare_module, "_PIECE_BYTES", 500)
+    _write_jsonl("in/a.jsonl", TEXTS)
+    _write_parquet("in/b.parquet", [text + "b" for text in TEXTS], row_group_size=20)
+    for i in range(9):
+        _write(f"in/{i}.txt", f"file {i} " * 30)
+    for workers in (1, 2, 3):
+        _prepare("in", output=f"out{workers}", workers=workers, show_progress=workers == 2)
+    files = sorted(path.relative_to("out1") for path in Path("out1").rglob("*") if path.is_file())
+    assert len(files) == 5
+    for file in files:
+        data = [Path(f"out{workers}", file).read_bytes() for workers in (1, 2, 3)]
+        assert data[0] == data[1] == data[2], file
+    corpus = _load("out3")[0]
+    assert corpus.num_documents > 100
+
+
+def test_an_error_in_a_worker_comes_out_and_leaves_nothing(monkeypatch):
+    monkeypatch.setattr(prepare_module, "_PIECE_BYTES", 500)
+    _write_jsonl("in/a.jsonl", TEXTS)
+    _write("in/b.jsonl", '{"text": "fine"}\n{"txt": 1}\n')
+    with pytest.raises(ConfigError, match=r"b\.jsonl line 2 has no field 'text' but 'txt'"):
+        _prepare("in", workers=2)
+    assert [path.name for path in Path().iterdir()] == ["in"]
+
+
+# The split
+
+
+def test_the_split_goes_by_text():
+    """About a tenth of many documents; equal texts are on one side wherever they are."""
+    _write_jsonl("a.jsonl", [f"text {i % 500}" for i in range(1000)])
+    _prepare("a.jsonl", validation_fraction=0.1)
+    train, validation = _load()
+    assert train.num_documents + validation.num_documents == 1000
+    assert 50 <= validation.num_documents <= 150
+    assert not set(_documents(train)) & set(_documents(validation))
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 1 - 1e-9])
+@pytest.mark.parametrize("count", [2, 5])
+def test_each_split_has_a_document(fraction, count):
+    _write_jsonl("a.jsonl", [f"text {i}" for i in range(count)])
+    _prepare("a.jsonl", validation_fraction=fraction)
+    train, validation = _load()
+    few = validation if fraction < 0.5 else train
+    assert train.num_documents + validation.num_documents == count
+    assert [text for _, text in _documents(few)] == [f"text {count - 1}"]
+
+
+def test_a_document_that_is_alone_is_cut():
+    _write("only/a.txt", "x" * 95 + "y" * 4)  # and the end: 100 tokens
+    _prepare("only/a.txt")
+    train, validation = _load()
+    assert _documents(train, validation) == [("only", "x" * 95), ("only", "y" * 4)]
+    np.testing.assert_array_equal(train.token_n[-1:], 256)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ('{"text": "a"}\n{"other": 1, "b": 2}\n', r"line 2 has no field 'text' but 'other', 'b';"),
+        ("{}\n", r"line 1 has no field 'text' but none;"),
+        ('{"text": "a"}\n\n{"text": \n', r"line 3 is not valid JSON \(.*and --field names"),
+        ("[1]\n", r"line 1 is a list, not an object"),
+        ('{"text": 5}\n', r"line 1 has a int in 'text'"),
+        ('{"text": "\\ud800"}\n', r"line 1 has half of a surrogate pair in 'text'"),
+        (b'{"text": "a"}\n{"text": "\xe9"}\n', r"is not UTF-8: byte 0xe9 at offset 24 \("),
+        ("[" * 100_000, r"line 1 is not valid JSON"),
+    ],
+)
+def test_bad_lines(data, message):
+    _write("a.jsonl", data)
+    with pytest.raises(ConfigError, match=r"a\.jsonl " + message):
+        _prepare("a.jsonl")
+    assert not Path("out").exists()
+
+
+def test_line_numbers_far_into_a_file(monkeypatch):
+    monkeypatch.setattr(prepare_module, "_PIECE_BYTES", 64)
+    _write("a.jsonl", '{"text": "abc"}\n' * 99 + "oops\n")
+    with pytest.raises(ConfigError, match=r"a\.jsonl line 100 is not valid JSON"):
+        _prepare("a.jsonl")
+
+
+def test_text_that_is_not_utf8():
+    _write("a.txt", b"caf\xe9 au lait")
+    with pytest.raises(ConfigError, match=r"a\.txt is not UTF-8: byte 0xe9 at offset 3 .*iconv"):
+        _prepare("a.txt")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_an_empty_file(name):
+    _write(name, "")
+    _write("b.txt", "text")
+    with pytest.raises(ConfigError, match=rf"{name} is empty \(0 bytes\); remove it"):
+        _prepare(name, "b.txt")
+
+
+def test_no_text_at_all():
+    _write("a.txt", " \n\n ")
+    with pytest.raises(ConfigError, match=r"the inputs hold no text \(1 empty documents\)"):
+        _prepare("a.txt")
+
+
+@pytest.mark.parametrize("pattern", ["gone/*.txt", "a=gone.txt", "."])
+def test_no_files(pattern):
+    with pytest.raises(
+        ConfigError, match=r"no files match '(gone/\*\.txt|gone\.txt|\.)' \(in .*quoted"
+    ):
+        _prepare(pattern)
+
+
+def test_a_format_that_is_not_read():
+    _write("a.pdf", "x")
+    with pytest.raises(
+        ConfigError, match=r"a\.pdf ends in '\.pdf'; moejax prepare reads \.txt, \.jsonl,"
+    ):
+        _prepare("a.*")
+
+
+def test_a_parquet_file_without_the_column():
+    _write_parquet("a.parquet", TEXTS, field="body")
+    with pytest.raises(
+        ConfigError, match=r"a\.parquet has no column 'text', only 'id', 'body'; .*--field"
+    ):
+        _prepare("a.parquet")
+    with pytest.raises(
+        ConfigError, match=r"a\.parquet has int64 in column 'id'; name a column of strings"
+    ):
+        _prepare("a.parquet", field="id")
+
+
+def test_a_parquet_file_that_is_none():
+    _write("a.parquet", "text")
+    with pytest.raises(ConfigError, match=r"a\.parquet is not a Parquet file \("):
+        _prepare("a.parquet")
+    Path("a.parquet").unlink()
+    importlib.import_module("pyarrow.parquet").write_table(
+        importlib.import_module("pyarrow").table(
+            {"text": importlib.import_module("pyarrow").array([], "string")}
+        ),
+        "a.parquet",
+    )
+    with pytest.raises(ConfigError, match=r"a\.parquet is empty \(0 rows\)"):
+        _prepare("a.parquet")
+
+
+def test_parquet_without_its_package(monkeypatch):
+    _write_parquet("a.parquet", TEXTS)
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"needs the package pyarrow.*'moejax\[parquet\]'"):
+        _prepare("a.parquet")
+
+
+def test_an_output_that_is_there():
+    _write("a.txt", "text")
+    _write("out/other.txt", "precious")
+    with pytest.raises(
+        ConfigError, match=r"--output .*out is there already and not empty; name another"
+    ):
+        _prepare("a.txt")
+    assert [path.name for path in Path("out").iterdir()] == ["other.txt"]
+    Path("empty").mkdir()
+    _prepare("a.txt", output="empty")
+    assert Path("empty/meta.json").exists()
+
+
+def test_an_output_that_cannot_be_written():
+    _write("a.txt", "text")
+    with pytest.raises(
+        ConfigError, match=r"--output .*a\.txt/out cannot be written \(Not a directory"
+    ):
+        _prepare("a.txt", output="a.txt/out")
+
+
+def test_one_file_in_two_domains():
+    _write("t/a.txt", "text")
+    with pytest.raises(ConfigError, match=r"a\.txt is in two domains, 'x' and 'y'; let each file"):
+        _prepare("x=t/*.txt", "y=t/a.txt")
+
+
+def test_too_many_domains():
+    for i in range(257):
+        _write(f"t/{i}.txt", "text")
+    with pytest.raises(ConfigError, match=r"the inputs name 257 domains, more than 256; use name="):
+        _prepare(*(f"d{i}=t/{i}.txt" for i in range(257)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"validation_fraction": 0.0}, r"validation_fraction=0\.0 is outside \(0, 1\)"),
+        ({"workers": 0}, r"workers=0 is below 1"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    _write("a.txt", "text")
+    with pytest.raises(ConfigError, match=message):
+        _prepare("a.txt", **options)

@@ -1,0 +1,124 @@
+"""Tokenizers: bytes, Mixtral's own SentencePiece model, a byte-level BPE trained here."""
+
+import importlib
+import importlib.metadata
+import json
+
+import numpy as np
+import pytest
+
+from moejax.config import ConfigError
+from moejax.tokenizer import load_tokenizer
+
+TEXT = "In the beginning\n\n  él llamó: \u00bfQué? \U0001f600\tdef f(x):\n    return x</s> <s>\n"
+
+
+@pytest.fixture(scope="module")
+def mixtral_path() -> str:
+    """Mixtral-8x7B's tokenizer, which mistral-common ships (the package is not imported)."""
+    files = importlib.metadata.files("mistral-common") or []
+    (path,) = [file for file in files if file.name == "tokenizer.model.v1"]
+    return str(path.locate())
+
+
+@pytest.fixture(scope="module")
+def bpe_path(tmp_path_factory) -> str:
+    tokenizers = importlib.import_module("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=280,
+        special_tokens=["<pad>", "</s>"],
+        show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(["the beginning of the beginning", "qué llamó"], trainer)
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return str(path)
+
+
+def test_bytes():
+    tokenizer = load_tokenizer("bytes")
+    ids = tokenizer.encode("\u00e9A")
+    np.testing.assert_array_equal(ids, [0xC3, 0xA9, 65])
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (257, 256)
+    assert tokenizer.decode([0xC3, 0xA9, 256, 263, 65]) == "\u00e9A"
+    assert tokenizer.decode([0xC3]) == "\ufffd"
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    np.testing.assert_array_equal(tokenizer.bytes_v, [1] * 256 + [0])
+
+
+def test_mixtral_round_trip(mixtral_path):
+    tokenizer = load_tokenizer(mixtral_path)
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.vocab_size == 32_000
+    assert tokenizer.end_of_document == 2
+    assert tokenizer.decode([*ids, 2, 40_000]) == TEXT
+    assert not np.isin(ids, [0, 1, 2]).any()  # "</s>" in a text is text
+    # The first piece holds a space that is not in the text; it is never a target.
+    assert tokenizer.bytes_v[ids].sum() == len(TEXT.encode()) + 1
+    np.testing.assert_array_equal(tokenizer.bytes_v[:4], [0, 0, 0, 1])  # unk, bos, eos, <0x00>
+
+
+def test_byte_level_bpe_round_trip(bpe_path):
+    tokenizer = load_tokenizer(bpe_path)
+    ids = tokenizer.encode(TEXT)
+    assert tokenizer.end_of_document == 1
+    assert tokenizer.vocab_size == 280
+    assert len(ids) < len(TEXT.encode())
+    assert tokenizer.decode([*ids, 1]) == TEXT
+    assert not np.isin(ids, [0, 1]).any()
+    assert tokenizer.bytes_v[ids].sum() == len(TEXT.encode())
+    np.testing.assert_array_equal(tokenizer.bytes_v[:2], [0, 0])
+
+
+def test_end_of_document_is_added_where_there_is_none(bpe_path, tmp_path):
+    with open(bpe_path, encoding="utf-8") as file:
+        about = json.load(file)
+    about["added_tokens"] = []
+    about["model"]["vocab"] = {
+        piece.replace("</s>", "plain"): number for piece, number in about["model"]["vocab"].items()
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(about), "utf-8")
+    tokenizer = load_tokenizer(str(path))
+    assert (tokenizer.vocab_size, tokenizer.end_of_document) == (281, 280)
+    assert tokenizer.bytes_v.shape == (281,)
+    assert tokenizer.bytes_v[280] == 0
+    assert tokenizer.decode([*tokenizer.encode("the end"), 280]) == "the end"
+
+
+def test_fingerprints_differ(bpe_path, mixtral_path):
+    names = ("bytes", bpe_path, mixtral_path)
+    assert len({load_tokenizer(name).fingerprint for name in names}) == 3
+    assert load_tokenizer(bpe_path).fingerprint == load_tokenizer(bpe_path).fingerprint
+
+
+@pytest.mark.parametrize("suffix", ["json", "model"])
+def test_a_file_that_is_no_tokenizer(tmp_path, suffix):
+    path = tmp_path / f"broken.{suffix}"
+    path.write_bytes(b"\xffnot a tokenizer")
+    with pytest.raises(ConfigError, match=rf"broken\.{suffix}' is not a .*ends in \.json is read"):
+        load_tokenizer(str(path))
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"data\.tokenizer='gone\.json' is not a file; use 'bytes'"
+    ):
+        load_tokenizer("gone.json")
+    with pytest.raises(ConfigError, match=r"is a folder; use 'bytes'"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "package"), [("bpe_path", "tokenizers"), ("mixtral_path", "sentencepiece")]
+)
+def test_a_package_that_is_missing(request, monkeypatch, fixture, package):
+    monkeypatch.setitem(__import__("sys").modules, package, None)
+    with pytest.raises(
+        ConfigError, match=rf"{package}, which is not installed; .*moejax\[tokenizers\]"
+    ):
+        load_tokenizer(request.getfixturevalue(fixture))

@@ -1,0 +1,119 @@
+"""Who owns a workdir, and what may change when its training is resumed."""
+
+import dataclasses
+import os
+import stat
+
+import pytest
+
+from moejax.config import Config, ConfigError
+from moejax.overrides import apply_overrides, keys
+from moejax.workdir import CONFIG, MAY_CHANGE, checkpoint_steps, matches, open_workdir, read_config
+
+
+def add_checkpoint(workdir, step: int) -> None:
+    (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+
+
+def test_the_config_is_stored_and_read_back(tmp_path):
+    config = apply_overrides(Config(), ["moe.capacity_factor=None", "seed=5"])
+    workdir = open_workdir(tmp_path / "runs" / "a", config)
+    assert read_config(workdir) == config
+    assert [entry.name for entry in workdir.iterdir()] == [CONFIG]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((workdir / CONFIG).stat().st_mode) == 0o666 & ~umask
+
+
+def test_without_checkpoints_another_config_takes_the_workdir(tmp_path):
+    open_workdir(tmp_path, Config())
+    open_workdir(tmp_path, Config(seed=1))
+    assert read_config(tmp_path).seed == 1
+
+
+def test_resuming_with_another_config_is_refused_with_all_differing_keys(tmp_path):
+    open_workdir(tmp_path, Config())
+    add_checkpoint(tmp_path, 9)
+    add_checkpoint(tmp_path, 40)
+    other = apply_overrides(Config(), ["optim.learning_rate=0.1", "moe.router=sigmoid_bias"])
+    with pytest.raises(ConfigError) as caught:
+        open_workdir(tmp_path, other)
+    message = str(caught.value)
+    assert "has checkpoints up to step 40 of another config" in message
+    assert "(moe.router 'softmax' -> 'sigmoid_bias', optim.learning_rate 0.003 -> 0.1)" in message
+    assert "another --workdir" in message
+    assert "\n" not in message
+    assert read_config(tmp_path) == Config()
+
+
+def test_what_may_change_may_change_and_is_stored(tmp_path):
+    open_workdir(tmp_path, Config())
+    add_checkpoint(tmp_path, 9)
+    words = ["train.steps=7", "train.accumulation=2", "logging.every=3", "checkpoint.every=4"]
+    words += ["checkpoint.keep=5", "eval.every=None", "eval.batches=1", "mesh.data=1"]
+    words += ["mesh.fsdp=2", "mesh.expert=4", "mesh.tensor=2"]
+    config = apply_overrides(Config(), words)
+    open_workdir(tmp_path, config)
+    assert read_config(tmp_path) == config
+    assert {word.partition("=")[0] for word in words} == {
+        name for name in keys() if matches(name, MAY_CHANGE)
+    }
+
+
+def test_a_folder_of_checkpoints_without_a_config_is_nobodys_to_resume(tmp_path):
+    add_checkpoint(tmp_path, 9)
+    with pytest.raises(ConfigError, match=r"config\.json does not exist"):
+        open_workdir(tmp_path, Config())
+
+
+def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
+    for step in (10, 9):
+        add_checkpoint(tmp_path, step)
+    (tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
+    (tmp_path / "checkpoints" / "12").write_text("")
+    assert checkpoint_steps(tmp_path) == [9, 10]
+    assert checkpoint_steps(tmp_path / "elsewhere") == []
+
+
+def test_a_workdir_must_be_a_folder_that_can_be_written(tmp_path, monkeypatch):
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(ConfigError, match=r"file is a file; give a folder, for example --workdir"):
+        open_workdir(file, Config())
+    with pytest.raises(
+        ConfigError, match="cannot be written: Not a directory; give another --work"
+    ):
+        open_workdir(file / "below", Config())
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+        open_workdir(tmp_path / "full", Config())
+    assert list((tmp_path / "full").iterdir()) == []
+
+
+def test_reading_a_folder_that_is_not_a_workdir_says_so(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"does not exist; give a workdir that `moejax train` wro"
+    ):
+        read_config(tmp_path)
+    (tmp_path / CONFIG).write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="cannot be read: "):
+        read_config(tmp_path)
+    (tmp_path / CONFIG).write_text("{")
+    with pytest.raises(ConfigError, match=r"config\.json: not JSON: "):
+        read_config(tmp_path)
+
+
+def test_a_crash_while_writing_keeps_the_old_config(tmp_path, monkeypatch):
+    open_workdir(tmp_path, Config())
+
+    def crash(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "replace", crash)
+    with pytest.raises(ConfigError, match="Input/output error"):
+        open_workdir(tmp_path, dataclasses.replace(Config(), seed=1))
+    assert read_config(tmp_path) == Config()
