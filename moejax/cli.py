@@ -10,7 +10,6 @@ Exit codes, which schedulers and scripts act on:
 
 import argparse
 import dataclasses
-import json
 import os
 import re
 import sys
@@ -53,7 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     verb = words[0] if words and not words[0].startswith("-") else None
     name = f"moejax {verb}" if verb in VERBS else "moejax"
     try:
-        return VERBS[verb].main(words[1:]) if verb in VERBS else _without_verb(words)
+        code = VERBS[verb].main(words[1:]) if verb in VERBS else _without_verb(words)
+        sys.stdout.flush()
+        return code
     except ConfigError as error:
         print(f"{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return BAD_INPUT
@@ -155,25 +156,23 @@ class Verb:
                 overrides.append(word)
             else:
                 words.append(word)
+        self._check(options, configs, words)
+        return Line(options, configs[0] if configs else None, words, overrides)
+
+    def _check(self, options: argparse.Namespace, configs: list[str], words: list[str]) -> None:
         if self.keys and words:
-            forms = (
-                "a config file (configs/quickstart.py) or key=value" if self.config else "key=value"
-            )
-            raise ConfigError(
-                f"stray word {words[0]!r}; expected {forms}{suggest(words[0], keys())}"
-            )
+            forms = "configs/NAME.py or key=value" if self.config else "key=value"
+            near = suggest(words[0], keys())
+            raise ConfigError(f"stray word {words[0]!r}; expected {forms}{near}")
         if len(configs) > 1:
-            raise ConfigError(
-                f"config given twice, as {configs[0]} and as {configs[1]}; give it once"
-            )
+            given = f"as {configs[0]} and as {configs[1]}"
+            raise ConfigError(f"the config is given twice, {given}; give it once")
         for name in self.required:
             if getattr(options, name) is None:
                 raise ConfigError(f"--{name} is missing; see moejax {self.name} --help")
         if self.keys and self.config and not configs:
-            raise ConfigError(
-                f"no config; give a file, for example moejax {self.name} configs/quickstart.py"
-            )
-        return Line(options, configs[0] if configs else None, words, overrides)
+            example = f"moejax {self.name} configs/quickstart.py"
+            raise ConfigError(f"no config; give a file, for example {example}")
 
     def parser(self) -> argparse.ArgumentParser:
         epilog = f"{self.details}\n{_keys_help(self.keys)}" if self.keys else self.details
@@ -197,8 +196,7 @@ class Verb:
 
 
 def _plain_forms(argv: list[str]) -> list[str]:
-    """Turns `--config=X` and `--config.key=value`, also with a space for the `=`, into plain "
-    "words."""
+    """Turns `--config=X` and `--config.key=value`, also with a space for `=`, into plain words."""
     plain = []
     words = iter(argv)
     for word in words:
@@ -226,16 +224,13 @@ def _config_word(value: str) -> str:
 def _keys_help(patterns: tuple[str, ...]) -> str:
     lines = []
     for section in [*sections(), ""]:
-        names = [
-            name
-            for name in keys()
-            if name.rpartition(".")[0] == section and matches(name, patterns)
-        ]
-        if names and section:
-            lines.append(f"\n  {(sections()[section].__doc__ or '').splitlines()[0]}")
-        for name in names:
-            key = keys()[name]
-            lines.append(f"    {f'{name}={key.default}':36} {describe_type(key.annotation)}")
+        inside = [key for key in keys().values() if key.name.rpartition(".")[0] == section]
+        inside = [key for key in inside if matches(key.name, patterns)]
+        if inside:
+            title = sections()[section].__doc__ if section else "Outside any section."
+            lines.append(f"\n  {(title or '').splitlines()[0]}")
+        for key in inside:
+            lines.append(f"    {f'{key.name}={key.default}':36} {describe_type(key.annotation)}")
     return "\nkeys, with their defaults:\n" + "\n".join(lines)
 
 
@@ -350,12 +345,13 @@ def _eval(line: Line) -> int:
     config = _stored_config(line, "eval")
     _start_jax(line.options.cpu_devices)
     from moejax.evaluate import evaluate_workdir
+    from moejax.metrics import encode_record
     from moejax.progress import show_evaluation
 
     record = evaluate_workdir(config, Path(line.options.workdir), line.options.step)
     show_evaluation(record)
     if line.options.json:
-        line.options.json.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        line.options.json.write_text(encode_record(record) + "\n", encoding="utf-8")
     return DONE
 
 

@@ -473,7 +473,8 @@ def routing_record(stats: Any, positions: int, tokens: int) -> dict[str, Any]:
     """Returns the routing fields of a record.
 
     Args:
-        stats: `RouterStats` of NumPy arrays [layers, ...]; None for a dense model, whose lists are empty.
+        stats: `RouterStats` of NumPy arrays [layers, ...]; None for a dense model, whose lists are
+            empty.
         positions: of the batch, padding included.
         tokens: real tokens among them.
     """

@@ -30,7 +30,8 @@ class Tokens(NamedTuple):
     """What every layer needs to know of the tokens besides their vectors.
 
     Attributes:
-        position_bt: int32; for RoPE and, with a cache, the row of the cache that a token is written to.
+        position_bt: int32 [B, T], or [1, T] where all rows have the same: for RoPE and, with a cache, the row of the
+            cache that a token is written to.
         attend_bqt: bool [B, T, T or cache length]; which keys each query may see.
         mask_bt: bool; False for padding.
     """
@@ -46,8 +47,7 @@ def packed_tokens(segment_bt: jax.Array) -> Tokens:
     position_t = jnp.arange(length, dtype=jnp.int32)
     causal_qt = position_t[:, None] >= position_t[None, :]
     same_bqt = segment_bt[:, :, None] == segment_bt[:, None, :]
-    position_bt = jnp.broadcast_to(position_t, segment_bt.shape)
-    return Tokens(position_bt, same_bqt & causal_qt[None], segment_bt > 0)
+    return Tokens(position_t[None], same_bqt & causal_qt[None], segment_bt > 0)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str, scale: float = 1.0):

@@ -19,7 +19,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -78,26 +78,12 @@ def prepare(
     Raises:
         ConfigError: nothing to read, text that cannot be read, or an output that is there already.
     """
-    if not 0 < validation_fraction < 1:
-        raise ConfigError(
-            f"validation_fraction={validation_fraction} is outside (0, 1); 0.05 is usual"
-        )
-    if workers is not None and workers < 1:
-        raise ConfigError(f"workers={workers} is below 1; leave it out to use every core")
+    _check_options(validation_fraction, workers)
     loaded = load_tokenizer(tokenizer)
     files, domains = find_files(inputs)
     groups = _group([piece for path, domain in files for piece in _cut(path, domain, field)])
     target = Path(output).expanduser().absolute()
-    meta = {
-        "format": "moejax-prepared",
-        "version": 1,
-        "tokenizer": tokenizer,
-        "tokenizer_fingerprint": loaded.fingerprint,
-        "vocab_size": loaded.vocab_size,
-        "end_of_document": loaded.end_of_document,
-        "domains": list(domains),
-        "num_files": len(files),
-    }
+    meta = _describe(tokenizer, loaded) | {"domains": list(domains), "num_files": len(files)}
     partial = _make_partial(target)
     try:
         with (
@@ -114,6 +100,26 @@ def prepare(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return meta
+
+
+def _check_options(validation_fraction: float, workers: int | None) -> None:
+    if not 0 < validation_fraction < 1:
+        raise ConfigError(
+            f"validation_fraction={validation_fraction} is outside (0, 1); 0.05 is usual"
+        )
+    if workers is not None and workers < 1:
+        raise ConfigError(f"workers={workers} is below 1; leave it out to use every core")
+
+
+def _describe(name: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    return {
+        "format": "moejax-prepared",
+        "version": 1,
+        "tokenizer": name,
+        "tokenizer_fingerprint": tokenizer.fingerprint,
+        "vocab_size": tokenizer.vocab_size,
+        "end_of_document": tokenizer.end_of_document,
+    }
 
 
 @contextlib.contextmanager
@@ -210,7 +216,17 @@ def _read_texts(piece: Piece, field: str) -> Iterator[str]:
         return _read_jsonl(piece, field)
     if piece.path.endswith(".parquet"):
         return _read_parquet(piece, field)
-    return iter([_decode(Path(piece.path).read_bytes(), piece.path)])
+    with _open(piece.path) as file:
+        return iter([_decode(file.read(), piece.path)])
+
+
+def _open(path: str) -> BinaryIO:
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); make it readable, or leave it out"
+        ) from error
 
 
 def _decode(data: bytes, where: str, offset: int = 0) -> str:
@@ -226,7 +242,7 @@ def _decode(data: bytes, where: str, offset: int = 0) -> str:
 
 
 def _read_jsonl(piece: Piece, field: str) -> Iterator[str]:
-    with open(piece.path, "rb") as file:
+    with _open(piece.path) as file:
         if piece.start > 0:  # the line that begins before belongs to the piece before
             file.seek(piece.start - 1)
             file.readline()
@@ -264,7 +280,7 @@ def _parse_line(line: bytes, offset: int, path: str, field: str) -> str:
 
 
 def _bad_line(path: str, offset: int, fault: str, field: str) -> ConfigError:
-    with open(path, "rb") as file:
+    with _open(path) as file:
         number = 1
         while offset > 0 and (data := file.read(min(offset, _PIECE_BYTES))):
             number += data.count(b"\n")
@@ -286,10 +302,10 @@ def _open_parquet(path: str, field: str) -> Any:
         ) from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"{path} is not a Parquet file ({reason}); remove it from the inputs"
+            f"{path} cannot be read as Parquet ({reason}); remove it from the inputs"
         ) from error
     schema = file.schema_arrow
     if field not in schema.names:

@@ -6,7 +6,7 @@ import json
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from ml_collections import ConfigDict
 
@@ -288,6 +288,7 @@ COUNTS = st.integers(min_value=1, max_value=2**62)
 TEXTS = st.text(min_size=1).filter(str.isprintable)
 
 
+@settings(deadline=None)  # the machine is shared
 @given(LEARNING_RATES, COUNTS, st.none() | st.floats(min_value=1e-3, max_value=1e3), TEXTS)
 def test_json_and_the_command_line_give_the_same_config_back(rate, steps, factor, tokenizer):
     words = [
@@ -301,6 +302,7 @@ def test_json_and_the_command_line_give_the_same_config_back(rate, steps, factor
     assert config_from_json(config_to_json(config)) == config
 
 
+@settings(deadline=None)  # the machine is shared
 @given(st.text(), st.sampled_from(list(overrides.keys())))
 def test_any_text_is_a_value_or_a_config_error(text, name):
     with contextlib.suppress(ConfigError):
@@ -308,6 +310,7 @@ def test_any_text_is_a_value_or_a_config_error(text, name):
         assert config_from_json(config_to_json(config)) == config
 
 
+@settings(deadline=None)  # the machine is shared
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists))
 def test_any_json_is_a_config_or_a_config_error(value):
     for stored in (value, {"format": 1, "config": value}, {"format": 1, "config": {"seed": value}}):

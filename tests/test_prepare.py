@@ -202,6 +202,14 @@ def test_text_that_is_not_utf8():
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_file_that_cannot_be_read(name):
+    """Gone after it was found. No permission comes the same way, but root has every permission."""
+    piece = prepare_module.Piece(name, 0, 0, 10, 10)
+    with pytest.raises(ConfigError, match=rf"{name} cannot be read \(No such file or directory\)"):
+        list(prepare_module._read_texts(piece, "text"))
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
 def test_an_empty_file(name):
     _write(name, "")
     _write("b.txt", "text")
@@ -245,7 +253,7 @@ def test_a_parquet_file_without_the_column():
 
 def test_a_parquet_file_that_is_none():
     _write("a.parquet", "text")
-    with pytest.raises(ConfigError, match=r"a\.parquet is not a Parquet file \("):
+    with pytest.raises(ConfigError, match=r"a\.parquet cannot be read as Parquet \("):
         _prepare("a.parquet")
     Path("a.parquet").unlink()
     importlib.import_module("pyarrow.parquet").write_table(
