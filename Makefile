@@ -33,9 +33,9 @@ verify: setup ## check that every layout computes the same
 	$(BIN)/moejax verify configs/quickstart.py --cpu_devices 8
 
 compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an hour)
-	$(BIN)/python scripts/compare.py
+	$(BIN)/python benchmarks/compare.py
 
-bench: setup ## tokens/s against the dense model and the machine's peak
+bench: setup ## speed and compile time of the train step, into the README table
 	$(BIN)/python benchmarks/step.py
 
 lock: setup ## resolve requirements.lock anew from pyproject.toml

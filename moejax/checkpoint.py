@@ -21,13 +21,13 @@ ITEMS = ("model", "training", "meta")
 
 
 def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
-    best = BestN(
-        get_metric_fn=lambda metrics: metrics["loss"],
-        reverse=True,
-        n=1,
-        keep_checkpoints_without_metrics=False,
-    )
+    def loss(metrics):
+        return metrics["loss"]
+
+    best = BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     return ocp.CheckpointManagerOptions(
+        best_fn=loss,  # without it Orbax stores no metrics, and a resumed run forgets the best
+        best_mode="min",
         preservation_policy=AnyPreservationPolicy([LatestN(config.keep), best]),
         atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
     )
@@ -60,9 +60,7 @@ class Checkpoints:
         """The committed steps there were when the run was opened, and those saved since, in order."""
         return sorted(self._saved)
 
-    def save(
-        self, state: TrainState, meta: dict[str, Any], validation_loss: float | None
-    ) -> None:
+    def save(self, state: TrainState, meta: dict[str, Any], validation_loss: float | None) -> None:
         """Starts to save; returns when the arrays are copied, and they may be donated.
 
         Args:

@@ -606,7 +606,8 @@ dense oracle. One row each. Exit code 1 says that a difference is above toleranc
   moejax prepare 'text/*.txt' --tokenizer path/to/tokenizer.json --output data/mine
   moejax train configs/quickstart.py --workdir runs/mine data.source=prepared data.path=data/mine
 
-INPUT is a file (.txt, .jsonl, .parquet), a folder, or a pattern.""",
+INPUT is a file (.txt, .jsonl, .parquet), a folder or a quoted pattern, also with a domain, as in
+en='books/*.txt'. Without one, the domain is the name of the folder.""",
         _prepare_options,
         _prepare,
         config=False,

@@ -6,6 +6,7 @@ result is the same on every mesh to rounding.
 
 import dataclasses
 import math
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from moejax.metrics import routing_record
 from moejax.model import packed_tokens
 from moejax.optim import make_optimizer
 from moejax.routing import RouterStats
-from moejax.sharding import place_batch
+from moejax.sharding import place_batch, replicated
 from moejax.state import abstract_state, model_graph
 from moejax.tokenizer import load_tokenizer
 
@@ -77,7 +78,7 @@ def make_eval_step(config: Config, mesh: Mesh, bytes_v: np.ndarray, num_domains:
             stats=stats,
         )
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=replicated(mesh))
     def step(params, router_state, batch: Batch) -> EvalSums:
         sums = jax.lax.map(lambda b: microbatch_sums(params, router_state, b), batch)
         return jax.tree.map(lambda leaf: leaf.sum(0), sums)
@@ -103,17 +104,17 @@ class Evaluator:
         self._batches = ValidationBatches(
             corpus, data.sequence_length, config.train.batch_size, config.eval.batches
         )
-        self._steps = {"dropless": dropless(config.moe)}
+        modes = {"dropless": dropless(config.moe)}
         if config.num_moe_layers:
-            self._steps["capacity"] = at_eval_capacity(config.moe)
+            modes["capacity"] = at_eval_capacity(config.moe)
         self._steps = {
             name: make_eval_step(with_moe(config, moe), mesh, bytes_v, len(corpus.domains))
-            for name, moe in self._steps.items()
+            for name, moe in modes.items()
         }
 
     def __call__(self, params: Any, router_state: dict[str, jax.Array]) -> dict[str, Any]:
         """Returns the fields of an evaluation record (see docs/metrics.md)."""
-        sums = {name: None for name in self._steps}
+        sums: dict[str, Any] = dict.fromkeys(self._steps)
         for index in range(len(self._batches)):
             batch = place_batch(
                 self._mesh,
@@ -150,9 +151,7 @@ def _loss_fields(sums: Any, domains: tuple[str, ...], moe: MoEConfig) -> dict[st
     by_domain = zip(domains, sums.nats_n, sums.targets_n, sums.bytes_n, strict=True)
     record["domains"] = {name: fields(*values) for name, *values in by_domain if values[1] > 0}
     record |= _auxiliary_fields(record["loss"], sums, moe)
-    return record | routing_record(
-        sums.stats, int(sums.positions), int(sums.totals.tokens)
-    )
+    return record | routing_record(sums.stats, int(sums.positions), int(sums.totals.tokens))
 
 
 def _auxiliary_fields(loss: float, sums: Any, moe: MoEConfig) -> dict[str, float]:

@@ -19,6 +19,7 @@ from moejax.config import Config, ConfigError
 from moejax.evaluate import dropless, restore_for_use, with_moe
 from moejax.mesh import mesh_config
 from moejax.model import Cache, Decoder, Tokens, empty_cache
+from moejax.sharding import replicated
 from moejax.state import model_graph
 from moejax.tokenizer import load_tokenizer
 
@@ -69,7 +70,7 @@ def make_generate(
     config = with_moe(config, dropless(config.moe))
     graph = model_graph(config, mesh)
 
-    @jax.jit
+    @partial(jax.jit, out_shardings=replicated(mesh))
     def generate(params, router_state, prompt_bt, length_b, key):
         model = nnx.merge(graph, params)
         batch, width = prompt_bt.shape

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from rich.console import Console
 
 import moejax
 from moejax.checkpoint import Checkpoints
@@ -24,7 +25,7 @@ from moejax.overrides import config_to_dict, config_to_json
 from moejax.plots import plot_expert_load, plot_loss
 from moejax.progress import TrainProgress, show_summary
 from moejax.sharding import place_batch
-from moejax.state import TrainState, initial_state
+from moejax.state import initial_state
 from moejax.step import StepMetrics, make_train_step
 from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT
 
@@ -48,9 +49,7 @@ def train(config: Config, workdir: Path) -> int:
     config.check_mesh(mesh_config(mesh))
     corpus = load_corpus(config.data, "train")
     check_vocabulary(corpus, config.model.vocab_size)
-    data = TrainBatches(
-        corpus, config.data.sequence_length, config.train.batch_size, config.seed
-    )
+    data = TrainBatches(corpus, config.data.sequence_length, config.train.batch_size, config.seed)
     evaluator = Evaluator(config, mesh)
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
         run = Run(config, workdir, mesh, data, evaluator, checkpoints)
@@ -101,7 +100,12 @@ class Run:
         self.writer.write_text("config", f"```\n{config_to_json(config)}\n```")
         late = LateMetrics(self._record)
         with (
-            TrainProgress(config.train.steps, self.start, positions) as self.progress,
+            TrainProgress(
+                config.train.steps,
+                self.start,
+                positions,
+                console=Console(highlight=False, quiet=not self.main_process),
+            ) as self.progress,
             self.data.prefetch(self.start) as batches,
         ):
             for step in range(self.start + 1, config.train.steps + 1):
@@ -198,7 +202,9 @@ class Run:
 
     def _explain(self, step: int, broken: list[str]) -> str:
         steps = self.checkpoints.steps
-        kept = f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
+        kept = (
+            f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
+        )
         return (
             f"step {step}: {broken[0]} is not finite first, of {len(broken)} quantities; {kept}; lower "
             f"optim.learning_rate={self.config.optim.learning_rate} or optim.clip_norm="

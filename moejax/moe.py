@@ -26,7 +26,7 @@ from moejax.dispatch import (
 from moejax.experts import MoEWeights, block_rows, capacity_experts, grouped_experts
 from moejax.mesh import single_device_mesh
 from moejax.routing import Routing, RouterStats, route, router_logits, router_stats
-from moejax.sharding import BATCH_AXES, parameter_spec
+from moejax.sharding import BATCH_AXES, parameter_spec, vary_like
 
 
 class MoE(nnx.Module):
@@ -117,10 +117,12 @@ def _moe_local(weights, x_btd, mask_bt, bias_e, *, config: MoEConfig):
         routing = route(logit_bte, mask_bt, bias_e, config)
     with jax.named_scope("weights"):
         dtype = x_btd.dtype
+        # Marked as varying before the gather: gradients are summed over `data` after the reduce-scatter.
+        gate, up, down, _ = vary_like(weights.gate, weights.up, weights.down, x_btd)
         weights = weights._replace(
-            gate=exchange.gather_weights(weights.gate, 1, dtype),
-            up=exchange.gather_weights(weights.up, 1, dtype),
-            down=exchange.gather_weights(weights.down, 2, dtype),
+            gate=exchange.gather_weights(gate, 1, dtype),
+            up=exchange.gather_weights(up, 1, dtype),
+            down=exchange.gather_weights(down, 2, dtype),
         )
     if config.capacity_factor is None:
         kept_bts = routing.expert_ts

@@ -62,6 +62,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Returns the sharding of an array that every device holds whole: what every process can read."""
+    return NamedSharding(mesh, P())
+
+
 def constrain_tokens(x: jax.Array, mesh: Mesh, *, heads: bool = False) -> jax.Array:
     """Splits axis 0 of [B, T, ...] over the batch axes and, with `heads`, axis 2 over `tensor`."""
     spec = P(BATCH_AXES, None, "tensor") if heads else P(BATCH_AXES)

@@ -15,7 +15,7 @@ from moejax.loss import Losses, Totals, losses, token_losses, totals
 from moejax.model import packed_tokens
 from moejax.optim import learning_rate, make_optimizer
 from moejax.routing import RouterStats, balance, update_router_state
-from moejax.sharding import path_name, tree_shardings
+from moejax.sharding import path_name, replicated, tree_shardings
 from moejax.state import TrainState, abstract_state, model_graph
 
 GROUPS = ("router", "experts", "attention", "dense", "norms", "embeddings")
@@ -85,7 +85,11 @@ def _step_counts(config: Config, graph, params, router_state, batch: Batch) -> j
 
 
 def gradients(
-    config: Config, graph: nnx.GraphDef, params: Any, router_state: dict[str, jax.Array], batch: Batch
+    config: Config,
+    graph: nnx.GraphDef,
+    params: Any,
+    router_state: dict[str, jax.Array],
+    batch: Batch,
 ) -> tuple[Any, Losses, RouterStats | None, Totals]:
     """Returns the step's gradients, losses and routing: those of one large batch, however it is split.
 
@@ -135,7 +139,9 @@ def _finite(parts: Losses, stats: RouterStats | None, grads: Any) -> dict[str, j
     """Returns which quantities are finite; the first that is not is where the trouble showed first."""
     finite = {}
     if stats is not None:
-        finite |= {f"router logits of MoE layer {i}": jnp.isfinite(z) for i, z in enumerate(stats.z)}
+        finite |= {
+            f"router logits of MoE layer {i}": jnp.isfinite(z) for i, z in enumerate(stats.z)
+        }
     finite |= {"loss": jnp.isfinite(parts.loss), "total_loss": jnp.isfinite(parts.total)}
     by_group: dict[str, list] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
@@ -186,4 +192,4 @@ def make_train_step(config: Config, mesh: Mesh) -> tuple[Step, TrainState]:
     abstract = abstract_state(config, mesh, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     step = train_step(config, mesh, optimizer, graph)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None)), abstract
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))), abstract

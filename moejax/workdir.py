@@ -12,6 +12,7 @@ CONFIG = "config.json"  # the resolved config
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"  # one folder a step, named by its number
+COMMITTED = "commit_success.txt"  # Orbax writes it into a step's folder when that is whole
 LOSS_PLOT = "loss.png"
 EXPERT_LOAD_PLOT = "expert_load.png"
 
@@ -34,13 +35,9 @@ def matches(key: str, patterns: tuple[str, ...]) -> bool:
 
 
 def checkpoint_steps(workdir: Path) -> list[int]:
-    """Returns the steps that have a checkpoint folder, in order."""
-    folder = workdir / CHECKPOINTS
-    if not folder.is_dir():
-        return []
-    return sorted(
-        int(entry.name) for entry in folder.iterdir() if entry.name.isdecimal() and entry.is_dir()
-    )
+    """Returns the steps that have a committed checkpoint, in order."""
+    committed = (workdir / CHECKPOINTS).glob(f"*/{COMMITTED}")
+    return sorted(int(file.parent.name) for file in committed if file.parent.name.isdecimal())
 
 
 def open_workdir(path: str | os.PathLike, config: Config) -> Path:

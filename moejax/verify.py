@@ -1,0 +1,351 @@
+"""verify: the same training whatever the layout, checked on the user's own devices.
+
+A few optimizer steps of the config's model run on one device with the dense oracle (`reference.py`), and then on
+the layouts that the config allows. Each must give the same losses, gradients, gradient norm, router state and
+counts. Only the steps and the batch are smaller than in training, the compute dtype is float32, and some
+sequences end in padding.
+"""
+
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+import rich.box
+from rich.console import Console
+from rich.table import Table
+
+from moejax.config import AXES, Config, ConfigError, MeshConfig
+from moejax.corpus import load_corpus
+from moejax.data import Batch, TrainBatches, check_vocabulary
+from moejax.mesh import make_mesh, single_device_mesh
+from moejax.optim import make_optimizer
+from moejax.routing import update_router_state
+from moejax.sharding import path_name, place_batch, tree_shardings
+from moejax.state import TrainState, initial_state, model_graph
+from moejax.step import GROUPS, gradients, parameter_group
+
+LOSS_TOLERANCE = 1e-5  # relative, float32
+GRADIENT_TOLERANCE = 1e-4  # relative to the largest entry of each gradient, float32
+STEPS = 2
+ACCUMULATION = 2
+REMAT = ("none", "full")
+DISPATCH = ("dropless", "capacity", "capacity by gather")
+
+
+class Layout(NamedTuple):
+    """One way to run the same training."""
+
+    data: int
+    fsdp: int
+    expert: int
+    tensor: int
+    accumulation: int
+    remat: str
+    dispatch: str
+
+    def __str__(self) -> str:
+        mesh = " ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
+        settings = f"accumulation {self.accumulation}, remat {self.remat}, {self.dispatch}"
+        return f"{mesh or 'one device'}, {settings}"
+
+
+class Trace(NamedTuple):
+    """What a layout computed, a list entry a step, as NumPy arrays."""
+
+    losses: list[Any]
+    grads: list[dict[str, np.ndarray]]
+    grad_norm: list[float]
+    stats: list[Any]
+    router_state: list[dict[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """The largest relative differences of a layout from the oracle.
+
+    Attributes:
+        loss, total_loss, grad_norm: relative.
+        groups: by parameter group, relative to the largest entry of each gradient.
+        worst: the parameter with the largest difference.
+        counts: how many routing counts differ.
+        router_state: largest absolute difference.
+    """
+
+    layout: str
+    loss: float
+    total_loss: float
+    grad_norm: float
+    groups: dict[str, float]
+    worst: str
+    counts: int
+    router_state: float
+    seconds: float
+
+    @property
+    def failures(self) -> list[str]:
+        """Names of the quantities that are not equal."""
+        names = [n for n in ("loss", "total_loss") if not getattr(self, n) <= LOSS_TOLERANCE]
+        names += [] if self.grad_norm <= GRADIENT_TOLERANCE else ["grad_norm"]
+        names += [f"gradient of {g}" for g, d in self.groups.items() if not d <= GRADIENT_TOLERANCE]
+        names += ["counts"] if self.counts else []
+        return names + ([] if self.router_state <= LOSS_TOLERANCE else ["router state"])
+
+
+def factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
+    """Yields every way to write `number` as an ordered product of `parts` factors."""
+    if parts == 1:
+        yield (number,)
+        return
+    for first in (d for d in range(1, number + 1) if number % d == 0):
+        for rest in factorisations(number // first, parts - 1):
+            yield (first, *rest)
+
+
+def layouts(config: Config, num_devices: int) -> list[Layout]:
+    """Returns every layout of `num_devices` devices that the config allows."""
+    dispatch = DISPATCH if config.num_moe_layers else DISPATCH[:1]
+    found = []
+    for mesh, accumulation, remat, how in itertools.product(
+        factorisations(num_devices, len(AXES)), (1, ACCUMULATION), REMAT, dispatch
+    ):
+        layout = Layout(*mesh, accumulation, remat, how)
+        try:
+            laid_out(config, layout, num_devices).check_mesh(MeshConfig(*mesh))
+        except ConfigError:
+            continue
+        found.append(layout)
+    return found
+
+
+def covering(candidates: list[Layout]) -> list[Layout]:
+    """Returns a selection in which each pair of settings that occurs together at all occurs at least once.
+
+    An axis counts as a setting with two values, split or not; accumulation, remat and dispatch with theirs. Of
+    layouts that cover as much, the one that splits one axis most comes first.
+    """
+    candidates = sorted(candidates, key=lambda layout: -max(layout[: len(AXES)]))
+
+    def pairs(layout: Layout) -> set:
+        split = (size > 1 for size in layout[: len(AXES)])
+        return set(itertools.combinations(enumerate((*split, *layout[len(AXES) :])), 2))
+
+    missing = set().union(*map(pairs, candidates)) if candidates else set()
+    chosen = []
+    while missing:
+        best = max(candidates, key=lambda layout: len(pairs(layout) & missing))
+        chosen.append(best)
+        missing -= pairs(best)
+    return chosen
+
+
+def laid_out(config: Config, layout: Layout, num_devices: int) -> Config:
+    """Returns the config for one layout; the batch is the smallest that every layout can split."""
+    moe = config.moe
+    factor = moe.capacity_factor or 1.25
+    transport = {"dropless": "auto", "capacity": "all_to_all", "capacity by gather": "gather"}
+    moe = dataclasses.replace(
+        moe,
+        capacity_factor=None if layout.dispatch == "dropless" else factor,
+        transport=transport[layout.dispatch],
+    )
+    batch_size = num_devices * ACCUMULATION * moe.group_sequences
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, remat=layout.remat, dtype="float32"),
+        moe=moe,
+        train=dataclasses.replace(
+            config.train, batch_size=batch_size, accumulation=layout.accumulation
+        ),
+        mesh=MeshConfig(*layout[:4]),
+    )
+
+
+def oracle(config: Config, layout: Layout, num_devices: int) -> Config:
+    """Returns the config of the dense oracle for a layout: one device, one microbatch, no remat."""
+    plain = layout._replace(data=1, fsdp=1, expert=1, tensor=1, accumulation=1, remat="none")
+    config = laid_out(config, plain, num_devices)
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, transport="reference"))
+
+
+def padded_rows(data: TrainBatches, step: int) -> Batch:
+    """Returns the batch of a step with every third sequence cut short, and the last one empty."""
+    batch = data.rows(step)
+    size, length = batch.tokens.shape
+    kept_b = np.full(size, length)
+    kept_b[::3] = np.linspace(1, length - 1, len(kept_b[::3])).astype(int)
+    kept_b[-1] = 0 if size > 1 else length
+    real_bt = np.arange(length)[None] < kept_b[:, None]
+    return batch._replace(
+        segments=np.where(real_bt, batch.segments, 0), loss_mask=batch.loss_mask & real_bt
+    )
+
+
+def trace(config: Config, data: TrainBatches, start: TrainState) -> Trace:
+    """Runs STEPS optimizer steps of `config` from `start` and returns all that they computed."""
+    mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    graph = model_graph(config, mesh)
+
+    @jax.jit
+    def step(state, batch):
+        grads, losses, stats, _ = gradients(config, graph, state.params, state.router_state, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        router_state = state.router_state
+        if stats is not None:
+            router_state = update_router_state(router_state, stats.count_e, config.moe)
+        state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            opt_state=opt_state,
+            router_state=router_state,
+        )
+        return state, (losses, grads, optax.global_norm(grads), stats, router_state)
+
+    state = jax.device_put(start, tree_shardings(mesh, start))
+    steps = []
+    for number in range(STEPS):
+        rows = padded_rows(data, number)
+        batch = place_batch(
+            mesh,
+            lambda start, stop, rows=rows: jax.tree.map(lambda leaf: leaf[start:stop], rows),
+            config.train.batch_size,
+            config.train.accumulation,
+        )
+        state, seen = step(state, batch)
+        losses, grads, norm, stats, router_state = jax.device_get(seen)
+        named = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(grads)}
+        steps.append((losses, named, float(norm), stats, router_state))
+    return Trace(*map(list, zip(*steps, strict=True)))
+
+
+def _relative(ours: float, theirs: float) -> float:
+    difference = float(abs(ours - theirs) / max(abs(theirs), 1e-30))
+    return difference if math.isfinite(difference) else math.inf
+
+
+def compare(layout: str, ours: Trace, oracle: Trace, seconds: float) -> Row:
+    """Returns the largest differences of a trace from the oracle's, over all steps."""
+    groups = {}
+    worst, worst_name = -1.0, ""
+    for mine, theirs, norm in zip(ours.grads, oracle.grads, oracle.grad_norm, strict=True):
+        for name, gradient in theirs.items():
+            scale = max(np.abs(gradient).max(), 1e-6 * norm)
+            difference = float(np.abs(mine[name] - gradient).max() / scale)
+            difference = difference if math.isfinite(difference) else math.inf
+            group = parameter_group(name)
+            groups[group] = max(groups.get(group, 0.0), difference)
+            if difference > worst:
+                worst, worst_name = difference, name
+    pairs = list(zip(ours.losses, oracle.losses, strict=True))
+    return Row(
+        layout=layout,
+        loss=max(_relative(a.loss, b.loss) for a, b in pairs),
+        total_loss=max(_relative(a.total, b.total) for a, b in pairs),
+        grad_norm=max(map(_relative, ours.grad_norm, oracle.grad_norm)),
+        groups={group: groups[group] for group in GROUPS if group in groups},
+        worst=worst_name,
+        counts=sum(map(_different_counts, ours.stats, oracle.stats)),
+        router_state=max(map(_state_difference, ours.router_state, oracle.router_state)),
+        seconds=seconds,
+    )
+
+
+def _different_counts(ours: Any, theirs: Any) -> int:
+    if theirs is None:
+        return 0
+    fields = ("count_e", "dropped_e", "tokens", "padding", "sequences")
+    return sum(int((getattr(ours, f) != getattr(theirs, f)).sum()) for f in fields)
+
+
+def _state_difference(ours: dict, theirs: dict) -> float:
+    return max((float(np.abs(ours[k] - theirs[k]).max()) for k in theirs), default=0.0)
+
+
+def check(config: Config, chosen: list[Layout], num_devices: int) -> Iterator[Row]:
+    """Yields a row for each chosen layout, each compared with the oracle of its dispatch."""
+    corpus = load_corpus(config.data, "train")
+    check_vocabulary(corpus, config.model.vocab_size)
+    batch_size = laid_out(config, chosen[0], num_devices).train.batch_size
+    data = TrainBatches(corpus, config.data.sequence_length, batch_size, config.seed)
+    plain = oracle(config, chosen[0], num_devices)
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    start_state = jax.device_get(initial_state(plain, single_device_mesh(), optimizer))
+    oracles: dict[bool, Trace] = {}
+    for layout in chosen:
+        drops = layout.dispatch != "dropless"
+        if drops not in oracles:
+            oracles[drops] = trace(oracle(config, layout, num_devices), data, start_state)
+        start = time.monotonic()
+        ours = trace(laid_out(config, layout, num_devices), data, start_state)
+        yield compare(str(layout), ours, oracles[drops], time.monotonic() - start)
+
+
+def verify(config: Config, all_layouts: bool, json_path: Path | None) -> int:
+    """Checks the config's layouts on this machine's devices and prints a row for each.
+
+    Returns:
+        0, or 1 when a difference is above its tolerance.
+
+    Raises:
+        ConfigError: no layout of these devices fits the config.
+    """
+    num_devices = len(jax.devices())
+    candidates = layouts(config, num_devices)
+    if not candidates:
+        config.check_mesh(config.mesh.resolve(num_devices))
+        raise ConfigError(
+            f"no layout of {num_devices} devices fits the config; use another number of devices"
+        )
+    chosen = candidates if all_layouts else covering(candidates)
+    console = Console(highlight=False)
+    console.print(
+        f"{len(chosen)} of {len(candidates)} layouts of {num_devices} devices, {STEPS} steps each, against the dense "
+        f"oracle on one device; float32, losses to {LOSS_TOLERANCE:g}, gradients to {GRADIENT_TOLERANCE:g}"
+    )
+    rows = []
+    for row in check(config, chosen, num_devices):
+        rows.append(row)
+        verdict = "ok  " if not row.failures else "FAIL"
+        console.print(f"{verdict} {len(rows):3}/{len(chosen)}  {row.layout}  ({row.seconds:.0f} s)")
+    console.print(_table(rows))
+    failed = [row for row in rows if row.failures]
+    for row in failed:
+        console.print(f"FAIL {row.layout}: {', '.join(row.failures)}; worst parameter {row.worst}")
+    if not failed:
+        worst = max(rows, key=lambda row: max(row.groups.values()))
+        console.print(
+            f"worst gradient: {worst.worst}, {max(worst.groups.values()):.1e} on {worst.layout}"
+        )
+    console.print(f"{len(rows) - len(failed)} of {len(rows)} layouts train the same")
+    if json_path is not None:
+        content = [dataclasses.asdict(row) | {"failures": row.failures} for row in rows]
+        json_path.write_text(json.dumps({"rows": content, "passed": not failed}) + "\n")
+    return 1 if failed else 0
+
+
+def _table(rows: list[Row]) -> Table:
+    groups = [g for g in GROUPS if any(g in row.groups for row in rows)]
+    title = "largest relative difference from the oracle"
+    table = Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("", "loss", "total", *groups, "norm", "counts"):
+        table.add_column(name.replace("embeddings", "embed"), justify="right", no_wrap=True)
+    for number, row in enumerate(rows, start=1):
+        numbers = [
+            row.loss,
+            row.total_loss,
+            *(row.groups.get(g, 0.0) for g in groups),
+            row.grad_norm,
+        ]
+        counts = "equal" if row.counts == 0 else f"{row.counts} off"
+        cells = [str(number), *(f"{n:.0e}" for n in numbers), counts]
+        table.add_row(*cells, style="red" if row.failures else None)
+    return table

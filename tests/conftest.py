@@ -1,0 +1,75 @@
+"""Every test runs on 8 virtual CPU devices, in JAX's strict modes.
+
+What is set in the environment is inherited by the processes that tests start; what is set in
+`jax.config` is not, so that a command line in a test runs as a user's does.
+"""
+# ruff: noqa: E402  the environment comes before JAX
+
+import functools
+import os
+from pathlib import Path
+
+CACHE = Path(__file__).parents[1] / ".cache" / "jax"
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import jax
+import optax
+import pytest
+from absl import flags
+
+from moejax.config import MeshConfig
+from moejax.mesh import make_mesh
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+if not flags.FLAGS.is_parsed():
+    flags.FLAGS.mark_as_parsed()  # Grain reads absl flags
+
+
+def _exempt(function):
+    """Runs what is not ours without strict promotion; Optax and JAX mix dtypes inside these."""
+
+    @functools.wraps(function)
+    def exempt(*args, **kwargs):
+        with jax.numpy_dtype_promotion("standard"):
+            return function(*args, **kwargs)
+
+    return exempt
+
+
+def _exempt_result(factory):
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        made = factory(*args, **kwargs)
+        if callable(made):  # a schedule
+            return _exempt(made)
+        return made._replace(update=_exempt(made.update))
+
+    return make
+
+
+for name in ("adamw", "cosine_decay_schedule", "linear_schedule", "join_schedules"):
+    setattr(optax, name, _exempt_result(getattr(optax, name)))
+jax.nn.dot_product_attention = _exempt(jax.nn.dot_product_attention)
+
+
+@functools.cache
+def _mesh_of(data: int, fsdp: int, expert: int, tensor: int) -> jax.sharding.Mesh:
+    config = MeshConfig(data, fsdp, expert, tensor)
+    return make_mesh(config, jax.devices()[: config.num_devices])
+
+
+@pytest.fixture(scope="session")
+def mesh_of():
+    """Returns `(data, fsdp, expert, tensor) -> mesh` on the first devices."""
+    return _mesh_of
+
+
+@pytest.fixture(scope="session")
+def mesh(mesh_of):
+    """A mesh of one device."""
+    return mesh_of(1, 1, 1, 1)
