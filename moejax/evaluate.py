@@ -174,14 +174,21 @@ def _narrow(leaf: np.ndarray):
 
 
 def restore_for_use(
-    config: Config, workdir: Path, step: int | None
+    config: Config,
+    workdir: Path,
+    step: int | None,
+    devices: list[jax.Device] | None = None,
 ) -> tuple[Mesh, int, Any, dict[str, jax.Array]]:
     """Returns (mesh, step, params, router state) of a run's checkpoint on `config.mesh`.
+
+    Args:
+        step: None for the last one.
+        devices: default: all.
 
     Raises:
         ConfigError: no such checkpoint, or the mesh does not fit the devices or the model.
     """
-    mesh = make_mesh(config.mesh)
+    mesh = make_mesh(config.mesh, devices)
     config.check_mesh(mesh_config(mesh))
     abstract = abstract_state(config, mesh, make_optimizer(config.optim, config.train.steps))
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
@@ -190,7 +197,15 @@ def restore_for_use(
     return mesh, found, params, router_state
 
 
-def evaluate_workdir(config: Config, workdir: Path, step: int | None) -> dict[str, Any]:
-    """Evaluates a checkpoint of a run; returns its record with `step` and `split`."""
-    mesh, found, params, router_state = restore_for_use(config, workdir, step)
+def evaluate_workdir(
+    config: Config,
+    workdir: Path,
+    step: int | None,
+    devices: list[jax.Device] | None = None,
+) -> dict[str, Any]:
+    """Evaluates a checkpoint of a run; returns its record with `step` and `split`.
+
+    Args and errors are those of `restore_for_use`.
+    """
+    mesh, found, params, router_state = restore_for_use(config, workdir, step, devices)
     return {"step": found, "split": "eval", **Evaluator(config, mesh)(params, router_state)}

@@ -174,7 +174,7 @@ def train_step(
             router_state = update_router_state(router_state, stats.count_e, config.moe)
         metrics = StepMetrics(
             losses=parts,
-            grad_norm=optax.global_norm(grads),
+            grad_norm=optax.tree.norm(grads),
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             totals=total,
             stats=stats,

@@ -208,7 +208,7 @@ def trace(config: Config, data: TrainBatches, start: TrainState) -> Trace:
             opt_state=opt_state,
             router_state=router_state,
         )
-        return state, (losses, grads, optax.global_norm(grads), stats, router_state)
+        return state, (losses, grads, optax.tree.norm(grads), stats, router_state)
 
     state = jax.device_put(start, tree_shardings(mesh, start))
     steps = []

@@ -81,4 +81,4 @@ def test_gradients_are_clipped_by_their_global_norm(clip_norm, expected):
     gradients = {"embedding": jnp.array([3.0, 4.0]), "final_norm": {"scale": jnp.array([12.0])}}
     _, state = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     first_moment = optax.tree_utils.tree_get(state, "mu")
-    np.testing.assert_allclose(optax.global_norm(first_moment) * 10, expected, rtol=1e-5)
+    np.testing.assert_allclose(optax.tree.norm(first_moment) * 10, expected, rtol=1e-5)

@@ -1,0 +1,132 @@
+"""The contract of resuming: a run that was killed and continued is the run that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import pytest
+
+from moejax.checkpoint import Checkpoints
+from moejax.config import ConfigError
+from moejax.evaluate import evaluate_workdir
+from moejax.metrics import read_metrics
+from moejax.overrides import apply_overrides, load_config
+from moejax.workdir import checkpoint_steps, read_config
+
+ROOT = Path(__file__).parents[1]
+CLOCK = ("step_seconds", "tokens_per_second", "mfu")  # what may differ between equal runs
+SMALL = (
+    "model.num_layers=2 model.d_model=16 model.num_heads=2 model.num_kv_heads=1 model.head_dim=8 "
+    "moe.num_experts=8 moe.expert_hidden=16 moe.capacity_factor=1.0 moe.router=sigmoid_bias "
+    "data.sequence_length=32 train.batch_size=8 train.steps=20 "
+    "logging.every=1 eval.every=10 eval.batches=2 checkpoint.every=4 mesh.data=1 mesh.expert=8"
+).split()
+
+
+def command(workdir: Path, *words: str) -> list[str]:
+    start = [sys.executable, "-m", "moejax", "train", str(ROOT / "configs/quickstart.py")]
+    return [*start, "--workdir", str(workdir), "--cpu_devices", "8", *SMALL, *words]
+
+
+def train(workdir: Path, *words: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(workdir, *words), capture_output=True, text=True, timeout=300)
+
+
+def records(workdir: Path) -> dict[tuple[int, str], dict]:
+    found = read_metrics(workdir)
+    by_step = {(record["step"], record["split"]): record for record in found}
+    assert len(by_step) == len(found), "a step is there twice"
+    return {
+        key: {k: v for k, v in record.items() if k not in CLOCK} for key, record in by_step.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """A run of 20 steps that nothing disturbed."""
+    workdir = tmp_path_factory.mktemp("resume") / "straight"
+    done = train(workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
+
+
+def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(straight, tmp_path):
+    """SIGKILL once the checkpoint of step 8 is committed; the rest of the file must come out equal."""
+    workdir = tmp_path / "killed"
+    process = subprocess.Popen(
+        command(workdir), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 240
+    while not [step for step in checkpoint_steps(workdir) if step >= 8]:
+        assert process.poll() is None, "it ended before step 8"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    reached = checkpoint_steps(workdir)[-1]
+    assert reached < 20, "it was killed too late to show anything"
+    resumed = train(workdir)
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resuming after step {reached}" in resumed.stdout
+    assert records(workdir) == records(straight)
+
+
+def test_last_and_best_checkpoints_are_kept(straight):
+    """keep=2 keeps 16 and 20; the best validation loss of a falling run is the last."""
+    assert checkpoint_steps(straight) == [16, 20]
+
+
+def test_checkpoint_evaluates_equally_on_every_number_of_devices(straight):
+    config = read_config(straight)
+    logged = records(straight)[20, "eval"]
+    for expert in (1, 2, 4, 8):
+        laid_out = apply_overrides(config, [f"mesh.expert={expert}"])
+        record = evaluate_workdir(laid_out, straight, 20, jax.devices()[:expert])
+        assert record["loss"] == pytest.approx(logged["loss"], rel=1e-5)
+        assert record["loss_at_capacity"] == pytest.approx(logged["loss_at_capacity"], rel=1e-5)
+        assert record["expert_load"] == logged["expert_load"]
+
+
+def test_another_config_is_refused_with_the_keys_that_differ(straight):
+    refused = train(straight, "optim.learning_rate=0.5", "train.steps=30")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "optim.learning_rate 0.003 -> 0.5" in refused.stderr
+    assert "train.steps 20" not in refused.stderr
+
+
+def test_missing_step_names_those_there(straight):
+    config = read_config(straight)
+    with (
+        Checkpoints(straight, config.checkpoint) as checkpoints,
+        pytest.raises(ConfigError, match=r"step 3 has no checkpoint .*there are steps 16, 20"),
+    ):
+        checkpoints.find(3)
+
+
+def test_workdir_without_checkpoints(tmp_path):
+    config = load_config(str(ROOT / "configs/quickstart.py"))
+    with (
+        Checkpoints(tmp_path, config.checkpoint) as checkpoints,
+        pytest.raises(ConfigError, match="holds no checkpoint"),
+    ):
+        checkpoints.find(None)
+
+
+def test_a_run_stops_at_the_first_quantity_that_is_not_finite(tmp_path):
+    """A learning rate that blows up: exit 1, the step and quantity named, no checkpoint of garbage."""
+    workdir = tmp_path / "diverges"
+    words = ["optim.learning_rate=1e30", "optim.warmup_steps=0", "optim.clip_norm=None"]
+    done = train(workdir, *words)
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()[-1]
+    assert message.startswith("moejax train: step ")
+    assert "is not finite first" in message and "optim.learning_rate=1e+30" in message
+    last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
+    assert "nonfinite" in last
+    assert all(step < last["step"] for step in checkpoint_steps(workdir))

@@ -1,0 +1,132 @@
+"""The sharding table, and batches that are placed in the order in which they were asked for."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from moejax.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
+from moejax.mesh import make_mesh, mesh_config, single_device_mesh
+from moejax.optim import make_optimizer
+from moejax.sharding import PARAMETER_SPECS, parameter_spec, path_name, place_batch
+from moejax.state import abstract_state, initial_state
+
+CONFIG = Config(
+    model=ModelConfig(
+        num_layers=3,
+        d_model=16,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        dense_hidden=24,
+        vocab_size=24,
+    ),
+    moe=MoEConfig(num_experts=4, expert_hidden=12, first_dense=1, router="sigmoid_bias"),
+)
+
+
+@pytest.fixture(scope="module")
+def state(mesh_of):
+    """Shapes and shardings on fsdp 2, expert 2, tensor 2."""
+    optimizer = make_optimizer(CONFIG.optim, 10)
+    return abstract_state(CONFIG, mesh_of(1, 2, 2, 2), optimizer)
+
+
+def _named(tree):
+    return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_every_parameter_is_in_the_table(state):
+    """The default is to replicate, silently: so nothing may fall to it, and every entry is used."""
+    used = set()
+    for name in _named(state.params):
+        matches = [s for s in PARAMETER_SPECS if name == s or name.endswith("/" + s)]
+        assert len(matches) == 1, (name, matches)
+        used.update(matches)
+    assert used == set(PARAMETER_SPECS)
+
+
+def test_every_matrix_is_split_over_fsdp_and_tensor(state):
+    """A device holds a quarter of each matrix and an eighth of each expert stack, all of the rest."""
+    for name, leaf in _named(state.params).items():
+        held = np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 / leaf.size
+        expected = 8
+        if "/moe/" in name and not name.endswith("router"):
+            expected = 1
+        elif not name.endswith(("scale", "router")):
+            expected = 2
+        assert held == expected, name
+
+
+def test_stacked_layers_are_never_split(state):
+    for name, leaf in _named(state.params).items():
+        if name.startswith(("runs", "prefix")):
+            assert leaf.sharding.spec[0] is None, name
+
+
+def test_moments_lie_where_their_parameters_do(state):
+    params = _named(state.params)
+    moments = 0
+    for name, leaf in _named(state.opt_state).items():
+        for parameter, shape in params.items():
+            if name.endswith(("mu/" + parameter, "nu/" + parameter)):
+                assert leaf.sharding == shape.sharding, name
+                moments += 1
+    assert moments == 2 * len(params)
+    assert state.router_state["bias"].sharding.spec == P()
+
+
+def test_names_are_matched_by_whole_parts():
+    assert parameter_spec("runs/layer_0/moe/gate", 4) == P(None, "expert", "fsdp", "tensor")
+    assert parameter_spec("prefix/layer_0/ffn/gate", 3) == P(None, "fsdp", "tensor")
+    assert parameter_spec("my_embedding", 2) == P()
+    assert parameter_spec("0/mu/embedding", 2) == P("tensor", "fsdp")
+    assert parameter_spec("0/count", 0) == P()
+
+
+def test_parameters_are_the_same_on_every_mesh(mesh_of):
+    """Drawn on eight devices or on one: resuming a seed elsewhere starts from the same weights."""
+    config = dataclasses.replace(CONFIG, seed=3)
+    optimizer = make_optimizer(config.optim, 10)
+    one, eight = (
+        initial_state(config, mesh_of(*shape), optimizer).params
+        for shape in ((1, 1, 1, 1), (1, 2, 2, 2))
+    )
+    for (path, expected), actual in zip(
+        jax.tree_util.tree_leaves_with_path(one), jax.tree.leaves(eight), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-6, err_msg=path_name(path))
+        assert np.abs(expected).max() > 0
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 1, 4, 2)])
+def test_batches_keep_the_order_of_their_rows(mesh_of, accumulation, shape):
+    """Microbatch a holds rows a * B ... (a + 1) * B; each device asks for its own rows and no others."""
+    asked = []
+
+    def rows(start, stop):
+        asked.append(stop - start)
+        return {"tokens": np.arange(start * 3, stop * 3, dtype=np.int32).reshape(-1, 3)}
+
+    batch = place_batch(mesh_of(*shape), rows, 16, accumulation)["tokens"]
+    expected = np.arange(48).reshape(accumulation, 16 // accumulation, 3)
+    np.testing.assert_array_equal(batch, expected)
+    shards = np.prod(shape[:3])
+    assert {s.data.shape for s in batch.addressable_shards} == {
+        (accumulation, 16 // accumulation // shards, 3)
+    }
+    assert sum(asked) == 16 + 1  # every row once, and the template
+
+
+def test_meshes_have_all_four_axes(mesh_of):
+    assert single_device_mesh().axis_names == ("data", "fsdp", "expert", "tensor")
+    assert mesh_config(mesh_of(1, 2, 4, 1)) == MeshConfig(1, 2, 4, 1)
+    assert mesh_config(make_mesh(MeshConfig(data=2, expert=None))) == MeshConfig(2, 1, 4, 1)
+
+
+def test_a_mesh_of_more_devices_than_there_are_is_refused():
+    with pytest.raises(ConfigError, match=r"needs 16 devices and 8 are there.*--cpu_devices 16"):
+        make_mesh(MeshConfig(data=1, expert=16))

@@ -1,0 +1,309 @@
+"""The train step: equal for every accumulation and layout, with the promised collectives."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from moejax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
+from moejax.data import Batch
+from moejax.optim import make_optimizer
+from moejax.sharding import path_name, place_batch
+from moejax.state import initial_state, model_graph
+from moejax.step import GROUPS, gradients, make_train_step, parameter_group
+
+B, T, V = 16, 8, 24
+CONFIG = Config(
+    model=ModelConfig(
+        num_layers=3,
+        d_model=16,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=4,
+        dense_hidden=24,
+        vocab_size=V,
+    ),
+    moe=MoEConfig(
+        num_experts=8,
+        top_k=2,
+        expert_hidden=12,
+        capacity_factor=1.0,
+        first_dense=1,
+        balance_loss_weight=0.1,
+        router_z_loss_weight=0.01,
+    ),
+    data=DataConfig(sequence_length=T),
+    optim=OptimConfig(learning_rate=0.01, warmup_steps=2),
+    train=TrainConfig(steps=10, batch_size=B),
+)
+
+
+def _with(moe=None, train=None) -> Config:
+    return dataclasses.replace(
+        CONFIG,
+        moe=dataclasses.replace(CONFIG.moe, **(moe or {})),
+        train=dataclasses.replace(CONFIG.train, **(train or {})),
+    )
+
+
+def _rows() -> Batch:
+    """Packed documents; the last quarter of the rows is mostly padding, and one row all padding.
+
+    So microbatches have very different numbers of real tokens and targets.
+    """
+    random = np.random.default_rng(0)
+    stream = random.integers(V, size=(B, T + 1)).astype(np.int32)
+    segments = np.sort(random.integers(1, 4, size=(B, T)), axis=1).astype(np.int32)
+    segments[12:, 2:] = 0
+    segments[13] = 0
+    following = np.pad(segments[:, 1:], ((0, 0), (0, 1)))
+    mask = (segments > 0) & (segments == following)
+    return Batch(stream[:, :-1], stream[:, 1:], segments, mask, np.zeros_like(segments))
+
+
+ROWS = _rows()
+
+
+def _split(accumulation: int, rows: Batch = ROWS) -> Batch:
+    return Batch(*(np.reshape(a, (accumulation, -1, T)) for a in rows))
+
+
+def _place(mesh, accumulation=1):
+    def rows(start, stop):
+        return Batch(*(a[start:stop] for a in ROWS))
+
+    return place_batch(mesh, rows, B, accumulation)
+
+
+def _initial_state(config, mesh):
+    return initial_state(config, mesh, make_optimizer(config.optim, config.train.steps))
+
+
+@functools.cache
+def _gradients(config, mesh):
+    return jax.jit(functools.partial(gradients, config, model_graph(config, mesh)))
+
+
+@functools.cache
+def _step(config, mesh):
+    return make_train_step(config, mesh)
+
+
+def _assert_trees_close(actual, expected, rtol=2e-5):
+    for (path, value), other in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(actual), strict=True
+    ):
+        value, other, name = np.asarray(value), np.asarray(other), path_name(path)
+        if np.issubdtype(value.dtype, np.inexact):
+            atol = rtol * np.abs(value).max()
+            np.testing.assert_allclose(other, value, atol=atol, rtol=0, err_msg=name)
+        else:
+            np.testing.assert_array_equal(other, value, err_msg=name)
+
+
+@pytest.mark.parametrize("scope", ["global", "sequence"])
+def test_accumulation_changes_neither_losses_nor_gradients_nor_counts(mesh, scope):
+    """1, 2 and 4 microbatches with 96 to 8 real tokens; then the same with the auxiliary losses alone.
+
+    Without targets the cross-entropy is 0 and the gradient is that of the auxiliary losses, which
+    must not shrink with the number of microbatches or of tokens.
+    """
+    config = _with({"balance_scope": scope})
+    state = _initial_state(config, mesh)
+    auxiliary_rows = ROWS._replace(loss_mask=np.zeros_like(ROWS.loss_mask))
+    expected = {}
+    for accumulation in (1, 2, 4):
+        run = _gradients(config, mesh)
+        for name, rows in (("all", ROWS), ("auxiliary", auxiliary_rows)):
+            result = run(state.params, {}, _split(accumulation, rows))
+            _assert_trees_close(result, expected.setdefault(name, result))
+    grads, parts, stats, total = expected["auxiliary"]
+    assert parts.loss == 0
+    assert parts.balance > 2  # one for each layer
+    router = np.asarray(grads["runs"]["layer_0"]["moe"]["router"])
+    assert np.abs(router).max() > 1e-3
+    assert int(total.tokens) == (ROWS.segments > 0).sum()
+    np.testing.assert_array_equal(stats.count_e.sum(-1), 2 * int(total.tokens))
+    assert stats.dropped_e.sum() > 0
+
+
+def test_the_reported_loss_is_the_cross_entropy_alone(mesh):
+    config = _with({"balance_scope": "global"})
+    state = _initial_state(config, mesh)
+    _, parts, stats, _ = _gradients(config, mesh)(state.params, {}, _split(1))
+    expected = parts.loss + 0.1 * parts.balance + 0.01 * parts.z
+    np.testing.assert_allclose(parts.total, expected, rtol=1e-6)
+    assert parts.total > parts.loss + 0.1
+    assert stats.count_e.shape == (2, 8)
+
+
+SIGMOID = {"router": "sigmoid_bias", "bias_update_rate": 0.01}
+
+
+def _two_steps(config, mesh):
+    """Returns the state and the metrics after two steps, and the arrays of the first state."""
+    step, _ = _step(config, mesh)
+    first = state = _initial_state(config, mesh)
+    for _ in range(2):
+        state, metrics = step(state, _place(mesh, config.train.accumulation))
+    return first, state, metrics
+
+
+@pytest.fixture(scope="module")
+def one_device(mesh):
+    return _two_steps(_with(SIGMOID), mesh)
+
+
+@pytest.fixture(scope="module")
+def eight_devices(mesh_of):
+    return _two_steps(_with(SIGMOID, {"accumulation": 2}), mesh_of(2, 2, 2, 1))
+
+
+def test_eight_devices_train_as_one_does(one_device, eight_devices):
+    """Data, fsdp and expert axes of 2 and two microbatches, against one device and one batch.
+
+    Gradient norm and clipping see every expert once; the selection bias moves by the whole step's
+    counts.
+    """
+    _, state, metrics = one_device
+    _, other_state, other_metrics = eight_devices
+    _assert_trees_close(other_metrics, metrics, rtol=1e-4)
+    _assert_trees_close(other_state.params, state.params, rtol=2e-3)  # Adam's sign near 0
+    np.testing.assert_allclose(
+        other_state.router_state["bias"], state.router_state["bias"], atol=1e-6
+    )
+    assert np.abs(state.router_state["bias"]).max() > 0.005
+    assert metrics.grad_norm > CONFIG.optim.clip_norm
+
+
+def test_what_is_replicated_is_equal_bit_for_bit_on_every_device(eight_devices):
+    _, state, metrics = eight_devices
+    replicated = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path((state, metrics)):
+        by_index = {}
+        for shard in leaf.addressable_shards:
+            same = by_index.setdefault(str(shard.index), np.asarray(shard.data))
+            np.testing.assert_array_equal(np.asarray(shard.data), same, err_msg=path_name(path))
+        replicated += len(by_index) == 1
+    assert replicated > 20  # all metrics, routers, norms
+
+
+def test_the_state_keeps_its_shardings_and_is_donated(eight_devices, mesh_of):
+    first, state, _ = eight_devices
+    _, abstract = _step(_with(SIGMOID, {"accumulation": 2}), mesh_of(2, 2, 2, 1))
+    for (path, leaf), shape in zip(
+        jax.tree_util.tree_leaves_with_path(state), jax.tree.leaves(abstract), strict=True
+    ):
+        assert leaf.sharding == shape.sharding, path_name(path)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.params))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.opt_state))
+
+
+def test_the_step_counts_and_follows_the_schedule(one_device):
+    _, state, metrics = one_device
+    assert int(state.step) == 2
+    np.testing.assert_allclose(metrics.learning_rate, 0.01)  # the second of two warmup steps
+    assert all(metrics.finite.values())
+    assert list(metrics.finite) == [
+        "router logits of MoE layer 0",
+        "router logits of MoE layer 1",
+        "loss",
+        "total_loss",
+        *(f"gradient of {group}" for group in GROUPS),
+    ]
+
+
+# A weight that is NaN, and what is not finite first.
+CULPRITS = {
+    "embedding": "router logits of MoE layer 0",
+    "runs/layer_0/moe/router": "router logits of MoE layer 1",
+    "unembedding": "loss",
+}
+
+
+@pytest.mark.parametrize(("name", "expected"), CULPRITS.items(), ids=CULPRITS)
+def test_the_first_quantity_that_is_not_finite_is_named(mesh, name, expected):
+    """The router's NaN is in the second MoE layer alone."""
+    config = _with(SIGMOID)
+    step, _ = _step(config, mesh)
+
+    def poison(path, leaf):
+        if path_name(path) != name:
+            return leaf
+        value = np.array(leaf)
+        value[-1] = np.nan
+        return jax.device_put(value, leaf.sharding)
+
+    state = _initial_state(config, mesh)
+    params = jax.tree_util.tree_map_with_path(poison, state.params)
+    rows = ROWS.tokens.copy()
+    rows[0, 0] = V - 1  # the token whose embedding is poisoned is there
+    batch = Batch(*(a[None] for a in ROWS._replace(tokens=rows)))
+    _, metrics = step(dataclasses.replace(state, params=params), batch)
+    broken = [quantity for quantity, finite in metrics.finite.items() if not finite]
+    assert broken[0] == expected
+
+
+def test_every_parameter_has_a_group(mesh):
+    state = _initial_state(CONFIG, mesh)
+    groups = {
+        path_name(path): parameter_group(path_name(path))
+        for path, _ in jax.tree_util.tree_leaves_with_path(state.params)
+    }
+    assert set(groups.values()) == set(GROUPS)
+    assert groups["runs/layer_0/moe/down"] == "experts"
+    assert groups["runs/layer_0/attention/query_norm/scale"] == "norms"
+    assert groups["prefix/layer_0/ffn/gate"] == "dense"
+    assert {n for n, g in groups.items() if g == "embeddings"} == {"embedding", "unembedding"}
+
+
+def _compiled_text(function, *arguments) -> str:
+    return function.lower(*arguments).compile().as_text()
+
+
+def _shapes_of(text: str, operation: str) -> list[str]:
+    """Returns the result types of every HLO instruction of this kind, started or done."""
+    pattern = rf"= (\(?[^=]*?\)?) {operation}(?:-start)?\("
+    return re.findall(pattern, text)
+
+
+@pytest.fixture(scope="module")
+def expert_only(mesh_of):
+    """The compiled text of a forward pass and of the train step of one MoE layer on 8 devices."""
+    mesh = mesh_of(1, 1, 8, 1)
+    config = dataclasses.replace(
+        _with({"first_dense": 0}), model=dataclasses.replace(CONFIG.model, num_layers=1)
+    )
+    step, abstract = make_train_step(config, mesh)
+    batch = _place(mesh)
+    graph = model_graph(config, mesh)
+
+    @jax.jit
+    def forward(params, batch):
+        from flax import nnx
+
+        from moejax.model import packed_tokens
+
+        tokens, segments = batch.tokens[0], batch.segments[0]
+        return nnx.merge(graph, params)(tokens, packed_tokens(segments), {})[:2]
+
+    return _compiled_text(forward, abstract.params, batch), _compiled_text(step, abstract, batch)
+
+
+def test_compiled_forward_has_two_all_to_alls_and_the_step_four(expert_only):
+    """Nothing that the compiler's partitioner adds: slots go out and come back, in each direction."""
+    forward, step = expert_only
+    assert len(_shapes_of(forward, "all-to-all")) == 2, _shapes_of(forward, "all-to-all")
+    assert len(_shapes_of(step, "all-to-all")) == 4, _shapes_of(step, "all-to-all")
+
+
+def test_expert_weights_never_leave_their_device(expert_only):
+    """Each holds [1, D, F] of [8, D, F]: no collective of either shape, of weights or gradients."""
+    for text in expert_only:
+        kinds = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute")
+        shapes = [shape for kind in kinds for shape in _shapes_of(text, kind)]
+        assert not [s for s in shapes if re.search(r"(16,12|12,16)\]", s)], shapes
+    assert re.search(r"f32\[1,1,16,12\]", expert_only[1])  # the local stack, by this name

@@ -1,0 +1,141 @@
+"""verify: it passes when layouts agree, and names the guilty group when an error is put in."""
+
+import dataclasses
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import moejax.exchange
+import moejax.moe
+import moejax.step
+from moejax import verify
+from moejax.overrides import load_config
+from moejax.routing import route
+
+QUICKSTART = str(Path(__file__).parents[1] / "configs/quickstart.py")
+SMALL = (
+    "model.num_layers=2 model.d_model=16 model.num_heads=2 model.num_kv_heads=2 model.head_dim=8 "
+    "moe.num_experts=8 moe.expert_hidden=16 moe.capacity_factor=1.0 moe.router=sigmoid_bias "
+    "data.sequence_length=16 moe.balance_loss_weight=0.1"
+).split()
+
+
+@pytest.fixture(scope="module")
+def config():
+    return load_config(QUICKSTART, SMALL)
+
+
+def rows(config, *layouts: verify.Layout) -> list[verify.Row]:
+    return list(verify.check(config, list(layouts), 8))
+
+
+EXPERT_8 = verify.Layout(1, 1, 8, 1, 1, "none", "capacity")
+
+
+def test_layouts_agree(config):
+    """All four axes, both accumulations, remat and each dispatch, in three layouts."""
+    found = rows(
+        config,
+        verify.Layout(1, 2, 2, 2, 2, "full", "capacity"),
+        verify.Layout(2, 1, 4, 1, 1, "none", "dropless"),
+        verify.Layout(1, 2, 4, 1, 2, "none", "capacity by gather"),
+    )
+    assert [row.failures for row in found] == [[], [], []]
+    assert all(0 < max(row.groups.values()) for row in found), "nothing was compared"
+    assert set(found[0].groups) == {"router", "experts", "attention", "norms", "embeddings"}
+
+
+def test_expert_gradients_scaled_by_the_expert_degree_are_found(config, monkeypatch):
+    """The commonest bug of expert parallelism: forward equal, gradients of experts Z times too large."""
+    honest = moejax.exchange.gather_weights
+
+    @jax.custom_vjp
+    def scaled(w):
+        return w
+
+    scaled.defvjp(lambda w: (w, None), lambda _, grad: (grad * 8,))
+    monkeypatch.setattr(
+        moejax.exchange, "gather_weights", lambda w, axis, dtype: scaled(honest(w, axis, dtype))
+    )
+    (row,) = rows(config, EXPERT_8)
+    assert "gradient of experts" in row.failures and "grad_norm" in row.failures
+    assert row.groups["experts"] == pytest.approx(7, rel=0.2)
+    assert "/moe/" in row.worst
+
+
+def test_balance_loss_lost_under_accumulation_is_found(config, monkeypatch):
+    """The counts of the whole step replaced by zeros: the reported loss stays, the gradient goes."""
+    honest = moejax.step._step_counts
+
+    def lost(*arguments):
+        counts = honest(*arguments)
+        return None if counts is None else jnp.zeros_like(counts)
+
+    monkeypatch.setattr(moejax.step, "_step_counts", lost)
+    (row,) = rows(config, EXPERT_8._replace(accumulation=2, data=2, expert=4))
+    assert "gradient of router" in row.failures
+    assert row.groups["router"] > 100 * verify.GRADIENT_TOLERANCE
+
+
+def test_padding_that_is_counted_is_found(config, monkeypatch):
+    def careless(logit_te, mask_t, bias_e, moe_config):
+        return route(logit_te, jnp.ones_like(mask_t), bias_e, moe_config)
+
+    monkeypatch.setattr(moejax.moe, "route", careless)
+    (row,) = rows(config, EXPERT_8)
+    assert "counts" in row.failures
+    assert row.counts > 0
+
+
+def test_layouts_are_those_that_fit(config):
+    found = verify.layouts(config, 8)
+    assert len(set(found)) == len(found)
+    meshes = {layout[:4] for layout in found}
+    assert (1, 1, 8, 1) in meshes and (2, 2, 2, 1) in meshes
+    assert all(layout.tensor <= 2 for layout in found), "2 heads do not split over 4"
+    dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, every=None))
+    assert {layout.dispatch for layout in verify.layouts(dense, 8)} == {"dropless"}
+
+
+def test_covering_has_every_pair_of_settings(config):
+    """Recounted by hand: split or not for each axis, accumulation, remat, dispatch."""
+    candidates = verify.layouts(config, 8)
+    chosen = verify.covering(candidates)
+
+    def settings(layout):
+        return [*(size > 1 for size in layout[:4]), *layout[4:]]
+
+    def pairs(layouts):
+        return {
+            (i, a, j, b)
+            for layout in layouts
+            for (i, a), (j, b) in itertools.combinations(enumerate(settings(layout)), 2)
+        }
+
+    assert pairs(chosen) == pairs(candidates)
+    assert len(chosen) < len(candidates) / 5
+    assert any(layout.expert == 8 for layout in chosen)
+
+
+def test_factorisations():
+    assert sorted(verify.factorisations(4, 2)) == [(1, 4), (2, 2), (4, 1)]
+    assert len(list(verify.factorisations(8, 4))) == 20
+
+
+def test_report_and_exit_code(config, monkeypatch, tmp_path, capsys):
+    """Two made-up rows, one bad: exit code 1, the row and the group are named, the JSON says the same."""
+    good = verify.Row("good", 1e-7, 1e-7, 1e-6, {"router": 1e-6}, "a/moe/router", 0, 0.0, 1.0)
+    bad = dataclasses.replace(good, layout="bad", groups={"router": 0.5})
+    monkeypatch.setattr(verify, "check", lambda *_: iter([good, bad]))
+    assert verify.verify(config, False, tmp_path / "v.json") == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "FAIL bad: gradient of router; worst parameter a/moe/router" in shown
+    assert "1 of 2 layouts train the same" in shown
+    content = json.loads((tmp_path / "v.json").read_text())
+    assert [row["failures"] for row in content["rows"]] == [[], ["gradient of router"]]
+    monkeypatch.setattr(verify, "check", lambda *_: iter([good]))
+    assert verify.verify(config, False, None) == 0
