@@ -7,6 +7,7 @@ then run with the other seeds. Runs are ordinary workdirs; finished ones are not
 stopped and started again. Writes docs/quickstart.md and docs/quickstart.png.
 """
 
+import dataclasses
 import datetime
 import subprocess
 import sys
@@ -25,6 +26,15 @@ ARMS = {"moe": "configs/quickstart.py", "dense": "configs/quickstart_dense.py"}
 LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
 SEEDS = (0, 1, 2)
 Records = list[dict]
+
+
+@dataclasses.dataclass
+class Arm:
+    """What one arm did: loss by learning rate at seed 0, the best rate, and its records by seed."""
+
+    losses: dict[float, float]
+    best: float
+    runs: dict[int, Records]
 
 
 def train(folder: Path, arm: str, rate: float, seed: int, overrides: list[str]) -> Records:
@@ -46,13 +56,21 @@ def final_loss(records: Records) -> float:
     return [r["loss"] for r in records if r["split"] == "eval"][-1]
 
 
-def run_arm(folder: Path, arm: str, overrides: list[str]):
-    """Returns (loss by learning rate at seed 0, best rate, records by seed)."""
-    sweep = {rate: train(folder, arm, rate, SEEDS[0], overrides) for rate in LEARNING_RATES}
-    losses = {rate: final_loss(records) for rate, records in sweep.items()}
-    best = min(losses, key=lambda rate: losses[rate])
-    seeds = {seed: train(folder, arm, best, seed, overrides) for seed in SEEDS[1:]}
-    return losses, best, {SEEDS[0]: sweep[best], **seeds}
+def run_arms(folder: Path, overrides: list[str]) -> dict[str, Arm]:
+    """Runs both arms, in turn, so that a drift of the machine hits both."""
+    sweeps: dict[str, dict[float, Records]] = {arm: {} for arm in ARMS}
+    for rate in LEARNING_RATES:
+        for arm in ARMS:
+            sweeps[arm][rate] = train(folder, arm, rate, SEEDS[0], overrides)
+    results = {}
+    for arm, sweep in sweeps.items():
+        losses = {rate: final_loss(records) for rate, records in sweep.items()}
+        best = min(losses, key=lambda rate: losses[rate])
+        results[arm] = Arm(losses, best, {SEEDS[0]: sweep[best]})
+    for seed in SEEDS[1:]:
+        for arm, result in results.items():
+            result.runs[seed] = train(folder, arm, result.best, seed, overrides)
+    return results
 
 
 def seconds_of(records: Records) -> dict[int, float]:
@@ -66,7 +84,7 @@ def seconds_of(records: Records) -> dict[int, float]:
     return seconds
 
 
-def plot(results: dict, path: Path) -> None:
+def plot(results: dict[str, Arm], path: Path) -> None:
     """Draws validation loss against tokens and against seconds, a line a seed."""
     import matplotlib
 
@@ -75,7 +93,7 @@ def plot(results: dict, path: Path) -> None:
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
     for arm, colour in (("moe", "tab:blue"), ("dense", "tab:orange")):
-        for seed, records in results[arm][2].items():
+        for seed, records in results[arm].runs.items():
             evals = [r for r in records if r["split"] == "eval"]
             seconds = seconds_of(records)
             label = {"moe": "MoE", "dense": "dense"}[arm] if seed == SEEDS[0] else None
@@ -102,9 +120,9 @@ def tokens_to_reach(records: Records, loss: float) -> float | None:
     return None
 
 
-def write_page(path: Path, results: dict, configs: dict[str, Config], overrides: list[str]) -> None:
+def write_page(path: Path, results: dict[str, Arm], configs: dict[str, Config], overrides: list[str]) -> None:
     """Writes the page with the numbers of this run."""
-    losses = {arm: [final_loss(r) for r in results[arm][2].values()] for arm in ARMS}
+    losses = {arm: [final_loss(r) for r in results[arm].runs.values()] for arm in ARMS}
     spread = max(max(v) - min(v) for v in losses.values())
     margin = mean(losses["dense"]) - mean(losses["moe"])
     worst = min(losses["dense"]) - max(losses["moe"])
@@ -112,9 +130,9 @@ def write_page(path: Path, results: dict, configs: dict[str, Config], overrides:
     tokens = moe.train.steps * moe.train.batch_size * moe.data.sequence_length
     verdict = "larger than" if margin > spread else "not larger than"
     speedups = [
-        results["dense"][2][seed][-1]["tokens_seen"] / reached
+        results["dense"].runs[seed][-1]["tokens_seen"] / reached
         for seed in SEEDS
-        if (reached := tokens_to_reach(results["moe"][2][seed], final_loss(results["dense"][2][seed])))
+        if (reached := tokens_to_reach(results["moe"].runs[seed], final_loss(results["dense"].runs[seed])))
     ]
     lines = [
         "# Does the MoE learn more than a dense model of equal cost?",
@@ -133,9 +151,9 @@ def write_page(path: Path, results: dict, configs: dict[str, Config], overrides:
         f"| FLOPs per token | {flops_per_token(moe):,} | {flops_per_token(dense):,} |",
     ]
     for rate in LEARNING_RATES:
-        cells = (f"{results[arm][0][rate]:.4f}" for arm in ("moe", "dense"))
+        cells = (f"{results[arm].losses[rate]:.4f}" for arm in ("moe", "dense"))
         lines.append(f"| loss, learning rate {rate:g}, seed 0 | {' | '.join(cells)} |")
-    best = (f"{results[arm][1]:g}" for arm in ("moe", "dense"))
+    best = (f"{results[arm].best:g}" for arm in ("moe", "dense"))
     lines.append(f"| learning rate chosen | {' | '.join(best)} |")
     for index, seed in enumerate(SEEDS):
         lines.append(
@@ -143,7 +161,7 @@ def write_page(path: Path, results: dict, configs: dict[str, Config], overrides:
         )
     means = (f"**{mean(losses[arm]):.4f}**" for arm in ("moe", "dense"))
     lines.append(f"| loss, mean of seeds | {' | '.join(means)} |")
-    seconds = (mean(list(seconds_of(r).values())[-1] for r in results[a][2].values()) for a in ARMS)
+    seconds = (mean(list(seconds_of(r).values())[-1] for r in results[a].runs.values()) for a in ARMS)
     lines.append(f"| seconds in steps, mean of seeds | {' | '.join(f'{s:.0f}' for s in seconds)} |")
     lines += [
         "",
@@ -165,12 +183,12 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     configs = {arm: load_config(str(ROOT / file), options.overrides) for arm, file in ARMS.items()}
-    results = {arm: run_arm(options.workdir, arm, options.overrides) for arm in ARMS}
+    results = run_arms(options.workdir, options.overrides)
     plot(results, options.docs / "quickstart.png")
     write_page(options.docs / "quickstart.md", results, configs, options.overrides)
     rows = []
     for arm in ("dense", "moe"):
-        loss = mean(final_loss(r) for r in results[arm][2].values())
+        loss = mean(final_loss(r) for r in results[arm].runs.values())
         base = None if arm == "dense" else rows[0].value
         baseline = None if arm == "dense" else "dense"
         rows.append(Row(arm, loss, "nats per token", baseline, None if base is None else loss / base))

@@ -32,7 +32,7 @@ from moejax.overrides import (
     suggest,
     value_difference,
 )
-from moejax.workdir import matches, open_workdir, read_config
+from moejax.workdir import check_workdir, matches, read_config
 
 DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -318,7 +318,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 
 def _train(line: Line) -> int:
     config = line.load()
-    workdir = open_workdir(line.options.workdir, config)
+    workdir = check_workdir(line.options.workdir, config)
     _start_jax(line.options.cpu_devices)
     from moejax.loop import train
 

@@ -103,12 +103,6 @@ class TrainBatches:
         stop = self.batch_size if stop is None else stop
         return _stack([cast(Batch, self._order[first + i]) for i in range(start, stop)])
 
-    def prefetch(
-        self, step: int, start: int = 0, stop: int | None = None, depth: int = 2
-    ) -> "Prefetch":
-        """Returns an iterator over the rows of `step`, `step + 1`, ..., made `depth` ahead."""
-        return Prefetch(lambda index: self.rows(index, start, stop), step, depth)
-
 
 class ValidationBatches:
     """Batches of the validation split, the same at every evaluation.

@@ -12,9 +12,9 @@ from rich.console import Console
 
 import moejax
 from moejax.checkpoint import Checkpoints
-from moejax.config import Config
+from moejax.config import Config, ConfigError
 from moejax.corpus import load_corpus
-from moejax.data import TrainBatches, check_tokens, check_vocabulary
+from moejax.data import Batch, Prefetch, TrainBatches, check_tokens, check_vocabulary
 from moejax.evaluate import Evaluator
 from moejax.flops import model_flops_utilization
 from moejax.generate import generate
@@ -27,7 +27,7 @@ from moejax.progress import TrainProgress, show_summary
 from moejax.sharding import place_batch
 from moejax.state import initial_state
 from moejax.step import StepMetrics, make_train_step
-from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT
+from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT, open_workdir
 
 SAMPLE_PROMPTS = ("And it came to pass", "Y aconteció que", "def main(")
 
@@ -51,6 +51,8 @@ def train(config: Config, workdir: Path) -> int:
     check_vocabulary(corpus, config.model.vocab_size)
     data = TrainBatches(corpus, config.data.sequence_length, config.train.batch_size, config.seed)
     evaluator = Evaluator(config, mesh)
+    if jax.process_index() == 0:
+        open_workdir(workdir, config)
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
         run = Run(config, workdir, mesh, data, evaluator, checkpoints)
         try:
@@ -80,8 +82,10 @@ class Run:
         self.counters = {"tokens_seen": 0, "dropped_seen": 0}
         if checkpoints.steps:
             start = checkpoints.find(None)
+            meta = checkpoints.restore_meta(start)
+            self._check_data(meta["data"])
+            self.counters = meta["counters"]
             self.state = checkpoints.restore(start, abstract)
-            self.counters = checkpoints.restore_meta(start)["counters"]
         else:
             start = 0
             optimizer = make_optimizer(config.optim, config.train.steps)
@@ -92,6 +96,15 @@ class Run:
         self.last_eval: dict[str, Any] | None = None
         self.last_train: dict[str, Any] | None = None
         self.seconds: list[float] = []
+
+    def _check_data(self, fingerprint: str) -> None:
+        if fingerprint != self.data.fingerprint:
+            raise ConfigError(
+                f"the data differ from those that {self.workdir} was trained on (fingerprint "
+                f"{self.data.fingerprint[:12]}, stored {fingerprint[:12]}); a resumed run goes on in the same "
+                "order of the same data: give them back (the embedded Python text is that of the running "
+                "interpreter), or give another --workdir"
+            )
 
     def train(self) -> None:
         """Runs the steps that are left."""
@@ -106,23 +119,24 @@ class Run:
                 positions,
                 console=Console(highlight=False, quiet=not self.main_process),
             ) as self.progress,
-            self.data.prefetch(self.start) as batches,
+            Prefetch(self._batch, self.start) as batches,
         ):
             for step in range(self.start + 1, config.train.steps + 1):
-                batch = self._place(next(batches))
-                self.state, metrics = self.step_function(self.state, batch)
+                self.state, metrics = self.step_function(self.state, next(batches))
                 late.push(step, metrics)
                 self._hooks(step, late)
             late.flush()
 
-    def _place(self, rows: Any) -> Any:
-        check_tokens(rows, self.config.model.vocab_size)
+    def _batch(self, finished: int) -> Batch:
+        """Returns the batch of the step after `finished` ones, on the devices; reads this process's rows."""
 
-        def part(start: int, stop: int):
-            return jax.tree.map(lambda leaf: leaf[start:stop], rows)
+        def rows(start: int, stop: int) -> Batch:
+            batch = self.data.rows(finished, start, stop)
+            check_tokens(batch, self.config.model.vocab_size)
+            return batch
 
         train = self.config.train
-        return place_batch(self.mesh, part, train.batch_size, train.accumulation)
+        return place_batch(self.mesh, rows, train.batch_size, train.accumulation)
 
     def _hooks(self, step: int, late: "LateMetrics") -> None:
         config, last = self.config, step == self.config.train.steps

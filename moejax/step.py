@@ -1,5 +1,6 @@
 """The train step `(state, batch) -> (state, metrics)`, and the gradients that it is made of."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     totals: Totals
     stats: RouterStats | None
-    finite: dict[str, jax.Array]
+    finite: OrderedDict[str, jax.Array]
 
 
 def _forward(graph: nnx.GraphDef, params: Any, router_state, batch: Batch):
@@ -135,9 +136,9 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _finite(parts: Losses, stats: RouterStats | None, grads: Any) -> dict[str, jax.Array]:
+def _finite(parts: Losses, stats: RouterStats | None, grads: Any) -> OrderedDict[str, jax.Array]:
     """Returns which quantities are finite; the first that is not is where the trouble showed first."""
-    finite = {}
+    finite = OrderedDict()  # a dict would leave `jit` sorted by name
     if stats is not None:
         finite |= {
             f"router logits of MoE layer {i}": jnp.isfinite(z) for i, z in enumerate(stats.z)

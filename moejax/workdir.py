@@ -3,6 +3,7 @@
 import contextlib
 import fnmatch
 import os
+import tempfile
 from pathlib import Path
 
 from moejax.config import Config, ConfigError
@@ -40,8 +41,8 @@ def checkpoint_steps(workdir: Path) -> list[int]:
     return sorted(int(file.parent.name) for file in committed if file.parent.name.isdecimal())
 
 
-def open_workdir(path: str | os.PathLike, config: Config) -> Path:
-    """Makes `path` ready for a training with `config`: creates it, and stores the config in it.
+def check_workdir(path: str | os.PathLike, config: Config) -> Path:
+    """Checks that `path` can take a training with `config`; creates the folder and changes nothing in it.
 
     A workdir that has checkpoints is resumed, and must have the same config but for `MAY_CHANGE`.
 
@@ -58,13 +59,30 @@ def open_workdir(path: str | os.PathLike, config: Config) -> Path:
         _check_same_run(workdir, config, steps[-1])
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise _unwritable(workdir, error) from None
+    return workdir
+
+
+def open_workdir(path: str | os.PathLike, config: Config) -> Path:
+    """Checks the workdir and stores the config in it; call it when nothing else can refuse the run.
+
+    Raises:
+        ConfigError: as `check_workdir`.
+    """
+    workdir = check_workdir(path, config)
+    try:
         _write_atomically(workdir / CONFIG, config_to_json(config))
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise ConfigError(
-            f"workdir {workdir} cannot be written: {reason}; give another --workdir"
-        ) from None
+        raise _unwritable(workdir, error) from None
     return workdir
+
+
+def _unwritable(workdir: Path, error: OSError) -> ConfigError:
+    reason = error.strerror or str(error)
+    return ConfigError(f"workdir {workdir} cannot be written: {reason}; give another --workdir")
 
 
 def read_config(path: str | os.PathLike) -> Config:

@@ -16,12 +16,15 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import numpy as np
 import optax
 import pytest
 from absl import flags
 
 from moejax.config import MeshConfig
 from moejax.mesh import make_mesh
+from moejax.sharding import path_name
+from moejax.state import split_model
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -73,3 +76,23 @@ def mesh_of():
 def mesh(mesh_of):
     """A mesh of one device."""
     return mesh_of(1, 1, 1, 1)
+
+
+@functools.cache
+def _params_of(config, mesh):
+    shapes = jax.eval_shape(lambda: split_model(config, mesh, jax.random.key(0))[1])
+    random = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if path_name(path).endswith("scale"):
+            return np.ones(leaf.shape, leaf.dtype)
+        deviation = config.model.d_model**-0.5
+        return random.normal(scale=deviation, size=leaf.shape).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="session")
+def params_of():
+    """Returns `(config, mesh) -> parameters` drawn by NumPy: what `init` draws takes long to compile."""
+    return _params_of

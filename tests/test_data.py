@@ -187,7 +187,7 @@ def test_too_few_sequences_for_a_batch():
 
 def test_prefetch_gives_the_batches_from_its_step_on(corpus):
     batches = TrainBatches(corpus, 8, 4, seed=0)
-    with batches.prefetch(5, 1, 3) as ahead:
+    with Prefetch(lambda step: batches.rows(step, 1, 3), 5) as ahead:
         for step in (5, 6, 7, 8, 9):
             assert _equal(next(ahead), batches.rows(step, 1, 3))
     assert not _data_threads()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,8 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from moejax import loop
 from moejax.checkpoint import Checkpoints
 from moejax.config import ConfigError
+from moejax.data import TrainBatches
 from moejax.evaluate import evaluate_workdir
 from moejax.metrics import read_metrics
 from moejax.overrides import apply_overrides, load_config
@@ -28,9 +31,14 @@ SMALL = (
 ).split()
 
 
+def _override(words, others):
+    """Returns `words` with those of `others` in place of the same key."""
+    return list({word.split("=")[0]: word for word in (*words, *others)}.values())
+
+
 def command(workdir: Path, *words: str) -> list[str]:
     start = [sys.executable, "-m", "moejax", "train", str(ROOT / "configs/quickstart.py")]
-    return [*start, "--workdir", str(workdir), "--cpu_devices", "8", *SMALL, *words]
+    return [*start, "--workdir", str(workdir), "--cpu_devices", "8", *_override(SMALL, words)]
 
 
 def train(workdir: Path, *words: str) -> subprocess.CompletedProcess:
@@ -130,3 +138,18 @@ def test_a_run_stops_at_the_first_quantity_that_is_not_finite(tmp_path):
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert "nonfinite" in last
     assert all(step < last["step"] for step in checkpoint_steps(workdir))
+
+
+def test_other_data_are_refused(straight, tmp_path, monkeypatch):
+    """The same config on changed text: the position in the data would mean nothing."""
+
+    class OtherText(TrainBatches):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            self.fingerprint = "0" * 64
+
+    workdir = tmp_path / "copy"
+    shutil.copytree(straight, workdir)
+    monkeypatch.setattr(loop, "TrainBatches", OtherText)
+    with pytest.raises(ConfigError, match="the data differ from those"):
+        loop.train(read_config(straight), workdir)

@@ -1,0 +1,125 @@
+"""How the package is built: imports flow one way, and each thing is spelled in one module."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import moejax
+
+PACKAGE = Path(moejax.__file__).parent
+# A module imports only from its left.
+ORDER = (
+    "config overrides workdir mesh sharding tokenizer corpus data prepare routing dispatch exchange "
+    "experts reference moe model loss optim state step checkpoint flops metrics plots progress "
+    "evaluate generate loop verify describe cli __main__"
+).split()
+SOURCES = {
+    path.stem: ast.parse(path.read_text(), str(path))
+    for path in PACKAGE.glob("*.py")
+    if path.stem != "__init__"
+}
+# The axes of the mesh; "data" is also the name of a config section, and the axis of no collective.
+AXIS_NAMES = {"fsdp", "expert", "tensor"}
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    """Returns the modules of the package that a module imports, inside functions too."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "moejax":
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moejax."):
+            names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            parts = (alias.name.split(".") for alias in node.names)
+            names.update(p[1] for p in parts if p[0] == "moejax" and len(p) > 1)
+    return names & set(ORDER)
+
+
+def _calls(tree: ast.AST) -> list[ast.Call]:
+    return [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+
+
+def _name(call: ast.Call) -> str:
+    """Returns what is called: make_mesh for jax.make_mesh(...)."""
+    function = call.func
+    return function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", "")
+
+
+def test_every_module_has_its_place():
+    assert sorted(SOURCES) == sorted(ORDER)
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_a_module_imports_only_from_its_left(name):
+    assert _imported(SOURCES[name]) <= set(ORDER[: ORDER.index(name)])
+
+
+def test_only_mesh_makes_meshes():
+    makers = {"make_mesh", "Mesh", "create_device_mesh", "AbstractMesh"}
+    for name, tree in SOURCES.items():
+        calls = [c for c in _calls(tree) if _name(c) in makers and c.func != "make_mesh"]
+        # moejax.mesh.make_mesh is what others call; jax.make_mesh is an attribute of jax
+        raw = [c for c in calls if isinstance(c.func, ast.Attribute) or _name(c) != "make_mesh"]
+        assert bool(raw) == (name == "mesh"), name
+
+
+def test_only_sharding_and_exchange_spell_axes():
+    """Elsewhere no axis stands in a PartitionSpec or a collective as a string."""
+    users = {"P", "PartitionSpec", "psum", "pmean", "pmax", "all_gather", "all_to_all"}
+    users |= {"psum_scatter", "axis_index", "axis_size", "ppermute", "pcast", "NamedSharding"}
+    spelled = set()
+    for name, tree in SOURCES.items():
+        for call in (c for c in _calls(tree) if _name(c) in users):
+            strings = {n.value for n in ast.walk(call) if isinstance(n, ast.Constant)}
+            if strings & (AXIS_NAMES | {"data"}):
+                spelled.add(name)
+    assert spelled == {"sharding"}  # exchange names them once, as constants
+    constants = {
+        target.id: node.value.value
+        for node in SOURCES["exchange"].body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    assert set(constants.values()) >= AXIS_NAMES
+
+
+def test_nobody_catches_everything_or_unpickles():
+    for name, tree in SOURCES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ExceptHandler):
+                caught = ast.unparse(node.type) if node.type else "everything"
+                assert caught not in ("everything", "Exception", "BaseException"), (
+                    f"{name}.py:{node.lineno} catches {caught}"
+                )
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                modules = [alias.name for alias in node.names] + [getattr(node, "module", "")]
+                assert not {"pickle", "dill", "cloudpickle"} & set(modules), name
+
+
+def test_replication_is_checked_in_every_shard_map():
+    """`check_vma` stays on: it catches a sum that was forgotten."""
+    maps = [c for tree in SOURCES.values() for c in _calls(tree) if _name(c) == "shard_map"]
+    assert maps
+    for call in maps:
+        assert not {"check_vma", "check_rep"} & {keyword.arg for keyword in call.keywords}
+
+
+@pytest.mark.parametrize("module", ["moejax", "moejax.config", "moejax.cli", "moejax.overrides"])
+def test_the_command_line_starts_without_jax(module):
+    code = f"import sys, {module}; print(sorted({{'jax', 'flax', 'optax', 'orbax'}} & set(sys.modules)))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "[]"
+
+
+def test_public_names_are_there():
+    for name in moejax.__all__:
+        assert getattr(moejax, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Mixture'"):
+        moejax.Mixture  # noqa: B018
