@@ -23,7 +23,7 @@ from moejax.overrides import load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {"moe": "configs/quickstart.py", "dense": "configs/quickstart_dense.py"}
-LEARNING_RATES = (1.5e-3, 3e-3, 6e-3)
+LEARNING_RATES = (3e-3, 6e-3)
 SEEDS = (0, 1, 2)
 Records = list[dict]
 
@@ -41,7 +41,7 @@ def train(folder: Path, arm: str, rate: float, seed: int, overrides: list[str]) 
     """Trains one arm, if it has not been trained, and returns its records."""
     workdir = folder / f"{arm}_lr{rate:g}_seed{seed}"
     words = [f"optim.learning_rate={rate}", f"seed={seed}", "mesh.expert=1", "mesh.data=1"]
-    words += ["logging.every=10", "eval.every=150", "eval.batches=24", "checkpoint.every=100000"]
+    words += ["logging.every=10", "eval.every=180", "eval.batches=24", "checkpoint.every=100000"]
     command = [sys.executable, "-m", "moejax", "train", str(ROOT / ARMS[arm])]
     command += ["--workdir", str(workdir), "--cpu_devices", "1", *words, *overrides]
     steps = load_config(str(ROOT / ARMS[arm]), [*words, *overrides]).train.steps

@@ -7,8 +7,8 @@ Dims are letters, the same in names, einsums and docs:
     E experts             F expert hidden width    S selected experts of a token (top-k)
     C capacity: slots an expert has in one group   G groups          Z degree of the expert axis
 
-An array that crosses a function carries its dims as a suffix: `x_btd`, `expert_ts`, `buf_ecd`. Inside a
-per-sequence or per-device scope `t` runs over every token in that scope.
+An array that crosses a function carries its dims as a suffix: `x_btd`, `expert_ts`, `buf_ecd`.
+Inside a per-sequence or per-device scope `t` runs over every token in that scope.
 
 Importing `moejax` does not import JAX: the command line must answer before that.
 """

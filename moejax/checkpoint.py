@@ -1,8 +1,9 @@
 """Checkpoints: Orbax, asynchronous and sharded, in one module.
 
-A step's folder holds three items: `model` (step, parameters, router state: all that evaluation needs), `training`
-(optimizer state, rng) and `meta` (config, data fingerprint, versions, counters). A folder without Orbax's commit
-marker is no checkpoint. Kept are the last `keep` and the best by validation loss.
+A step's folder holds three items: `model` (step, parameters, router state: all that evaluation
+needs), `training` (optimizer state, rng) and `meta` (config, data fingerprint, versions, counters).
+A folder without Orbax's commit marker is no checkpoint. Kept are the last `keep` and the best by
+validation loss.
 """
 
 import logging
@@ -57,7 +58,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """The committed steps there were when the run was opened, and those saved since, in order."""
+        """Committed steps in order: those found when the run was opened, and those saved since."""
         return sorted(self._saved)
 
     def save(self, state: TrainState, meta: dict[str, Any], validation_loss: float | None) -> None:
@@ -92,7 +93,7 @@ class Checkpoints:
         return restored["meta"]
 
     def restore(self, step: int, abstract: TrainState) -> TrainState:
-        """Returns the state of `step`, laid out as `abstract` says, whatever mesh it was saved from."""
+        """Returns the state of `step`, laid out as `abstract` says, whatever mesh saved it."""
         model, training = _split(abstract)
         restored = self._manager.restore(
             step,
@@ -120,7 +121,8 @@ class Checkpoints:
         """
         if not self.steps:
             raise ConfigError(
-                f"{self._folder} holds no checkpoint; train first, or wait for the first checkpoint.every steps"
+                f"{self._folder} holds no checkpoint; train first, or wait for the first "
+                "checkpoint.every steps"
             )
         if step is None:
             return self.steps[-1]

@@ -1,9 +1,10 @@
-"""assign, dispatch, combine: which row of an expert's buffer each assignment takes, and the way there and back.
+"""assign, dispatch, combine: each assignment's row in an expert's buffer, the way there and back.
 
-A *slot* is a row of a buffer in which the rows of one expert are consecutive. There are two layouts:
-`capacity_slots` gives every expert the same number of rows and drops what does not fit; `grouped_slots` gives
-each expert the rows that it needs. Both sort assignments by expert; no array of tokens x experts x capacity
-exists. `dispatch` and `combine` are gathers in both directions of differentiation, never scatters of rows.
+A *slot* is a row of a buffer in which the rows of one expert are consecutive. There are two
+layouts: `capacity_slots` gives every expert the same number of rows and drops what does not fit;
+`grouped_slots` gives each expert the rows that it needs. Both sort assignments by expert; no array
+of tokens x experts x capacity exists. `dispatch` and `combine` are gathers in both directions of
+differentiation, never scatters of rows.
 """
 
 import functools
@@ -34,10 +35,10 @@ class Slots(NamedTuple):
 def expert_capacity(
     tokens: int, num_experts: int, top_k: int, capacity_factor: float, *, limit: int | None = None
 ) -> int:
-    """Returns ceil(capacity_factor * top_k * tokens / num_experts), at least 1 and at most `tokens`.
+    """Returns ceil(capacity_factor * top_k * tokens / num_experts), at least 1, at most `tokens`.
 
-    Computed in exact arithmetic on the decimal that the user wrote: in float32 7680 * 4.05 / 8 is one more.
-    A token selects an expert at most once, so more slots than tokens would stay empty.
+    Computed in exact arithmetic on the decimal that the user wrote: in float32 7680 * 4.05 / 8 is
+    one more. A token selects an expert at most once, so more slots than tokens would stay empty.
 
     Args:
         tokens: real tokens in the group, padding not counted.
@@ -60,7 +61,7 @@ def capacity_table(tokens: int, num_experts: int, top_k: int, capacity_factor: f
 
 
 def _rank_in_expert(expert_a: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """Returns each assignment's place among those of its expert, in the order given, and counts [E]."""
+    """Returns each assignment's place among its expert's, in the order given, and counts [E]."""
     order_a = jnp.argsort(expert_a, stable=True)
     sorted_a = expert_a[order_a]
     start_e = jnp.searchsorted(sorted_a, jnp.arange(num_experts + 1, dtype=sorted_a.dtype))
@@ -87,8 +88,9 @@ def capacity_slots(
 ) -> Slots:
     """Gives each expert `rows_per_expert` rows, of which the first `capacity` are used.
 
-    Priority `token` goes token by token, a token's choices in order: no earlier token depends on a later one.
-    Priority `rank` (GShard, Lepikhin et al. 2020) serves all first choices before any second; it is not causal.
+    Priority `token` goes token by token, a token's choices in order: no earlier token depends on a
+    later one. Priority `rank` (GShard, Lepikhin et al. 2020) serves all first choices before any
+    second; it is not causal.
 
     Args:
         expert_ts: int32 [T, S] of one group; num_experts marks no assignment.
@@ -154,7 +156,8 @@ dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 def combine(out_rd: jax.Array, weight_ts: jax.Array, slots: Slots) -> jax.Array:
     """Sums each token's rows by weight: y_t = sum_s weight_ts * out[slot_ts]. [R, D] -> [T, D].
 
-    Products and sum are float32; the result has the dtype of `out_rd`. A dropped assignment adds nothing.
+    Products and sum are float32; the result has the dtype of `out_rd`. A dropped assignment adds
+    nothing.
     """
     return _combine(*vary_like(out_rd, weight_ts), slots)
 

@@ -1,7 +1,7 @@
-"""Evaluation on the validation split: dropless, and at `moe.eval_capacity_factor` as a second, named number.
+"""Evaluation on the validation split: dropless and, named apart, at `moe.eval_capacity_factor`.
 
-Sums are taken on the devices in float32, a batch at a time, and over batches on the host in float64, so the
-result is the same on every mesh to rounding.
+Sums are taken on the devices in float32, a batch at a time, and over batches on the host in
+float64, so the result is the same on every mesh to rounding.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ from moejax.tokenizer import load_tokenizer
 
 
 class EvalSums(NamedTuple):
-    """Sums over a batch: by domain [N] the loss in nats, the targets and their bytes; and the routing."""
+    """Sums over a batch: by domain [N] loss in nats, targets and their bytes; and the routing."""
 
     positions: jax.Array
     nats_n: jax.Array

@@ -1,8 +1,9 @@
-"""exchange: the collectives of the MoE layer, over the expert axis. Call them inside `shard_map` only.
+"""exchange: the MoE layer's collectives over the expert axis, to call inside `shard_map` only.
 
-`all_to_all` moves slots: every device sends each expert's rows to the device that holds the expert, and gets them
-back. `gather` moves tokens: every device of an expert group sees all tokens of the group, runs its own experts on
-those that chose them, and the partial results are summed on the way home; its shapes are static for any routing.
+`all_to_all` moves slots: every device sends each expert's rows to the device that holds the expert,
+and gets them back. `gather` moves tokens: every device of an expert group sees all tokens of the
+group, runs its own experts on those that chose them, and the partial results are summed on the way
+home; its shapes are static for any routing.
 """
 
 import jax
@@ -20,7 +21,7 @@ def expert_degree() -> int:
 
 
 def slots_to_experts(buf_ecd_local: jax.Array) -> jax.Array:
-    """All-to-all from token home to expert: [E, C, D] of local tokens -> [E/Z, Z*C, D] of local experts."""
+    """All-to-all to the experts: [E, C, D] of local tokens -> [E/Z, Z*C, D] of local experts."""
     if expert_degree() == 1:
         return buf_ecd_local
     return lax.all_to_all(buf_ecd_local, EXPERT_AXIS, split_axis=0, concat_axis=1, tiled=True)
@@ -34,7 +35,7 @@ def slots_to_tokens(buf_ecd_expert: jax.Array) -> jax.Array:
 
 
 def gather_tokens(x_td_local: jax.Array) -> jax.Array:
-    """All-gather over the expert axis: [T, ...] of this device -> [Z*T, ...] of the expert group."""
+    """All-gather over the expert axis: [T, ...] of a device -> [Z*T, ...] of the expert group."""
     if expert_degree() == 1:
         return x_td_local
     return lax.all_gather(x_td_local, EXPERT_AXIS, tiled=True)
@@ -55,7 +56,10 @@ def local_experts(expert_ts: jax.Array, num_experts: int) -> jax.Array:
 
 
 def gather_weights(w: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Gathers a weight over fsdp, in the compute dtype; the transpose is a reduce-scatter, not an all-reduce."""
+    """Gathers a weight over fsdp, in the compute dtype.
+
+    The transpose is a reduce-scatter, not an all-reduce.
+    """
     w = w.astype(dtype)
     return (
         w if lax.axis_size(FSDP_AXIS) == 1 else lax.all_gather(w, FSDP_AXIS, axis=axis, tiled=True)

@@ -22,7 +22,10 @@ class MoEWeights(NamedTuple):
 
 
 def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """Returns down(silu(gate(x)) * up(x)) (Shazeer 2020). [..., D], [D, F], [D, F], [F, D] -> [..., D]."""
+    """Returns down(silu(gate(x)) * up(x)) (Shazeer 2020).
+
+    Shapes: [..., D], [D, F], [D, F], [F, D] -> [..., D].
+    """
     return (jax.nn.silu(x @ gate) * (x @ up)) @ down
 
 
@@ -50,7 +53,7 @@ def grouped_experts(
 
 
 def block_rows(assignments: int, num_experts: int) -> int:
-    """Returns the block (a power of two from 8 to BLOCK_ROWS) that wastes little on groups of average size."""
+    """Returns the block (a power of two, 8 to BLOCK_ROWS) that wastes little on average groups."""
     average = max(1, assignments // num_experts)
     return max(8, min(BLOCK_ROWS, 1 << (average.bit_length() - 1)))
 
@@ -58,14 +61,16 @@ def block_rows(assignments: int, num_experts: int) -> int:
 def grouped_matmul(
     x_rd: jax.Array, w_edf: jax.Array, group_size_e: jax.Array, block: int
 ) -> jax.Array:
-    """Multiplies each group of consecutive rows with its expert's matrix: [R, D], [E, D, F] -> [R, F].
+    """Multiplies each group of rows with its expert's matrix: [R, D], [E, D, F] -> [R, F].
 
-    Rows after the last group hold no data: their output and gradient are undefined on some platforms, so nothing
-    may read them. On a CPU the work is proportional to the rows in groups, since `lax.ragged_dot` lowers there
-    to one product over all rows for every expert; elsewhere it is `lax.ragged_dot`.
+    The rows of a group are consecutive. Rows after the last group hold no data: their output and
+    gradient are undefined on some platforms, so nothing may read them. On a CPU the work is
+    proportional to the rows in groups, since `lax.ragged_dot` lowers there to one product over all
+    rows for every expert; elsewhere it is `lax.ragged_dot`.
 
     Args:
-        group_size_e: int32 [E]; multiples of `block` whose sum is at most R. R is a multiple of `block` too.
+        group_size_e: int32 [E]; multiples of `block` whose sum is at most R. R is a multiple of
+            `block` too.
     """
     assert x_rd.shape[0] % block == 0, (x_rd.shape, block)
     return _grouped_matmul(*vary_like(x_rd, w_edf, group_size_e), block)

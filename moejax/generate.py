@@ -1,7 +1,8 @@
 """Generation: one jitted loop over a key/value cache, several prompts at once, dropless.
 
-Prompts are padded on the right. A generated token takes the cache row of its own position, over the padding that
-prefill left there, and a query sees rows up to its own position only: padding is never seen.
+Prompts are padded on the right. A generated token takes the cache row of its own position, over the
+padding that prefill left there, and a query sees rows up to its own position only: padding is never
+seen.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ def cached_forward(
     router_state: dict[str, jax.Array],
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """Runs tokens [B, T] at their positions on top of the cache; returns hidden states and the new cache."""
+    """Runs tokens [B, T] at their positions on the cache; returns hidden states and the new cache."""
     row_q = jnp.arange(cache.key.shape[2], dtype=jnp.int32)
     attend_bqt = row_q[None, None, :] <= position_bt[:, :, None]
     tokens = Tokens(position_bt, attend_bqt, mask_bt)
@@ -44,9 +45,10 @@ def cached_forward(
 
 
 def sample(key: jax.Array, logit_bv: jax.Array, temperature: float, top_p: float) -> jax.Array:
-    """Draws a token of each row: from the fewest whose probabilities reach `top_p`; temperature 0 takes the best.
+    """Draws a token of each row, int32 [B], by nucleus sampling (Holtzman et al. 2020).
 
-    Nucleus sampling (Holtzman et al. 2020), after the temperature. int32 [B].
+    It draws, after the temperature, from the fewest tokens whose probabilities reach `top_p`.
+    Temperature 0 takes the best.
     """
     if temperature == 0:
         return jnp.argmax(logit_bv, axis=-1).astype(jnp.int32)
@@ -63,7 +65,7 @@ def sample(key: jax.Array, logit_bv: jax.Array, temperature: float, top_p: float
 def make_generate(
     config: Config, mesh: Mesh, max_tokens: int, temperature: float, top_p: float, end: int
 ):
-    """Returns the jitted `(params, router_state, prompt_bt, length_b, key) -> int32 [B, max_tokens]`.
+    """Makes the jitted `(params, router_state, prompt_bt, length_b, key) -> int32 [B, max_tokens]`.
 
     Rows of length 0 are padding. After the id `end` a row is filled with `end`.
     """

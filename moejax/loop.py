@@ -1,4 +1,4 @@
-"""The training loop: batch, step, hooks. Metrics are fetched one step late, so the devices never wait for them."""
+"""The training loop: batch, step, hooks; metrics one step late, so that devices never wait."""
 
 import sys
 import time
@@ -101,9 +101,9 @@ class Run:
         if fingerprint != self.data.fingerprint:
             raise ConfigError(
                 f"the data differ from those that {self.workdir} was trained on (fingerprint "
-                f"{self.data.fingerprint[:12]}, stored {fingerprint[:12]}); a resumed run goes on in the same "
-                "order of the same data: give them back (the embedded Python text is that of the running "
-                "interpreter), or give another --workdir"
+                f"{self.data.fingerprint[:12]}, stored {fingerprint[:12]}); a resumed run goes on in "
+                "the same order of the same data: give them back (the embedded Python text is that "
+                "of the running interpreter), or give another --workdir"
             )
 
     def train(self) -> None:
@@ -128,7 +128,7 @@ class Run:
             late.flush()
 
     def _batch(self, finished: int) -> Batch:
-        """Returns the batch of the step after `finished` ones, on the devices; reads this process's rows."""
+        """Returns the next batch after `finished` steps, on the devices; reads this process's rows."""
 
         def rows(start: int, stop: int) -> Batch:
             batch = self.data.rows(finished, start, stop)
@@ -170,7 +170,7 @@ class Run:
         }
 
     def _record(self, step: int, metrics: StepMetrics, seconds: float | None) -> None:
-        """Takes a finished step's metrics: checks that they are finite, counts, and now and then writes them."""
+        """Takes a step's metrics: checks that they are finite, counts, and now and then writes them."""
         broken = [name for name, finite in metrics.finite.items() if not finite]
         positions = self.config.train.batch_size * self.config.data.sequence_length
         routing = routing_record(metrics.stats, positions, int(metrics.totals.tokens))
@@ -220,8 +220,8 @@ class Run:
             f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
         )
         return (
-            f"step {step}: {broken[0]} is not finite first, of {len(broken)} quantities; {kept}; lower "
-            f"optim.learning_rate={self.config.optim.learning_rate} or optim.clip_norm="
+            f"step {step}: {broken[0]} is not finite first, of {len(broken)} quantities; {kept}; "
+            f"lower optim.learning_rate={self.config.optim.learning_rate} or optim.clip_norm="
             f"{self.config.optim.clip_norm}, or raise moe.router_z_loss_weight="
             f"{self.config.moe.router_z_loss_weight}"
         )
@@ -270,7 +270,8 @@ class LateMetrics:
     """Fetches a step's metrics after the next step was dispatched.
 
     Args:
-        record: called with (step, metrics as NumPy arrays, seconds since the step before, None for the first).
+        record: called with (step, metrics as NumPy arrays, seconds since the step before, None for
+            the first).
     """
 
     def __init__(self, record: Callable[[int, StepMetrics, float | None], None]):

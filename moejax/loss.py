@@ -1,7 +1,7 @@
 """The losses. Each is a sum over a part of the batch divided by a count over the whole step.
 
-So the losses, gradients and metrics of microbatches and shards add up to those of one large batch, whatever the
-number of real tokens in each part.
+So the losses, gradients and metrics of microbatches and shards add up to those of one large batch,
+whatever the number of real tokens in each part.
 """
 
 from typing import NamedTuple
@@ -40,7 +40,10 @@ def _divide(total: jax.Array, count: jax.Array) -> jax.Array:
 
 
 def token_losses(logit_btv: jax.Array, target_bt: jax.Array) -> jax.Array:
-    """Returns float32 [B, T]: -log softmax(logits)[target], nats. A target outside the vocabulary gives NaN."""
+    """Returns float32 [B, T]: -log softmax(logits)[target], nats.
+
+    A target outside the vocabulary gives NaN.
+    """
     lse_bt = jax.nn.logsumexp(logit_btv, axis=-1)
     picked = jnp.take_along_axis(logit_btv, target_bt[..., None], axis=-1, mode="fill")[..., 0]
     return lse_bt - picked

@@ -25,8 +25,8 @@ def start_jax(cpu_devices: int | None = None) -> None:
             jax.config.update("jax_num_cpu_devices", cpu_devices)
         except RuntimeError as error:
             raise ConfigError(
-                f"--cpu_devices {cpu_devices}: the devices of this process exist already ({error}); "
-                "start a new process"
+                f"--cpu_devices {cpu_devices}: the devices of this process exist already "
+                f"({error}); start a new process"
             ) from error
     _join_processes()
     if cpu_devices is not None and jax.default_backend() != "cpu":

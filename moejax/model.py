@@ -1,8 +1,8 @@
-"""The decoder: RMSNorm, grouped-query attention with RoPE, SwiGLU or MoE, in stacked and scanned layers.
+"""The decoder: RMSNorm, grouped-query attention with RoPE, SwiGLU or MoE, in scanned layers.
 
-Layers live in two stacks: `prefix` holds the first dense layers, `runs` the rest, each run being `moe.every - 1`
-dense layers and one MoE layer. A stack is one block whose parameters have a leading layer dim, and one scan, so
-compile time does not grow with depth.
+Layers live in two stacks: `prefix` holds the first dense layers, `runs` the rest, each run being
+`moe.every - 1` dense layers and one MoE layer. A stack is one block whose parameters have a leading
+layer dim, and one scan, so compile time does not grow with depth.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ from moejax.sharding import constrain_tokens
 
 
 class Cache(NamedTuple):
-    """Keys and values of past tokens, for generation: [L, B, T, N, K], or one layer's [B, T, N, K]."""
+    """Past keys and values, for generation: [L, B, T, N, K], or one layer's [B, T, N, K]."""
 
     key: jax.Array
     value: jax.Array
@@ -30,8 +30,8 @@ class Tokens(NamedTuple):
     """What every layer needs to know of the tokens besides their vectors.
 
     Attributes:
-        position_bt: int32 [B, T], or [1, T] where all rows have the same: for RoPE and, with a cache, the row of the
-            cache that a token is written to.
+        position_bt: int32 [B, T], or [1, T] where all rows have the same: for RoPE and, with a
+            cache, the row of the cache that a token is written to.
         attend_bqt: bool [B, T, T or cache length]; which keys each query may see.
         mask_bt: bool; False for padding.
     """
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
 
 
 def packed_tokens(segment_bt: jax.Array) -> Tokens:
-    """Returns `Tokens` for packed sequences: causal attention inside each document, segment 0 is padding."""
+    """Returns `Tokens` of packed sequences: causal inside each document; segment 0 is padding."""
     length = segment_bt.shape[1]
     position_t = jnp.arange(length, dtype=jnp.int32)
     causal_qt = position_t[:, None] >= position_t[None, :]
@@ -79,7 +79,7 @@ def rope(x_bthk: jax.Array, position_bt: jax.Array, theta: float) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023) with RoPE and optional RMS norm of queries and keys."""
+    """Grouped-query attention (Ainslie et al. 2023), RoPE, and optional RMS norm of q and k."""
 
     def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs):
         model = config.model
@@ -112,9 +112,15 @@ class Attention(nnx.Module):
             k = cache.key.at[row_b1, tokens.position_bt].set(k, mode="drop")
             v = cache.value.at[row_b1, tokens.position_bt].set(v, mode="drop")
             cache = Cache(k, v)
-        mixed = jax.nn.dot_product_attention(q, k, v, mask=tokens.attend_bqt[:, None])
+        mixed = _attend(q, k, v, tokens.attend_bqt)
         out = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(x_btd.dtype))
         return constrain_tokens(out, self.mesh), cache
+
+
+@jax.checkpoint
+def _attend(q, k, v, attend_bqt):
+    """Softmax attention; the backward pass makes the scores again rather than to keep B * H * T * T of them."""
+    return jax.nn.dot_product_attention(q, k, v, mask=attend_bqt[:, None])
 
 
 def _output_scale(model: ModelConfig) -> float:
@@ -183,7 +189,7 @@ class Run(nnx.Module):
             setattr(self, name, Block(config, mesh, sparse=sparse, rngs=rngs))
 
     def __call__(self, x_btd, tokens, bias_e, cache_l: Cache | None):
-        """Returns x, the MoE layer's stats (None without one) and the layers' cache [layers of the run, ...]."""
+        """Returns x, the MoE layer's stats or None, and the cache [layers of the run, ...]."""
         stats, caches = None, []
         for i, name in enumerate(self.names):
             cache = None if cache_l is None else Cache(cache_l.key[i], cache_l.value[i])
@@ -196,7 +202,7 @@ class Run(nnx.Module):
 
 
 def _stack(config: Config, mesh: Mesh, kinds: tuple[bool, ...], count: int, rngs: nnx.Rngs):
-    """Returns one `Run` whose parameters hold `count` independent runs, in a leading dim; None for count 0."""
+    """Returns a `Run` whose parameters have a leading dim of `count` independent runs, or None."""
     if count == 0:
         return None
 
@@ -240,7 +246,7 @@ class Decoder(nnx.Module):
         router_state: dict[str, jax.Array],
         cache: Cache | None = None,
     ) -> tuple[jax.Array, RouterStats | None, Cache | None]:
-        """Returns hidden states [B, T, D], routing sums with a leading dim of MoE layers, and the cache.
+        """Returns hidden states [B, T, D], routing sums [MoE layers, ...] and the cache.
 
         Args:
             token_bt: int32 ids; one outside the vocabulary gives NaN.

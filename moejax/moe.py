@@ -1,6 +1,7 @@
 """The MoE layer: route, assign, dispatch, exchange, experts, combine, inside one `shard_map`.
 
-Inside it every array is one device's part: B is its sequences, E all experts for tokens and E/Z for weights.
+Inside it every array is one device's part: B is its sequences, E all experts for tokens and E/Z for
+weights.
 """
 
 import functools
@@ -25,7 +26,7 @@ from moejax.dispatch import (
 )
 from moejax.experts import MoEWeights, block_rows, capacity_experts, grouped_experts
 from moejax.mesh import single_device_mesh
-from moejax.routing import Routing, RouterStats, route, router_logits, router_stats
+from moejax.routing import RouterStats, Routing, route, router_logits, router_stats
 from moejax.sharding import BATCH_AXES, parameter_spec, vary_like
 
 
@@ -38,9 +39,11 @@ class MoE(nnx.Module):
     Args:
         config: routing, capacity and transport.
         d_model: D.
-        mesh: where the layer runs; default one device. The axes are those of `moejax.mesh.make_mesh`.
+        mesh: where the layer runs; default one device. The axes are those of
+            `moejax.mesh.make_mesh`.
         param_dtype: of the experts; the router is always float32.
-        rngs: `params` initialises the weights: normal of variance 1/fan-in, the router's a tenth of that deviation.
+        rngs: `params` initialises the weights: normal of variance 1/fan-in, the router's a tenth of
+            that deviation.
     """
 
     def __init__(
@@ -77,7 +80,8 @@ class MoE(nnx.Module):
 
         Args:
             x_btd: tokens; B is a multiple of data x fsdp x expert x group_sequences.
-            mask_bt: bool; False for padding, which takes no slot and counts nowhere. Default: no padding.
+            mask_bt: bool; False for padding, which takes no slot and counts nowhere. Default: no
+                padding.
             bias_e: float32 [E]; selection bias of the router `sigmoid_bias`.
         """
         if mask_bt is None:
@@ -97,7 +101,7 @@ def apply_moe(
     config: MoEConfig,
     mesh: Mesh,
 ) -> tuple[jax.Array, RouterStats]:
-    """The layer as a function of its weights; see `MoE.__call__`. `reference.apply_moe` is its oracle."""
+    """The layer as a function of its weights; see `MoE.__call__`. Oracle: `reference.apply_moe`."""
     if config.transport == "reference":
         return reference.apply_moe(weights, x_btd, mask_bt, bias_e, config=config)
     specs = MoEWeights(*(parameter_spec(f"moe/{n}", w.ndim) for n, w in weights._asdict().items()))
@@ -117,7 +121,8 @@ def _moe_local(weights, x_btd, mask_bt, bias_e, *, config: MoEConfig):
         routing = route(logit_bte, mask_bt, bias_e, config)
     with jax.named_scope("weights"):
         dtype = x_btd.dtype
-        # Marked as varying before the gather: gradients are summed over `data` after the reduce-scatter.
+        # Marked as varying before the gather: gradients are summed over `data` after the
+        # reduce-scatter.
         gate, up, down, _ = vary_like(weights.gate, weights.up, weights.down, x_btd)
         weights = weights._replace(
             gate=exchange.gather_weights(gate, 1, dtype),
@@ -141,7 +146,7 @@ def _moe_local(weights, x_btd, mask_bt, bias_e, *, config: MoEConfig):
 
 
 def _group(config: MoEConfig):
-    """Returns the function that makes groups of whole sequences: [B, T, ...] -> [G, tokens of a group, ...]."""
+    """Returns what groups whole sequences: [B, T, ...] -> [G, tokens of a group, ...]."""
     return lambda x: rearrange(x, "(g n) t ... -> g (n t) ...", n=config.group_sequences)
 
 
@@ -151,7 +156,7 @@ def _group_tokens(mask_bt, config: MoEConfig) -> int:
 
 @functools.partial(jax.named_call, name="assign")
 def _assign(routing: Routing, mask_bt, config: MoEConfig):
-    """Gives each group's assignments their slots; capacity follows the group's real tokens, not its padding."""
+    """Gives each group's assignments their slots; capacity follows real tokens, not padding."""
     assert config.capacity_factor is not None
     group = _group(config)
     table_t = capacity_table(
@@ -187,7 +192,7 @@ def _by_slots(weights, x_btd, routing: Routing, slots, config: MoEConfig):
 
 
 def _by_gather(weights, x_btd, expert_bts, weight_bts, config: MoEConfig):
-    """Dropless: the expert group's tokens come to every device, which runs its own experts on them."""
+    """Dropless: the expert group's tokens come to every device, which runs its experts on them."""
     flat = functools.partial(rearrange, pattern="b t d -> (b t) d")
     with jax.named_scope("exchange"):
         x_td, expert_ts, weight_ts = jax.tree.map(

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW with warmup, a schedule, clipping by global norm, and decay on matrices only."""
+"""The optimizer: AdamW, warmup, a schedule, clipping by global norm, decay on matrices only."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from moejax.sharding import path_name
 
 
 def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
-    """Returns step -> learning rate: linear warmup, then the schedule down to `final_fraction` at `steps`."""
+    """Returns step -> rate: linear warmup, then the schedule to `final_fraction` at `steps`."""
     peak, end = config.learning_rate, config.learning_rate * config.final_fraction
     rest = max(1, steps - config.warmup_steps)
     after = {
@@ -27,7 +27,7 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decays(params: Any) -> Any:
-    """Returns a tree of bools: True for matrices other than the router; norms and the router do not decay."""
+    """Returns a tree of bools: True for matrices, False for norms and for the router."""
 
     def is_matrix(path, _):
         name = path_name(path)

@@ -86,8 +86,7 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 
 def load_values(file_with_arg: str) -> dict[str, Any]:
-    """Returns the flat dict of a config file over the defaults; combinations are not checked "
-    "yet."""
+    """Returns a config file's flat dict over the defaults; combinations are not checked yet."""
     match = re.fullmatch(r"(.+?\.py)(?::(.*))?", file_with_arg, flags=re.DOTALL)
     if match is None:
         raise ConfigError(
@@ -113,8 +112,7 @@ def _read_source(path: Path) -> str:
 
 
 def _run_get_config(path: Path, source: str, arg: str | None) -> Any:
-    """Runs the file like a script: its folder is importable, and no bytecode is written next to "
-    "it."""
+    """Runs the file like a script: its folder is importable, no bytecode is written next to it."""
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
     sys.path.append(str(path.parent.resolve()))

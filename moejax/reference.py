@@ -1,8 +1,8 @@
-"""The dense oracle: the MoE layer written the slow, obvious way, on one device, with the fast layer's signature.
+"""The dense oracle: the MoE layer, same signature, written the slow, obvious way on one device.
 
-Every expert runs on every token; what was not selected, or was dropped, gets weight 0. Slots are counted with a
-running sum, assignment by assignment. It shares `route` and `router_stats` with the fast layer (they have tests of
-their own) and nothing of dispatch, exchange or experts.
+Every expert runs on every token; what was not selected, or was dropped, gets weight 0. Slots are
+counted with a running sum, assignment by assignment. It shares `route` and `router_stats` with the
+fast layer (they have tests of their own) and nothing of dispatch, exchange or experts.
 """
 
 import jax
@@ -46,7 +46,7 @@ def apply_moe(
 
 def _drop(expert_bts: jax.Array, mask_bt: jax.Array, config: MoEConfig) -> jax.Array:
     """Replaces by E each assignment that comes after its expert's slots are taken."""
-    batch, tokens, top_k = expert_bts.shape
+    batch, _, top_k = expert_bts.shape
     groups = batch // config.group_sequences
     expert_gts = expert_bts.reshape(groups, -1, top_k)
     real_g = mask_bt.reshape(groups, -1).sum(1)

@@ -1,6 +1,7 @@
-"""route: from router logits to each token's experts and weights. Pure functions over one device's tokens.
+"""route: from router logits to each token's experts and weights, on one device's tokens.
 
-Everything here is float32: bfloat16 logits tie, and ties change which experts are selected.
+The functions are pure. Everything here is float32: bfloat16 logits tie, and ties change which
+experts are selected.
 """
 
 from typing import NamedTuple
@@ -15,9 +16,11 @@ class Routing(NamedTuple):
     """What the router decided for the tokens of one scope.
 
     Attributes:
-        expert_ts: int32 [..., T, S]; the selected experts, E where there is no assignment (padding).
+        expert_ts: int32 [..., T, S]; the selected experts, E where there is no assignment
+            (padding).
         weight_ts: float32 [..., T, S]; combine weights, 0 where there is no assignment.
-        probability_te: float32 [..., T, E]; scores that sum to 1, for the balance loss; 0 for padding.
+        probability_te: float32 [..., T, E]; scores that sum to 1, for the balance loss; 0 for
+            padding.
         logit_te: float32 [..., T, E]; for the z-loss.
     """
 
@@ -28,7 +31,7 @@ class Routing(NamedTuple):
 
 
 def router_logits(x_td: jax.Array, router_de: jax.Array) -> jax.Array:
-    """Returns float32 logits [..., T, E]; inputs in the compute dtype, accumulation and output in float32."""
+    """Returns logits [..., T, E]: inputs in the compute dtype, accumulation and output in float32."""
     return jnp.einsum(
         "...td,de->...te",
         x_td,
@@ -42,11 +45,12 @@ def route(
 ) -> Routing:
     """Selects `top_k` experts a token.
 
-    `softmax`: p = softmax(logits), select the top k of p (Shazeer et al. 2017; Fedus et al. 2021). With
-    `normalize_weights` the selected p are divided by their sum (Mixtral), else used as they are (Switch, OLMoE).
+    `softmax`: p = softmax(logits), select the top k of p (Shazeer et al. 2017; Fedus et al. 2021).
+    With `normalize_weights` the selected p are divided by their sum (Mixtral), else used as they
+    are (Switch, OLMoE).
 
-    `sigmoid_bias`: s = sigmoid(logits), select the top k of s + bias, weigh by s alone (DeepSeek-V3,
-    arXiv:2412.19437, section 2.1.2). The bias is router state, never a parameter.
+    `sigmoid_bias`: s = sigmoid(logits), select the top k of s + bias, weigh by s alone
+    (DeepSeek-V3, arXiv:2412.19437, section 2.1.2). The bias is router state, never a parameter.
 
     Args:
         logit_te: float32 [..., T, E].
@@ -97,8 +101,8 @@ def update_router_state(
 ) -> dict[str, jax.Array]:
     """Moves the selection bias once a step: b += rate * sign(mean load - load), then re-centred.
 
-    An expert with too little load gets a larger bias (Wang et al. 2024, arXiv:2408.15664). The re-centring
-    keeps sum(b) at 0 and changes no selection.
+    An expert with too little load gets a larger bias (Wang et al. 2024, arXiv:2408.15664). The
+    re-centring keeps sum(b) at 0 and changes no selection.
 
     Args:
         state: `bias` float32 [L, E], or empty.
@@ -113,7 +117,7 @@ def update_router_state(
 
 
 class RouterStats(NamedTuple):
-    """What one MoE layer's routing did: sums over tokens, so that shards, microbatches and batches add up.
+    """What one MoE layer's routing did: token sums, so that shards, microbatches and batches add up.
 
     Attributes:
         count_e: int32 [E]; assignments asked for, before any drop.
@@ -168,10 +172,11 @@ def router_stats(routing: Routing, kept_bts: jax.Array, mask_bt: jax.Array) -> R
 
 
 def balance(count_e: jax.Array, probability_e: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Returns the load-balancing loss E * sum_e f_e P_e; 1 at perfect balance, E when all goes to one expert.
+    """Returns the load-balancing loss E * sum_e f_e P_e: 1 in balance, E if one expert gets all.
 
-    f_e is the expert's share of the assignments and P_e the mean probability (Fedus et al. 2021, eq. 4; divided
-    by top-k as in Megatron-Core and DeepSeek). No gradient flows through f. 0 without tokens.
+    f_e is the expert's share of the assignments and P_e the mean probability (Fedus et al. 2021,
+    eq. 4; divided by top-k as in Megatron-Core and DeepSeek). No gradient flows through f. 0
+    without tokens.
 
     Args:
         count_e: int32 [E]; assignments over the scope.

@@ -1,7 +1,7 @@
 """Where every array lives: one table from parameter name to mesh axes.
 
-Tokens are split over data x fsdp x expert, so for everything but the experts the expert axis is one more data
-axis. Experts are split over `expert`, every matrix over `fsdp` and `tensor` too.
+Tokens are split over data x fsdp x expert, so for everything but the experts the expert axis is one
+more data axis. Experts are split over `expert`, every matrix over `fsdp` and `tensor` too.
 """
 
 from typing import Any
@@ -40,7 +40,8 @@ def path_name(path: tuple[Any, ...]) -> str:
 def parameter_spec(name: str, ndim: int) -> P:
     """Returns the mesh axes of the array called `name`; what the table does not know is replicated.
 
-    Optimizer state carries the names of the parameters that it belongs to, so the same rule places both.
+    Optimizer state carries the names of the parameters that it belongs to, so the same rule places
+    both.
     """
     for suffix, spec in PARAMETER_SPECS.items():
         if (name == suffix or name.endswith("/" + suffix)) and ndim >= len(spec):
@@ -63,7 +64,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Returns the sharding of an array that every device holds whole: what every process can read."""
+    """Returns the sharding of an array that every device holds whole: any process can read it."""
     return NamedSharding(mesh, P())
 
 
@@ -77,7 +78,8 @@ def place_batch(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> An
     """Makes a global batch [accumulation, B, T] of which each process loads only its own rows.
 
     Args:
-        rows: `rows(start, stop)` gives the batch rows start..stop as a pytree of numpy arrays [stop - start, T].
+        rows: `rows(start, stop)` gives the batch rows start..stop as a pytree of numpy arrays [stop
+            - start, T].
         batch_size: rows of the whole step, over all microbatches.
         accumulation: number of microbatches; consecutive rows make one.
     """
@@ -104,7 +106,8 @@ def place_batch(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> An
 def vary_like(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Inside `shard_map`, marks all arrays as varying over every axis over which one of them does.
 
-    The transpose of that mark is the sum over those axes, so it stands where a gradient has to be summed.
+    The transpose of that mark is the sum over those axes, so it stands where a gradient has to be
+    summed.
     """
     axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
     return tuple(_vary(a, axes) for a in arrays)

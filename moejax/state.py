@@ -42,7 +42,7 @@ def split_model(config: Config, mesh: Mesh, key: jax.Array) -> tuple[nnx.GraphDe
 
 
 def model_graph(config: Config, mesh: Mesh) -> nnx.GraphDef:
-    """Returns the model's structure; no array is made. Merge it with parameters to call the model."""
+    """Returns the model's structure, making no array; merged with parameters it is the model."""
     graphs = []
 
     def trace(key):

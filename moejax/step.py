@@ -66,10 +66,11 @@ def _microbatch(batch: Batch, index: int) -> Batch:
 
 
 def _step_counts(config: Config, graph, params, router_state, batch: Batch) -> jax.Array | None:
-    """Counts the whole step's assignments [L, E] by a forward pass ahead, where the loss needs them.
+    """Counts the step's assignments [L, E] by a forward pass ahead, where the loss needs them.
 
-    With accumulation a global balance loss weighs each microbatch's probabilities by counts over all of them.
-    Without, the microbatch is the step. The pass costs a third of a forward and backward.
+    With accumulation a global balance loss weighs each microbatch's probabilities by counts over
+    all of them. Without, the microbatch is the step. The pass costs a third of a forward and
+    backward.
     """
     moe, accumulation = config.moe, batch.tokens.shape[0]
     if accumulation == 1 or config.num_moe_layers == 0:
@@ -92,7 +93,7 @@ def gradients(
     router_state: dict[str, jax.Array],
     batch: Batch,
 ) -> tuple[Any, Losses, RouterStats | None, Totals]:
-    """Returns the step's gradients, losses and routing: those of one large batch, however it is split.
+    """Returns the step's gradients, losses and routing: of one large batch, however it is split.
 
     Args:
         graph: of `model_graph`.
@@ -137,7 +138,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _finite(parts: Losses, stats: RouterStats | None, grads: Any) -> OrderedDict[str, jax.Array]:
-    """Returns which quantities are finite; the first that is not is where the trouble showed first."""
+    """Returns which quantities are finite; the first that is not is where trouble showed first."""
     finite = OrderedDict()  # a dict would leave `jit` sorted by name
     if stats is not None:
         finite |= {
@@ -187,7 +188,7 @@ def train_step(
 
 
 def make_train_step(config: Config, mesh: Mesh) -> tuple[Step, TrainState]:
-    """Returns the jitted, donating step and the abstract state (shapes with shardings) that it takes."""
+    """Returns the jitted, donating step, and the state that it takes as shapes with shardings."""
     optimizer = make_optimizer(config.optim, config.train.steps)
     graph = model_graph(config, mesh)
     abstract = abstract_state(config, mesh, optimizer)

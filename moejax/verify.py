@@ -1,9 +1,9 @@
 """verify: the same training whatever the layout, checked on the user's own devices.
 
-A few optimizer steps of the config's model run on one device with the dense oracle (`reference.py`), and then on
-the layouts that the config allows. Each must give the same losses, gradients, gradient norm, router state and
-counts. Only the steps and the batch are smaller than in training, the compute dtype is float32, and some
-sequences end in padding.
+A few optimizer steps of the config's model run on one device with the dense oracle
+(`reference.py`), and then on the layouts that the config allows. Each must give the same losses,
+gradients, gradient norm, router state and counts. Only the steps and the batch are smaller than in
+training, the compute dtype is float32, and some sequences end in padding.
 """
 
 import dataclasses
@@ -126,10 +126,10 @@ def layouts(config: Config, num_devices: int) -> list[Layout]:
 
 
 def covering(candidates: list[Layout]) -> list[Layout]:
-    """Returns a selection in which each pair of settings that occurs together at all occurs at least once.
+    """Returns a selection with every pair of settings that occurs together in some candidate.
 
-    An axis counts as a setting with two values, split or not; accumulation, remat and dispatch with theirs. Of
-    layouts that cover as much, the one that splits one axis most comes first.
+    An axis counts as a setting with two values, split or not; accumulation, remat and dispatch with
+    theirs. Of layouts that cover as much, the one that splits one axis most comes first.
     """
     candidates = sorted(candidates, key=lambda layout: -max(layout[: len(AXES)]))
 
@@ -222,7 +222,7 @@ def trace(config: Config, data: TrainBatches, start: TrainState) -> Trace:
         )
         state, seen = step(state, batch)
         losses, grads, norm, stats, router_state = jax.device_get(seen)
-        named = {path_name(p): leaf for p, leaf in jax.tree_util.tree_leaves_with_path(grads)}
+        named = {path_name(path): g for path, g in jax.tree_util.tree_leaves_with_path(grads)}
         steps.append((losses, named, float(norm), stats, router_state))
     return Trace(*map(list, zip(*steps, strict=True)))
 
@@ -308,8 +308,9 @@ def verify(config: Config, all_layouts: bool, json_path: Path | None) -> int:
     chosen = candidates if all_layouts else covering(candidates)
     console = Console(highlight=False)
     console.print(
-        f"{len(chosen)} of {len(candidates)} layouts of {num_devices} devices, {STEPS} steps each, against the dense "
-        f"oracle on one device; float32, losses to {LOSS_TOLERANCE:g}, gradients to {GRADIENT_TOLERANCE:g}"
+        f"{len(chosen)} of {len(candidates)} layouts of {num_devices} devices, {STEPS} steps each, "
+        f"against the dense oracle on one device; float32, losses to {LOSS_TOLERANCE:g}, "
+        f"gradients to {GRADIENT_TOLERANCE:g}"
     )
     rows = []
     for row in check(config, chosen, num_devices):

@@ -80,7 +80,10 @@ def test_token_priority_serves_all_choices_of_a_token_before_the_next_token():
 
 
 def test_rank_priority_serves_all_first_choices_first():
-    """Every token gets its first choice: 0 and 1 fill A, 2 and 3 fill B. No second choice has room."""
+    """Every token gets its first choice: 0 and 1 fill A, 2 and 3 fill B.
+
+    No second choice has room.
+    """
     slots = _capacity_slots(CONTESTED, 2, 2, 2, "rank")
     np.testing.assert_array_equal(slots.slot_ts, [[0, 4], [1, 4], [2, 4], [3, 4]])
     np.testing.assert_array_equal(slots.assignment_r, [0, 2, 4, 6])

@@ -100,7 +100,10 @@ def test_a_token_depends_on_its_own_document_up_to_itself(mesh, params_of):
 
 
 def test_a_later_token_takes_no_slot_from_an_earlier_one(mesh, params_of):
-    """What a gradient does not see: whether a token is dropped. Change token 6, compare all before it."""
+    """What a gradient does not see: whether a token is dropped.
+
+    Change token 6, compare all before it.
+    """
     token_bt = TOKEN_BT.copy()
     token_bt[0, 6] = V - 1
     run = _hidden(CONFIG, mesh)

@@ -211,7 +211,10 @@ CAUSAL = {p: _config(num_experts=4, capacity_factor=1.0, priority=p) for p in ("
 
 @pytest.mark.parametrize(("priority", "is_causal"), [("token", True), ("rank", False)])
 def test_only_token_priority_is_causal(priority, is_causal):
-    """Token 0 wants A and B. Token 1 wants C and D, or B and C; in the order of ranks that takes B away."""
+    """Token 0 wants A and B.
+
+    Token 1 wants C and D, or B and C; in the order of ranks that takes B away.
+    """
     weights = MoEWeights(np.eye(4, dtype=np.float32), *(w[:4, :4] for w in WEIGHTS[1:3]), None)
     weights = weights._replace(down=WEIGHTS.down[:4, :, :4])
     earlier = [2.0, 1.0, 0.0, 0.0]

@@ -75,7 +75,10 @@ def test_warmup_of_0_or_1_starts_at_the_peak(schedule):
 
 @pytest.mark.parametrize(("clip_norm", "expected"), [(1.0, 1.0), (100.0, 13.0), (None, 13.0)])
 def test_gradients_are_clipped_by_their_global_norm(clip_norm, expected):
-    """Norms 5 and 12 in two leaves make 13. Adam's first moment holds a tenth of what it was given."""
+    """Norms 5 and 12 in two leaves make 13.
+
+    Adam's first moment holds a tenth of what it was given.
+    """
     optimizer = make_optimizer(OptimConfig(clip_norm=clip_norm, b1=0.9), 10)
     params = {"embedding": jnp.zeros(2), "final_norm": {"scale": jnp.zeros(1)}}
     gradients = {"embedding": jnp.array([3.0, 4.0]), "final_norm": {"scale": jnp.array([12.0])}}
