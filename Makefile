@@ -36,7 +36,8 @@ compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an ho
 	$(BIN)/python benchmarks/compare.py
 
 bench: setup ## speed and compile time of the train step, into the README table
-	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --readme README.md
+	$(BIN)/python benchmarks/compile.py
 
 lock: setup ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --all-extras \

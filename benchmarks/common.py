@@ -15,7 +15,7 @@ from rich.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A measurement; `ratio` is value over the value of the row named `baseline`, taken in the same run."""
+    """A measurement; `ratio` is its value over that of the row `baseline` of the same run."""
 
     name: str
     value: float

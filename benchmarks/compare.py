@@ -1,14 +1,16 @@
-"""MoE against dense at equal active FLOPs: the quickstart's two configs, each with its best learning rate.
+"""MoE against dense at equal active FLOPs: the two quickstarts, each with its best learning rate.
 
     python benchmarks/compare.py [--workdir runs/compare] [--json compare.json] [key=value ...]
 
-Both arms see the same tokens in the same order, with the same learning rates to choose from (seed 0); the best one is
-then run with the other seeds. Runs are ordinary workdirs; finished ones are not repeated, so the comparison can be
-stopped and started again. Writes docs/quickstart.md and docs/quickstart.png.
+Both arms see the same tokens in the same order, with the same learning rates to choose from (seed
+0); the best one is then run with the other seeds. Runs are ordinary workdirs; finished ones are not
+repeated, so the comparison can be stopped and started again. Writes docs/quickstart.md and
+docs/quickstart.png.
 """
 
 import dataclasses
 import datetime
+import itertools
 import subprocess
 import sys
 from pathlib import Path
@@ -74,7 +76,7 @@ def run_arms(folder: Path, overrides: list[str]) -> dict[str, Arm]:
 
 
 def seconds_of(records: Records) -> dict[int, float]:
-    """Returns seconds spent in training steps, by step: the sum of `step_seconds`, interpolated between lines."""
+    """Returns training seconds by step: the sum of `step_seconds`, interpolated between lines."""
     total, last, seconds = 0.0, 0, {}
     for record in records:
         if record["split"] == "train":
@@ -112,15 +114,17 @@ def plot(results: dict[str, Arm], path: Path) -> None:
 
 
 def tokens_to_reach(records: Records, loss: float) -> float | None:
-    """Returns the tokens seen when the validation loss first reached `loss`, interpolated; None if never."""
+    """Returns the tokens seen when validation loss first reached `loss`, interpolated, or None."""
     evals = [(r["tokens_seen"], r["loss"]) for r in records if r["split"] == "eval"]
-    for (t0, l0), (t1, l1) in zip(evals, evals[1:], strict=False):
+    for (t0, l0), (t1, l1) in itertools.pairwise(evals):
         if l1 <= loss < l0:
             return t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)
     return None
 
 
-def write_page(path: Path, results: dict[str, Arm], configs: dict[str, Config], overrides: list[str]) -> None:
+def write_page(
+    path: Path, results: dict[str, Arm], configs: dict[str, Config], overrides: list[str]
+) -> None:
     """Writes the page with the numbers of this run."""
     losses = {arm: [final_loss(r) for r in results[arm].runs.values()] for arm in ARMS}
     spread = max(max(v) - min(v) for v in losses.values())
@@ -129,20 +133,20 @@ def write_page(path: Path, results: dict[str, Arm], configs: dict[str, Config], 
     moe, dense = configs["moe"], configs["dense"]
     tokens = moe.train.steps * moe.train.batch_size * moe.data.sequence_length
     verdict = "larger than" if margin > spread else "not larger than"
-    speedups = [
-        results["dense"].runs[seed][-1]["tokens_seen"] / reached
-        for seed in SEEDS
-        if (reached := tokens_to_reach(results["moe"].runs[seed], final_loss(results["dense"].runs[seed])))
-    ]
+    speedups = []
+    for seed in SEEDS:
+        moe_run, dense_run = results["moe"].runs[seed], results["dense"].runs[seed]
+        if reached := tokens_to_reach(moe_run, final_loss(dense_run)):
+            speedups.append(dense_run[-1]["tokens_seen"] / reached)
     lines = [
         "# Does the MoE learn more than a dense model of equal cost?",
         "",
         f"Written by `make compare` on {datetime.date.today().isoformat()}"
         + (f", with {' '.join(overrides)}" if overrides else "")
-        + ". Two configs, `configs/quickstart.py` and `configs/quickstart_dense.py`, with equal active FLOPs per "
-        f"token, trained on the same {tokens / 1e6:.1f} M byte tokens in the same order. Both chose among the same "
-        "learning rates at seed 0; the best ran with three seeds. Loss is on 24 batches of the validation split, nats "
-        "per byte token, dropless.",
+        + ". Two configs, `configs/quickstart.py` and `configs/quickstart_dense.py`, with equal "
+        f"active FLOPs per token, trained on the same {tokens / 1e6:.1f} M byte tokens in the same "
+        "order. Both chose among the same learning rates at seed 0; the best ran with three seeds. "
+        "Loss is on 24 batches of the validation split, nats per byte token, dropless.",
         "",
         "| | MoE | dense |",
         "|---|---|---|",
@@ -161,12 +165,15 @@ def write_page(path: Path, results: dict[str, Arm], configs: dict[str, Config], 
         )
     means = (f"**{mean(losses[arm]):.4f}**" for arm in ("moe", "dense"))
     lines.append(f"| loss, mean of seeds | {' | '.join(means)} |")
-    seconds = (mean(list(seconds_of(r).values())[-1] for r in results[a].runs.values()) for a in ARMS)
+    seconds = (
+        mean(list(seconds_of(r).values())[-1] for r in results[a].runs.values()) for a in ARMS
+    )
     lines.append(f"| seconds in steps, mean of seeds | {' | '.join(f'{s:.0f}' for s in seconds)} |")
     lines += [
         "",
-        f"The MoE is better by **{margin:.4f}** nats on average, {verdict} the largest spread over seeds of either arm "
-        f"({spread:.4f}); its worst seed and the dense model's best are {worst:.4f} apart.",
+        f"The MoE is better by **{margin:.4f}** nats on average, {verdict} the largest spread over "
+        f"seeds of either arm ({spread:.4f}); its worst seed and the dense model's best are "
+        f"{worst:.4f} apart.",
     ]
     if len(speedups) == len(SEEDS):
         lines.append(
@@ -191,7 +198,8 @@ def main() -> None:
         loss = mean(final_loss(r) for r in results[arm].runs.values())
         base = None if arm == "dense" else rows[0].value
         baseline = None if arm == "dense" else "dense"
-        rows.append(Row(arm, loss, "nats per token", baseline, None if base is None else loss / base))
+        ratio = None if base is None else loss / base
+        rows.append(Row(arm, loss, "nats per token", baseline, ratio))
     report("validation loss at equal active FLOPs, mean of seeds", rows, options.json)
 
 

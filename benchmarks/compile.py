@@ -2,8 +2,8 @@
 
     python benchmarks/compile.py [--json compile.json] [--layers 2 4 8 16]
 
-Lowering and compiling are timed together, without a compilation cache, with the depths taking turns; 8 virtual CPU
-devices, expert axis 8. The baseline is the first depth.
+Lowering and compiling are timed together, without a compilation cache, with the depths taking
+turns; 8 virtual CPU devices, expert axis 8. The baseline is the first depth.
 """
 
 import time
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def compile_seconds(layers: int) -> tuple[float, int]:
-    """Returns (seconds to lower and compile the quickstart's step with that depth, characters of its HLO)."""
+    """Returns (CPU seconds to lower and compile the quickstart's step, characters of its HLO)."""
     import jax
 
     from moejax.data import Batch
@@ -63,9 +63,8 @@ def main() -> None:
         base = median(r[column] for r in results[first])
         for layers in options.layers:
             value = median(r[column] for r in results[layers])
-            rows.append(
-                Row(f"{kind}, {layers} layers", value, unit, f"{kind}, {first} layers", value / base)
-            )
+            name, baseline = f"{kind}, {layers} layers", f"{kind}, {first} layers"
+            rows.append(Row(name, value, unit, baseline, value / base))
     report("compile time of the train step", rows, options.json)
 
 

@@ -1,9 +1,10 @@
-"""Speed of the quickstart's train step: MoE against dense, one device against eight, and against matmul peak.
+"""Speed of the quickstart's train step: MoE to dense, 1 device to 8, and to matmul peak.
 
     python benchmarks/step.py [--json step.json] [--readme README.md]
 
-All sides take turns in one process with 8 virtual CPU devices; a side on one device uses the first of them. The dense
-model is configs/quickstart_dense.py: a dense layer of equal active FLOPs in place of each MoE layer.
+All sides take turns in one process with 8 virtual CPU devices; a side on one device uses the first
+of them. The dense model is configs/quickstart_dense.py: a dense layer of equal active FLOPs in
+place of each MoE layer.
 """
 
 import datetime
@@ -17,7 +18,7 @@ BEGIN, END = "<!-- benchmark:begin -->", "<!-- benchmark:end -->"
 
 
 def make_side(file: str, overrides: list[str]):
-    """Returns (a function that runs one train step and waits for it, tokens a step, FLOPs a token)."""
+    """Returns (a function that runs a step and waits for it, tokens a step, FLOPs a token)."""
     import jax
 
     from moejax.corpus import load_corpus
@@ -99,11 +100,13 @@ def write_table(readme: Path, rows: list[Row]) -> None:
     lines = ["| quickstart train step | value | ratio | to |", "|---|---|---|---|"]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-        lines.append(f"| {row.name} | {row.value:,.0f} {row.unit} | {ratio} | {row.baseline or ''} |")
+        value = f"{row.value:,.0f} {row.unit}"
+        lines.append(f"| {row.name} | {value} | {ratio} | {row.baseline or ''} |")
     date = datetime.date.today().isoformat()
     note = (
-        f"Measured {date} by `python benchmarks/step.py --readme README.md` on a shared {platform.machine()} machine "
-        "with 2 cores, no accelerator; ratios are of one run with the sides taking turns."
+        f"Measured {date} by `python benchmarks/step.py --readme README.md` on a shared "
+        f"{platform.machine()} machine with 2 cores, no accelerator; ratios are of one run with "
+        "the sides taking turns."
     )
     readme.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n\n{note}\n{END}{tail}", "utf-8")
 

@@ -2,8 +2,8 @@
 
     moejax train configs/quickstart.py --workdir runs/quickstart --cpu_devices 4
 
-3.5 M parameters, 0.8 M of them active: 16 experts in each of 4 layers, 2 a token. What it learns next to
-`quickstart_dense.py` is in docs/quickstart.md.
+3.5 M parameters, 0.8 M of them active: 16 experts in each of 4 layers, 2 a token. What it learns
+next to `quickstart_dense.py` is in docs/quickstart.md.
 """
 
 from moejax.config import default_config

@@ -1,9 +1,11 @@
-"""Runs one `moejax` command as several processes on this machine, each with its own devices.
+r"""Runs one `moejax` command as several processes on this machine, each with its own devices.
 
-    python launch/local.py --processes 2 -- train configs/quickstart.py --workdir runs/a --cpu_devices 4
+    python launch/local.py --processes 2 -- \
+      train configs/quickstart.py --workdir runs/a --cpu_devices 4
 
-`--cpu_devices` is per process. What process 0 prints is shown; the others write to --logs, and the end of a log is
-shown when its process fails. The first process that fails ends the others; its exit code is returned.
+`--cpu_devices` is per process. What process 0 prints is shown; the others write to --logs, and the
+end of a log is shown when its process fails. The first process that fails ends the others; its exit
+code is returned.
 """
 
 import argparse
@@ -43,14 +45,12 @@ def start(command: list[str], processes: int, logs: Path) -> list[subprocess.Pop
             if index > 0:
                 output = stack.enter_context(open(logs / f"process_{index}.log", "wb"))
             words = [sys.executable, "-m", "moejax", *command]
-            started.append(
-                subprocess.Popen(words, env=environment, stdout=output, stderr=output)
-            )
+            started.append(subprocess.Popen(words, env=environment, stdout=output, stderr=output))
     return started
 
 
 def wait(started: list[subprocess.Popen]) -> int:
-    """Waits for all; when one fails, ends the others. Returns 0 or the first failure's exit code."""
+    """Waits for all; if one fails, ends the others. Returns 0 or the first failure's exit code."""
     while True:
         codes = [process.poll() for process in started]
         failed = [code for code in codes if code]
@@ -97,7 +97,8 @@ def main() -> int:
     for index, process in enumerate(started):
         if index > 0 and process.returncode:
             text = (logs / f"process_{index}.log").read_text(errors="replace")
-            print(f"process {index} ended with {process.returncode}:\n{text[-2000:]}", file=sys.stderr)
+            ended = f"process {index} ended with {process.returncode}"
+            print(f"{ended}:\n{text[-2000:]}", file=sys.stderr)
     return code
 
 

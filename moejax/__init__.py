@@ -14,6 +14,11 @@ Importing `moejax` does not import JAX: the command line must answer before that
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # else on first use, by `__getattr__`
+    from moejax.config import Config, MoEConfig, default_config
+    from moejax.moe import MoE
 
 __version__ = "0.1.0"
 
@@ -23,7 +28,7 @@ _EXPORTS = {
     "MoEConfig": "moejax.config",
     "default_config": "moejax.config",
 }
-__all__ = ["__version__", *_EXPORTS]
+__all__ = ["Config", "MoE", "MoEConfig", "__version__", "default_config"]
 
 
 def __getattr__(name: str):

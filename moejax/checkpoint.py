@@ -16,17 +16,18 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from moejax.config import CheckpointConfig, ConfigError
 from moejax.state import TrainState
-from moejax.workdir import CHECKPOINTS
+from moejax.workdir import CHECKPOINTS, checkpoint_steps
 
 ITEMS = ("model", "training", "meta")
 
 
-def _options(config: CheckpointConfig) -> ocp.CheckpointManagerOptions:
+def _options(config: CheckpointConfig, read_only: bool) -> ocp.CheckpointManagerOptions:
     def loss(metrics):
         return metrics["loss"]
 
     best = BestN(get_metric_fn=loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
     return ocp.CheckpointManagerOptions(
+        read_only=read_only,
         best_fn=loss,  # without it Orbax stores no metrics, and a resumed run forgets the best
         best_mode="min",
         preservation_policy=AnyPreservationPolicy([LatestN(config.keep), best]),
@@ -45,21 +46,29 @@ class Checkpoints:
     Args:
         workdir: of the run.
         config: how many to keep.
+        read_only: for evaluation, also while a training goes on.
+
+    Raises:
+        ConfigError: it is opened read-only and holds no checkpoint.
     """
 
-    def __init__(self, workdir: Path, config: CheckpointConfig):
+    def __init__(self, workdir: Path, config: CheckpointConfig, *, read_only: bool = False):
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells each of its moves
-        self._folder = workdir.resolve() / CHECKPOINTS
-        self._folder.mkdir(parents=True, exist_ok=True)
+        self._workdir = workdir.resolve()
+        if read_only and not self.steps:
+            raise ConfigError(
+                f"{self._workdir / CHECKPOINTS} holds no checkpoint; train first, or wait for the "
+                "first checkpoint.every steps"
+            )
+        (self._workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
-            self._folder, options=_options(config), item_names=ITEMS
+            self._workdir / CHECKPOINTS, options=_options(config, read_only), item_names=ITEMS
         )
-        self._saved = set(self._manager.all_steps())
 
     @property
     def steps(self) -> list[int]:
-        """Committed steps in order: those found when the run was opened, and those saved since."""
-        return sorted(self._saved)
+        """The committed steps on disk, in order."""
+        return checkpoint_steps(self._workdir)
 
     def save(self, state: TrainState, meta: dict[str, Any], validation_loss: float | None) -> None:
         """Starts to save; returns when the arrays are copied, and they may be donated.
@@ -82,10 +91,9 @@ class Checkpoints:
         )
         if not saved:
             raise RuntimeError(
-                f"the checkpoint of step {step} was refused: {self._folder} has steps up to "
+                f"the checkpoint of step {step} was refused: {self._workdir / CHECKPOINTS} has steps up to "
                 f"{self._manager.latest_step()}; another run may be writing there"
             )
-        self._saved.add(step)
 
     def restore_meta(self, step: int) -> dict[str, Any]:
         """Returns the `meta` item of a step."""
@@ -119,22 +127,21 @@ class Checkpoints:
         Raises:
             ConfigError: there is no such checkpoint.
         """
-        if not self.steps:
-            raise ConfigError(
-                f"{self._folder} holds no checkpoint; train first, or wait for the first "
-                "checkpoint.every steps"
-            )
         if step is None:
             return self.steps[-1]
-        if step not in self._saved:
+        if step not in self.steps:
             raise ConfigError(
-                f"step {step} has no checkpoint in {self._folder}; there are steps "
+                f"step {step} has no checkpoint in {self._workdir / CHECKPOINTS}; there are steps "
                 f"{', '.join(map(str, self.steps))}"
             )
         return step
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until everything is written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and lets go of the folder. Closing twice is harmless."""
         self._manager.wait_until_finished()
         self._manager.close()
 

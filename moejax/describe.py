@@ -9,10 +9,10 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
 from rich.table import Table
@@ -88,7 +88,7 @@ def placements(config: Config, sizes: MeshConfig) -> dict[str, list[Placement]]:
     shape = tuple(getattr(sizes, axis) for axis in AXES)
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     optimizer = make_optimizer(config.optim, config.train.steps)
-    state = abstract_state(config, cast(Mesh, mesh), optimizer)
+    state = abstract_state(config, mesh, optimizer)
     parameters = _place(state.params)
     return {
         "parameters": parameters,

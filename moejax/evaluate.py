@@ -21,7 +21,7 @@ from moejax.config import Config, MoEConfig
 from moejax.corpus import Corpus, load_corpus
 from moejax.data import Batch, ValidationBatches, check_vocabulary
 from moejax.loss import Totals, losses, token_losses, totals
-from moejax.mesh import make_mesh, mesh_config
+from moejax.mesh import Device, make_mesh, mesh_config
 from moejax.metrics import routing_record
 from moejax.model import packed_tokens
 from moejax.optim import make_optimizer
@@ -177,7 +177,7 @@ def restore_for_use(
     config: Config,
     workdir: Path,
     step: int | None,
-    devices: list[jax.Device] | None = None,
+    devices: list[Device] | None = None,
 ) -> tuple[Mesh, int, Any, dict[str, jax.Array]]:
     """Returns (mesh, step, params, router state) of a run's checkpoint on `config.mesh`.
 
@@ -191,7 +191,7 @@ def restore_for_use(
     mesh = make_mesh(config.mesh, devices)
     config.check_mesh(mesh_config(mesh))
     abstract = abstract_state(config, mesh, make_optimizer(config.optim, config.train.steps))
-    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+    with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         found = checkpoints.find(step)
         params, router_state = checkpoints.restore_model(found, abstract)
     return mesh, found, params, router_state
@@ -201,7 +201,7 @@ def evaluate_workdir(
     config: Config,
     workdir: Path,
     step: int | None,
-    devices: list[jax.Device] | None = None,
+    devices: list[Device] | None = None,
 ) -> dict[str, Any]:
     """Evaluates a checkpoint of a run; returns its record with `step` and `split`.
 

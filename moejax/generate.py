@@ -35,7 +35,7 @@ def cached_forward(
     router_state: dict[str, jax.Array],
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
-    """Runs tokens [B, T] at their positions on the cache; returns hidden states and the new cache."""
+    """Runs tokens [B, T] at their positions on the cache; returns hidden states and new cache."""
     row_q = jnp.arange(cache.key.shape[2], dtype=jnp.int32)
     attend_bqt = row_q[None, None, :] <= position_bt[:, :, None]
     tokens = Tokens(position_bt, attend_bqt, mask_bt)

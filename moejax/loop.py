@@ -57,10 +57,12 @@ def train(config: Config, workdir: Path) -> int:
         run = Run(config, workdir, mesh, data, evaluator, checkpoints)
         try:
             run.train()
+            run.finish()
         except NonFinite as error:
             print(f"moejax train: {error}", file=sys.stderr)
             return 1
-        run.finish()
+        finally:
+            run.writer.close()
     return 0
 
 
@@ -101,9 +103,9 @@ class Run:
         if fingerprint != self.data.fingerprint:
             raise ConfigError(
                 f"the data differ from those that {self.workdir} was trained on (fingerprint "
-                f"{self.data.fingerprint[:12]}, stored {fingerprint[:12]}); a resumed run goes on in "
-                "the same order of the same data: give them back (the embedded Python text is that "
-                "of the running interpreter), or give another --workdir"
+                f"{self.data.fingerprint[:12]}, stored {fingerprint[:12]}); a resumed run goes on "
+                "in the same order of the same data: give them back (the embedded Python text is "
+                "that of the running interpreter), or give another --workdir"
             )
 
     def train(self) -> None:
@@ -128,7 +130,7 @@ class Run:
             late.flush()
 
     def _batch(self, finished: int) -> Batch:
-        """Returns the next batch after `finished` steps, on the devices; reads this process's rows."""
+        """Returns the batch after `finished` steps, on the devices; reads this process's rows."""
 
         def rows(start: int, stop: int) -> Batch:
             batch = self.data.rows(finished, start, stop)
@@ -170,7 +172,7 @@ class Run:
         }
 
     def _record(self, step: int, metrics: StepMetrics, seconds: float | None) -> None:
-        """Takes a step's metrics: checks that they are finite, counts, and now and then writes them."""
+        """Takes a step's metrics: checks that they are finite, counts, and at times writes them."""
         broken = [name for name, finite in metrics.finite.items() if not finite]
         positions = self.config.train.batch_size * self.config.data.sequence_length
         routing = routing_record(metrics.stats, positions, int(metrics.totals.tokens))
@@ -215,6 +217,7 @@ class Run:
         }
 
     def _explain(self, step: int, broken: list[str]) -> str:
+        self.checkpoints.wait()
         steps = self.checkpoints.steps
         kept = (
             f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
@@ -234,7 +237,7 @@ class Run:
                 "split": "eval",
                 **self.evaluator(self.state.params, self.state.router_state),
             }
-        self.checkpoints.close()
+        self.checkpoints.wait()
         samples = generate(
             self.config,
             self.mesh,
@@ -243,7 +246,6 @@ class Run:
             SAMPLE_PROMPTS,
             seed=self.config.seed,
         )
-        self.writer.close()
         if not self.main_process:
             return
         files = [self.workdir / LOSS_PLOT]

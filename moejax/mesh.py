@@ -1,12 +1,16 @@
 """Starting JAX and making the one device mesh. No other module does either."""
 
 import os
+from typing import TypeAlias
 
 import jax
 from absl import flags
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from moejax.config import AXES, ConfigError, MeshConfig
+
+AnyMesh: TypeAlias = Mesh | AbstractMesh  # an abstract one has no devices: for shapes and shardings
+Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  jax types it as a variable
 
 
 def start_jax(cpu_devices: int | None = None) -> None:
@@ -50,7 +54,7 @@ def _join_processes() -> None:
     )
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:
     """Returns the mesh (data, fsdp, expert, tensor); axes of size 1 exist too.
 
     Args:
@@ -71,6 +75,6 @@ def mesh_config(mesh: Mesh) -> MeshConfig:
     return MeshConfig(**{axis: mesh.shape[axis] for axis in AXES})
 
 
-def single_device_mesh(device: jax.Device | None = None) -> Mesh:
+def single_device_mesh(device: Device | None = None) -> Mesh:
     """Returns a mesh of one device, for tests, oracles and use of `MoE` alone."""
     return make_mesh(MeshConfig(data=1), [device or jax.local_devices()[0]])

@@ -10,10 +10,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from moejax.config import Config, ModelConfig
 from moejax.experts import swiglu
+from moejax.mesh import AnyMesh
 from moejax.moe import MoE
 from moejax.routing import RouterStats
 from moejax.sharding import constrain_tokens
@@ -81,7 +81,7 @@ def rope(x_bthk: jax.Array, position_bt: jax.Array, theta: float) -> jax.Array:
 class Attention(nnx.Module):
     """Grouped-query attention (Ainslie et al. 2023), RoPE, and optional RMS norm of q and k."""
 
-    def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, mesh: AnyMesh, *, rngs: nnx.Rngs):
         model = config.model
         self.config, self.mesh = model, mesh
         d, h, n, k = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
@@ -119,7 +119,7 @@ class Attention(nnx.Module):
 
 @jax.checkpoint
 def _attend(q, k, v, attend_bqt):
-    """Softmax attention; the backward pass makes the scores again rather than to keep B * H * T * T of them."""
+    """Softmax attention; the backward pass recomputes the B * H * T * T scores, none is kept."""
     return jax.nn.dot_product_attention(q, k, v, mask=attend_bqt[:, None])
 
 
@@ -145,7 +145,7 @@ class FeedForward(nnx.Module):
 class Block(nnx.Module):
     """Attention, then a dense or an MoE layer, each behind a norm and beside a residual."""
 
-    def __init__(self, config: Config, mesh: Mesh, *, sparse: bool, rngs: nnx.Rngs):
+    def __init__(self, config: Config, mesh: AnyMesh, *, sparse: bool, rngs: nnx.Rngs):
         model = config.model
         self.mesh = mesh
         self.attention_norm = RMSNorm(model.d_model, model.param_dtype)
@@ -183,7 +183,7 @@ class Block(nnx.Module):
 class Run(nnx.Module):
     """The layers that one step of a scan applies: `kinds` says for each whether it is sparse."""
 
-    def __init__(self, config: Config, mesh: Mesh, kinds: tuple[bool, ...], *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, mesh: AnyMesh, kinds: tuple[bool, ...], *, rngs: nnx.Rngs):
         self.names = tuple(f"layer_{i}" for i in range(len(kinds)))
         for name, sparse in zip(self.names, kinds, strict=True):
             setattr(self, name, Block(config, mesh, sparse=sparse, rngs=rngs))
@@ -201,7 +201,7 @@ class Run(nnx.Module):
         return x_btd, stats, jax.tree.map(lambda *c: jnp.stack(c), *caches)
 
 
-def _stack(config: Config, mesh: Mesh, kinds: tuple[bool, ...], count: int, rngs: nnx.Rngs):
+def _stack(config: Config, mesh: AnyMesh, kinds: tuple[bool, ...], count: int, rngs: nnx.Rngs):
     """Returns a `Run` whose parameters have a leading dim of `count` independent runs, or None."""
     if count == 0:
         return None
@@ -226,7 +226,7 @@ REMAT_POLICIES = {
 class Decoder(nnx.Module):
     """The language model. `__call__` gives hidden states; `unembed` makes logits of them."""
 
-    def __init__(self, config: Config, mesh: Mesh, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, mesh: AnyMesh, *, rngs: nnx.Rngs):
         model, every = config.model, config.moe.every
         self.config, self.mesh = config, mesh
         d, v = model.d_model, model.vocab_size

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange
 from flax import nnx
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moejax import exchange, reference
@@ -25,7 +24,7 @@ from moejax.dispatch import (
     kept_experts,
 )
 from moejax.experts import MoEWeights, block_rows, capacity_experts, grouped_experts
-from moejax.mesh import single_device_mesh
+from moejax.mesh import AnyMesh, single_device_mesh
 from moejax.routing import RouterStats, Routing, route, router_logits, router_stats
 from moejax.sharding import BATCH_AXES, parameter_spec, vary_like
 
@@ -51,7 +50,7 @@ class MoE(nnx.Module):
         config: MoEConfig,
         d_model: int,
         *,
-        mesh: Mesh | None = None,
+        mesh: AnyMesh | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         output_scale: float = 1.0,
         rngs: nnx.Rngs,
@@ -99,12 +98,14 @@ def apply_moe(
     bias_e: jax.Array | None,
     *,
     config: MoEConfig,
-    mesh: Mesh,
+    mesh: AnyMesh,
 ) -> tuple[jax.Array, RouterStats]:
     """The layer as a function of its weights; see `MoE.__call__`. Oracle: `reference.apply_moe`."""
     if config.transport == "reference":
         return reference.apply_moe(weights, x_btd, mask_bt, bias_e, config=config)
-    specs = MoEWeights(*(parameter_spec(f"moe/{n}", w.ndim) for n, w in weights._asdict().items()))
+    specs = MoEWeights._make(
+        parameter_spec(f"moe/{n}", w.ndim) for n, w in weights._asdict().items()
+    )
     tokens = P(BATCH_AXES)
     run = jax.shard_map(
         functools.partial(_moe_local, config=config),

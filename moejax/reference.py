@@ -8,11 +8,11 @@ fast layer (they have tests of their own) and nothing of dispatch, exchange or e
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from moejax.config import MoEConfig
 from moejax.dispatch import expert_capacity
 from moejax.experts import MoEWeights
+from moejax.mesh import AnyMesh
 from moejax.routing import RouterStats, route, router_stats
 
 
@@ -23,7 +23,7 @@ def apply_moe(
     bias_e: jax.Array | None,
     *,
     config: MoEConfig,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> tuple[jax.Array, RouterStats]:
     """Same as `moe.apply_moe`; `mesh` is ignored."""
     del mesh

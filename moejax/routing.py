@@ -31,7 +31,7 @@ class Routing(NamedTuple):
 
 
 def router_logits(x_td: jax.Array, router_de: jax.Array) -> jax.Array:
-    """Returns logits [..., T, E]: inputs in the compute dtype, accumulation and output in float32."""
+    """Returns logits [..., T, E]: inputs in the compute dtype, accumulated and given in float32."""
     return jnp.einsum(
         "...td,de->...te",
         x_td,
@@ -117,7 +117,7 @@ def update_router_state(
 
 
 class RouterStats(NamedTuple):
-    """What one MoE layer's routing did: token sums, so that shards, microbatches and batches add up.
+    """What one MoE layer's routing did: token sums, so shards, microbatches and batches add up.
 
     Attributes:
         count_e: int32 [E]; assignments asked for, before any drop.

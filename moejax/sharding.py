@@ -11,6 +11,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moejax.mesh import AnyMesh
+
 BATCH_AXES = ("data", "fsdp", "expert")
 
 # By the end of the parameter's path. A stacked layer dim in front is never split.
@@ -49,7 +51,7 @@ def parameter_spec(name: str, ndim: int) -> P:
     return P()
 
 
-def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+def tree_shardings(mesh: AnyMesh, tree: Any) -> Any:
     """Returns a `NamedSharding` for every leaf of `tree` (arrays or shapes), by its name."""
 
     def place(path, leaf):
@@ -68,7 +70,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def constrain_tokens(x: jax.Array, mesh: Mesh, *, heads: bool = False) -> jax.Array:
+def constrain_tokens(x: jax.Array, mesh: AnyMesh, *, heads: bool = False) -> jax.Array:
     """Splits axis 0 of [B, T, ...] over the batch axes and, with `heads`, axis 2 over `tensor`."""
     spec = P(BATCH_AXES, None, "tensor") if heads else P(BATCH_AXES)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -78,8 +80,8 @@ def place_batch(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> An
     """Makes a global batch [accumulation, B, T] of which each process loads only its own rows.
 
     Args:
-        rows: `rows(start, stop)` gives the batch rows start..stop as a pytree of numpy arrays [stop
-            - start, T].
+        rows: `rows(start, stop)` gives the batch rows start..stop as a pytree of numpy arrays
+            [stop - start, T].
         batch_size: rows of the whole step, over all microbatches.
         accumulation: number of microbatches; consecutive rows make one.
     """
@@ -88,8 +90,9 @@ def place_batch(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> An
     template = rows(0, 1)
     index_map = sharding.addressable_devices_indices_map((accumulation, micro))
     shards: dict[Any, Any] = {}
-    for device, (_, row_slice) in index_map.items():
-        start, stop, _ = row_slice.indices(micro)
+    for device, index in index_map.items():
+        assert index is not None  # `sharding` gives every device a part
+        start, stop, _ = index[1].indices(micro)
         if (start, stop) not in shards:
             parts = [rows(a * micro + start, a * micro + stop) for a in range(accumulation)]
             shards[start, stop] = jax.tree.map(lambda *p: np.stack(p), *parts)

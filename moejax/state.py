@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moejax.config import Config
+from moejax.mesh import AnyMesh
 from moejax.model import Decoder
 from moejax.routing import initial_router_state
 from moejax.sharding import tree_shardings
@@ -35,7 +36,7 @@ class TrainState:
     rng: jax.Array
 
 
-def split_model(config: Config, mesh: Mesh, key: jax.Array) -> tuple[nnx.GraphDef, Any]:
+def split_model(config: Config, mesh: AnyMesh, key: jax.Array) -> tuple[nnx.GraphDef, Any]:
     """Returns the model's structure and its freshly drawn parameters as a nested dict."""
     graphdef, params = nnx.split(Decoder(config, mesh, rngs=nnx.Rngs(params=key)))
     return graphdef, nnx.to_pure_dict(params)
@@ -55,7 +56,7 @@ def model_graph(config: Config, mesh: Mesh) -> nnx.GraphDef:
 
 
 def _initial_state(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: Config, mesh: AnyMesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     key = jax.random.key(config.seed)
     params_key, rng = jax.random.split(key)
@@ -70,7 +71,7 @@ def _initial_state(
 
 
 def abstract_state(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: Config, mesh: AnyMesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Returns the state's shapes, each with its sharding on `mesh`."""
     shapes = jax.eval_shape(lambda: _initial_state(config, mesh, optimizer))

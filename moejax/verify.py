@@ -51,6 +51,11 @@ class Layout(NamedTuple):
     remat: str
     dispatch: str
 
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """Sizes of the mesh axes, in the order of AXES."""
+        return self.data, self.fsdp, self.expert, self.tensor
+
     def __str__(self) -> str:
         mesh = " ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
         settings = f"accumulation {self.accumulation}, remat {self.remat}, {self.dispatch}"
@@ -116,7 +121,8 @@ def layouts(config: Config, num_devices: int) -> list[Layout]:
     for mesh, accumulation, remat, how in itertools.product(
         factorisations(num_devices, len(AXES)), (1, ACCUMULATION), REMAT, dispatch
     ):
-        layout = Layout(*mesh, accumulation, remat, how)
+        data, fsdp, expert, tensor = mesh
+        layout = Layout(data, fsdp, expert, tensor, accumulation, remat, how)
         try:
             laid_out(config, layout, num_devices).check_mesh(MeshConfig(*mesh))
         except ConfigError:
@@ -131,10 +137,10 @@ def covering(candidates: list[Layout]) -> list[Layout]:
     An axis counts as a setting with two values, split or not; accumulation, remat and dispatch with
     theirs. Of layouts that cover as much, the one that splits one axis most comes first.
     """
-    candidates = sorted(candidates, key=lambda layout: -max(layout[: len(AXES)]))
+    candidates = sorted(candidates, key=lambda layout: -max(layout.sizes))
 
     def pairs(layout: Layout) -> set:
-        split = (size > 1 for size in layout[: len(AXES)])
+        split = (size > 1 for size in layout.sizes)
         return set(itertools.combinations(enumerate((*split, *layout[len(AXES) :])), 2))
 
     missing = set().union(*map(pairs, candidates)) if candidates else set()
@@ -164,7 +170,7 @@ def laid_out(config: Config, layout: Layout, num_devices: int) -> Config:
         train=dataclasses.replace(
             config.train, batch_size=batch_size, accumulation=layout.accumulation
         ),
-        mesh=MeshConfig(*layout[:4]),
+        mesh=MeshConfig(*layout.sizes),
     )
 
 

@@ -42,7 +42,7 @@ def checkpoint_steps(workdir: Path) -> list[int]:
 
 
 def check_workdir(path: str | os.PathLike, config: Config) -> Path:
-    """Checks that `path` can take a training with `config`; creates the folder and changes nothing in it.
+    """Checks that `path` can take a training with `config`; makes the folder, and changes nothing.
 
     A workdir that has checkpoints is resumed, and must have the same config but for `MAY_CHANGE`.
 

@@ -94,5 +94,5 @@ def _params_of(config, mesh):
 
 @pytest.fixture(scope="session")
 def params_of():
-    """Returns `(config, mesh) -> parameters` drawn by NumPy: what `init` draws takes long to compile."""
+    """Returns `(config, mesh) -> parameters` drawn by NumPy: `init` takes long to compile."""
     return _params_of

@@ -63,7 +63,8 @@ def _compiled_groups(num_experts, rows, align):
     )
 
 
-# Four tokens, experts A=0 and B=1, two slots each. Tokens 0 and 1 want A before B, tokens 2 and 3 B before A.
+# Four tokens, experts A=0 and B=1, two slots each. Tokens 0 and 1 want A before B, 2 and 3 B
+# before A.
 CONTESTED = np.array([[0, 1], [0, 1], [1, 0], [1, 0]], np.int32)
 
 
@@ -73,7 +74,7 @@ def _capacity_slots(expert_ts, capacity, num_experts, rows_per_expert, priority=
 
 
 def test_token_priority_serves_all_choices_of_a_token_before_the_next_token():
-    """Tokens 0 and 1 take both slots of A (rows 0, 1) and both of B (rows 2, 3); 2 and 3 get nothing."""
+    """Tokens 0 and 1 take both slots of A (rows 0, 1) and of B (rows 2, 3); 2 and 3 get none."""
     slots = _capacity_slots(CONTESTED, 2, 2, 2)
     np.testing.assert_array_equal(slots.slot_ts, [[0, 2], [1, 3], [4, 4], [4, 4]])
     np.testing.assert_array_equal(slots.assignment_r, [0, 2, 1, 3])
@@ -116,7 +117,7 @@ def test_kept_experts_mark_what_was_dropped():
 
 
 def test_grouped_slots_align_every_group():
-    """Experts 0 and 2 of three get 2 and 5 assignments: groups of 4, 0 and 8 rows; one token is padding."""
+    """Of three experts 0 and 2 get 2 and 5 assignments: 4, 0 and 8 rows; a token is padding."""
     expert_ts = np.array([[2], [0], [2], [2], [3], [0], [2], [2]])
     slots = _compiled_groups(3, 16, 4)(expert_ts)
     np.testing.assert_array_equal(slots.group_size_e, [4, 0, 8])
@@ -127,7 +128,7 @@ def test_grouped_slots_align_every_group():
 
 
 def test_grouped_rows_hold_the_worst_routing():
-    """Every expert but the last has one assignment, which costs it a whole block: 4 * 7 + 3 rows are used."""
+    """Every expert but the last has one assignment, which costs it a whole block of 8 rows."""
     counts = [1, 1, 1, 1, 12]
     rows = grouped_rows(tokens=16, top_k=1, num_experts=5, align=8)
     used = sum(-(-c // 8) * 8 for c in counts)
@@ -139,7 +140,7 @@ def test_grouped_rows_hold_the_worst_routing():
 
 
 def _loop_slots(expert_ts, capacity, num_experts, rows_per_expert, priority):
-    """The rule in words: go through the assignments in order, give each the next free slot of its expert."""
+    """The rule in words: each assignment, in order, takes the next free slot of its expert."""
     tokens, top_k = expert_ts.shape
     order = [(t, s) for t in range(tokens) for s in range(top_k)]
     if priority == "rank":
@@ -170,7 +171,7 @@ def _routings(draw):
 @hypothesis.settings(deadline=None, max_examples=80)
 @hypothesis.given(_routings(), st.integers(1, 12), st.sampled_from(["token", "rank"]))
 def test_capacity_slots_follow_the_rule(routing, capacity, priority):
-    """Any routing, capacity and padding: the loop's slots, each given once, and an inverse that agrees."""
+    """Any routing, capacity and padding: the loop's slots, each given once, and their inverse."""
     expert_ts, experts = routing
     tokens, top_k = expert_ts.shape
     slots = _compiled_slots(experts, tokens, priority)(expert_ts, min(capacity, tokens))
@@ -267,7 +268,7 @@ def test_combine_sums_bfloat16_rows_in_float32():
 
 
 def test_rows_that_no_token_owns_cannot_spoil_the_result():
-    """Rows of a grouped buffer after the last group hold anything, NaN too: no token and no gradient sees them."""
+    """Rows after the last group may hold anything, NaN too: no token and no gradient sees them."""
     expert_ts = np.array([[0], [2], [0]])  # expert 2 is the sentinel
     slots = _compiled_groups(2, 8, 2)(expert_ts)
 

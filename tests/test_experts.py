@@ -61,7 +61,7 @@ GROUPS = {
 
 @pytest.mark.parametrize("group_size_e", GROUPS.values(), ids=GROUPS)
 def test_grouped_matmul_is_a_loop_over_groups(group_size_e):
-    """Value and both gradients; the rows after the last group hold NaN, in x and in the gradient."""
+    """Value and both gradients; rows after the last group hold NaN, in x and in the gradient."""
     rows, used = 40, sum(group_size_e)
     x_rd, grad_rf, w_edf = _random(0, (rows, D), (rows, F), (len(group_size_e), D, F))
     x_rd[used:] = grad_rf[used:] = np.nan
@@ -75,7 +75,7 @@ def test_grouped_matmul_is_a_loop_over_groups(group_size_e):
 
 
 def test_grouped_matmul_is_ragged_dot():
-    """On a CPU the two are different programs: blocks of rows here, a dense product of all experts there."""
+    """On a CPU the two differ: a loop over blocks here, a dense product of all experts there."""
     x_rd, grad_rf, w_edf = _random(1, (40, D), (40, F), (4, D, F))
     group_size_e = np.array([8, 0, 16, 8], np.int32)
     x_rd[32:] = grad_rf[32:] = 0
@@ -88,7 +88,7 @@ def test_grouped_matmul_is_ragged_dot():
 
 
 def test_grouped_matmul_in_bfloat16():
-    """Products of bfloat16; a weight's gradient over many blocks is summed in float32 before it is rounded.
+    """A weight's gradient over many blocks is summed in float32 before it is rounded.
 
     The last expert's 2048 rows of ones: a sum in bfloat16 would stop growing at 256.
     """

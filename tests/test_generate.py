@@ -1,4 +1,4 @@
-"""Generation: the cached forward is the full one, greedy text is the argmax, and samples obey top-p."""
+"""Generation: the cached forward is the full one, greedy is the argmax, samples obey top-p."""
 
 import dataclasses
 import functools
@@ -69,7 +69,7 @@ def greedy_bt(mesh, params):
 
 
 def _continued(greedy_bt):
-    """Returns prompts and continuations in one array, each row at its own length; padding rows are 0."""
+    """Returns prompts and continuations in one array; padding rows are 0."""
     text_bt = np.zeros((B, WIDTH + MAX_TOKENS), np.int32)
     for b, length in enumerate(LENGTH_B):
         if length == 0:
@@ -135,7 +135,7 @@ def test_other_prompts_of_the_batch_change_nothing(mesh, params, greedy_bt):
 
 
 def test_after_the_end_token_a_row_holds_nothing_else(mesh, params, greedy_bt):
-    """The third token of row 0 is declared the end: rows stop there, padding rows before they start."""
+    """The third token of row 0 is declared the end: rows stop there, padding rows at once."""
     end = int(greedy_bt[0, 2])
     ended_bt = np.asarray(_greedy(mesh, end)(params, {}, PROMPT_BT, LENGTH_B, jax.random.key(0)))
     for b, length in enumerate(LENGTH_B):

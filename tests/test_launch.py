@@ -9,12 +9,24 @@ import pytest
 from moejax.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
-SMALL = (
-    "model.num_layers=1 model.d_model=16 model.num_heads=2 model.num_kv_heads=1 model.head_dim=8 "
-    "moe.num_experts=8 moe.expert_hidden=16 data.sequence_length=32 train.batch_size=8 "
-    "train.steps=4 logging.every=1 eval.every=4 eval.batches=1 checkpoint.every=4 "
-    "mesh.data=1 mesh.expert=8"
-).split()
+SMALL = [
+    "model.num_layers=1",
+    "model.d_model=16",
+    "model.num_heads=2",
+    "model.num_kv_heads=1",
+    "model.head_dim=8",
+    "moe.num_experts=8",
+    "moe.expert_hidden=16",
+    "data.sequence_length=32",
+    "train.batch_size=8",
+    "train.steps=4",
+    "logging.every=1",
+    "eval.every=4",
+    "eval.batches=1",
+    "checkpoint.every=4",
+    "mesh.data=1",
+    "mesh.expert=8",
+]
 
 
 def run(*words: str) -> subprocess.CompletedProcess:

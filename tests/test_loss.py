@@ -37,7 +37,7 @@ def _stats(router_logit_lbte, mask_bt):
 
 
 def _losses(rows: slice, total: Totals, count_le, config):
-    """The losses of some rows of the batch, as a microbatch of a step with these totals and counts."""
+    """The losses of some rows, as a microbatch of a step with these totals and counts."""
     loss_bt = token_losses(LOGIT_BTV[rows], TARGET_BT[rows])
     stats = _stats(ROUTER_LOGIT_LBTE[:, rows], SEGMENT_BT[rows] > 0)
     return losses(loss_bt, LOSS_MASK_BT[rows], stats, count_le, total, config)
@@ -61,7 +61,7 @@ def test_a_target_outside_the_vocabulary_is_nan_and_not_another_token():
 
 
 def test_totals_count_targets_tokens_and_sequences_of_packed_rows():
-    """Row 0 has 4 real tokens in two documents, hence 2 targets; row 2 is padding and no sequence."""
+    """Row 0 has 4 real tokens in two documents, hence 2 targets; row 2 is no sequence."""
     total = totals(jnp.asarray(LOSS_MASK_BT), jnp.asarray(SEGMENT_BT))
     assert tuple(map(int, total)) == (2 + 5 + 0 + 3, 4 + 6 + 0 + 6, 3)
 
@@ -77,7 +77,7 @@ def test_the_loss_is_the_mean_over_targets_alone():
 
 @pytest.mark.parametrize("scope", ["sequence", "global"])
 def test_losses_of_unequal_microbatches_add_up_to_those_of_the_step(scope):
-    """Rows 0, 1 have 7 targets and 10 tokens, rows 2, 3 have 3 and 6: a mean of means would be wrong."""
+    """Rows 0, 1 have 7 targets and 10 tokens, rows 2, 3 have 3 and 6: no mean of means."""
     config = _config(balance_scope=scope)
     total = totals(jnp.asarray(LOSS_MASK_BT), jnp.asarray(SEGMENT_BT))
     count_le = _stats(ROUTER_LOGIT_LBTE, SEGMENT_BT > 0).count_e
@@ -90,7 +90,7 @@ def test_losses_of_unequal_microbatches_add_up_to_those_of_the_step(scope):
 
 @pytest.mark.parametrize("scope", ["sequence", "global"])
 def test_auxiliary_losses_by_hand(scope):
-    """Balance per layer: E * sum_e f_e P_e over each sequence, or over the whole step; summed over 2 layers."""
+    """Balance: E * sum_e f_e P_e over each sequence, or over the step; summed over 2 layers."""
     config = _config(balance_scope=scope)
     total = totals(jnp.asarray(LOSS_MASK_BT), jnp.asarray(SEGMENT_BT))
     count_le = _stats(ROUTER_LOGIT_LBTE, SEGMENT_BT > 0).count_e

@@ -70,7 +70,7 @@ def _gradient(config, mesh):
 
 
 def _influences(mesh, params_of) -> np.ndarray:
-    """Returns bool [B, query T, key T]: whether a token's hidden state has a gradient of a token."""
+    """Returns bool [B, query T, key T]: whether a hidden state has a gradient of a token."""
 
     @jax.jit
     def by_embedding(params, b, t):
@@ -92,7 +92,7 @@ def _influences(mesh, params_of) -> np.ndarray:
 
 
 def test_a_token_depends_on_its_own_document_up_to_itself(mesh, params_of):
-    """By gradient: every earlier token of the document has influence, no later one, no other document."""
+    """By gradient: all earlier tokens of the document, no later one, no other document."""
     t = np.arange(T)
     causal = t[:, None] >= t[None, :]
     same = SEGMENT_BT[:, :, None] == SEGMENT_BT[:, None, :]

@@ -101,7 +101,7 @@ def test_the_layer_is_the_oracle_in_value_and_gradients(mesh_of, shape, name):
 
 
 def test_a_wrong_factor_is_noticed():
-    """Expert gradients scaled by the degree, a lost psum, one more drop, an output off by 0.01 %."""
+    """Expert gradients times the degree, a lost psum, one more drop, an output off by 0.01 %."""
     expected = _oracle("token")
     wrong = {
         "gradient of gate": expected["gradient of gate"] * 8,
@@ -164,7 +164,7 @@ def _layer(config):
 
 @pytest.mark.parametrize("name", ["dropless", "token"])
 def test_appended_padding_changes_nothing_on_real_tokens(name):
-    """Three tokens and two rows of NaN that are masked: they take no slot, add to no sum and stay 0."""
+    """Three masked tokens and two rows of NaN: they take no slot, add to no sum, give 0."""
     layer = _layer(CONFIGS[name])
     y_btd, stats = layer(WEIGHTS, X_BTD, MASK_BT)
     widths = ((0, 2), (0, 3))
@@ -228,7 +228,7 @@ def test_only_token_priority_is_causal(priority, is_causal):
 
 
 def test_a_sequence_that_is_its_own_group_depends_on_no_other():
-    """Other tokens in row 0 leave rows 1 to 15 as they were; in groups of two row 1 loses slots to row 0."""
+    """Another row 0 leaves rows 1 to 15 as they were; in groups of two row 1 competes with it."""
     x_btd = X_BTD.copy()
     x_btd[0] = -x_btd[0]
     changed = {}
@@ -249,7 +249,7 @@ def _router_gradient(config, weights):
 
 
 def test_router_gradient_by_normalisation():
-    """Identical experts and weights that sum to 1: the output does not depend on the choice (claim 0.7)."""
+    """Identical experts, weights that sum to 1: the choice has no effect (claim 0.7)."""
     same = MoEWeights(WEIGHTS.router, *(np.repeat(w[:1], E, 0) for w in WEIGHTS[1:]))
     normalized = _config(capacity_factor=None)
     assert _router_gradient(normalized, same) < 1e-4

@@ -77,7 +77,7 @@ def test_equal_logits_select_the_first_experts_on_every_layout():
 
 
 def test_the_bias_selects_but_never_enters_the_weight():
-    """Sigmoid scores 0.9, 0.8, 0.5, 0.1; a bias of 1 on the last brings it in with its own score, 0.1."""
+    """Sigmoid scores 0.9, 0.8, 0.5, 0.1; a bias of 1 brings in the last, with a weight of 0.1."""
     score = np.array([[0.9, 0.8, 0.5, 0.1]], np.float32)
     logit_te = np.log(score) - np.log1p(-score)
     config = _config(num_experts=4, router="sigmoid_bias", normalize_weights=False)
@@ -159,7 +159,7 @@ def test_stats_of_parts_add_up():
 
 
 def test_stats_count_what_they_say():
-    """One real row of two tokens and one row of padding; the second token's last choice was dropped."""
+    """A row of two tokens and a row of padding; the second token's last choice was dropped."""
     logit_bte = np.zeros((2, 2, 4), np.float32)
     logit_bte[0, 0, 3] = 5
     mask_bt = np.array([[True, True], [False, False]])
@@ -197,7 +197,7 @@ def test_balance_is_1_when_uniform_and_e_when_collapsed():
 
 
 def test_balance_does_not_depend_on_top_k():
-    """Shares 3/4 and 1/4, mean probabilities 0.6 and 0.4: 2 * (0.45 + 0.1) = 1.1, for k of 1 and of 2."""
+    """Shares 3/4, 1/4 and mean probabilities 0.6, 0.4: 2 * (0.45 + 0.1) = 1.1, for any k."""
     for k in (1, 2):
         value = _balance(np.array([3 * k, k]), np.array([2.4, 1.6], np.float32), 4)
         np.testing.assert_allclose(value, 1.1, rtol=1e-6)
@@ -215,7 +215,7 @@ def test_balance_has_no_gradient_through_the_counts():
 
 
 def test_router_gets_a_task_gradient_from_top_1_only_without_normalization():
-    """With experts that all give 1, y is the sum of weights: constant when normalised (claim 0.7)."""
+    """If all experts give 1, y is the sum of weights: constant when normalised (claim 0.7)."""
 
     def gradient(**changes):
         def y(logit_bte):

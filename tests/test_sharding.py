@@ -49,7 +49,7 @@ def test_every_parameter_is_in_the_table(state):
 
 
 def test_every_matrix_is_split_over_fsdp_and_tensor(state):
-    """A device holds a quarter of each matrix and an eighth of each expert stack, all of the rest."""
+    """A device holds a quarter of a matrix, an eighth of an expert stack, all of the rest."""
     for name, leaf in _named(state.params).items():
         held = np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 / leaf.size
         expected = 8
@@ -106,7 +106,7 @@ def test_parameters_are_the_same_on_every_mesh(mesh_of):
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("shape", [(2, 2, 2, 1), (1, 1, 4, 2)])
 def test_batches_keep_the_order_of_their_rows(mesh_of, accumulation, shape):
-    """Microbatch a holds rows a * B ... (a + 1) * B; each device asks for its own rows and no others."""
+    """Microbatch a holds rows a * B to (a + 1) * B; every row is asked for once."""
     asked = []
 
     def rows(start, stop):

@@ -272,7 +272,7 @@ def _compiled_text(function, *arguments) -> str:
 
 
 def _shapes_of(text: str, operation: str) -> list[str]:
-    """Returns the result type of every HLO instruction of this kind that talks to another device."""
+    """Returns the result type of each HLO instruction of this kind that crosses devices."""
     found = []
     for line in text.splitlines():
         match = re.search(rf"= (.*?) {operation}(?:-start)?\(", line)

@@ -17,11 +17,19 @@ from moejax.overrides import load_config
 from moejax.routing import route
 
 QUICKSTART = str(Path(__file__).parents[1] / "configs/quickstart.py")
-SMALL = (
-    "model.num_layers=2 model.d_model=16 model.num_heads=2 model.num_kv_heads=2 model.head_dim=8 "
-    "moe.num_experts=8 moe.expert_hidden=16 moe.capacity_factor=1.0 moe.router=sigmoid_bias "
-    "data.sequence_length=16 moe.balance_loss_weight=0.1"
-).split()
+SMALL = [
+    "model.num_layers=2",
+    "model.d_model=16",
+    "model.num_heads=2",
+    "model.num_kv_heads=2",
+    "model.head_dim=8",
+    "moe.num_experts=8",
+    "moe.expert_hidden=16",
+    "moe.capacity_factor=1.0",
+    "moe.router=sigmoid_bias",
+    "data.sequence_length=16",
+    "moe.balance_loss_weight=0.1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +53,12 @@ def test_layouts_agree(config):
         verify.Layout(1, 2, 4, 1, 2, "none", "capacity by gather"),
     )
     assert [row.failures for row in found] == [[], [], []]
-    assert all(0 < max(row.groups.values()) for row in found), "nothing was compared"
+    assert all(max(row.groups.values()) > 0 for row in found), "nothing was compared"
     assert set(found[0].groups) == {"router", "experts", "attention", "norms", "embeddings"}
 
 
 def test_expert_gradients_scaled_by_the_expert_degree_are_found(config, monkeypatch):
-    """The commonest bug of expert parallelism: forward equal, gradients of experts Z times too large."""
+    """The commonest bug of expert parallelism: forward equal, expert gradients Z times too big."""
     honest = moejax.exchange.gather_weights
 
     @jax.custom_vjp
@@ -62,13 +70,14 @@ def test_expert_gradients_scaled_by_the_expert_degree_are_found(config, monkeypa
         moejax.exchange, "gather_weights", lambda w, axis, dtype: scaled(honest(w, axis, dtype))
     )
     (row,) = rows(config, EXPERT_8)
-    assert "gradient of experts" in row.failures and "grad_norm" in row.failures
+    assert "gradient of experts" in row.failures
+    assert "grad_norm" in row.failures
     assert row.groups["experts"] == pytest.approx(7, rel=0.2)
     assert "/moe/" in row.worst
 
 
 def test_balance_loss_lost_under_accumulation_is_found(config, monkeypatch):
-    """The counts of the whole step replaced by zeros: the reported loss stays, the gradient goes."""
+    """The counts of the whole step made zeros: the reported loss stays, the gradient goes."""
     honest = moejax.step._step_counts
 
     def lost(*arguments):
@@ -95,7 +104,8 @@ def test_layouts_are_those_that_fit(config):
     found = verify.layouts(config, 8)
     assert len(set(found)) == len(found)
     meshes = {layout[:4] for layout in found}
-    assert (1, 1, 8, 1) in meshes and (2, 2, 2, 1) in meshes
+    assert (1, 1, 8, 1) in meshes
+    assert (2, 2, 2, 1) in meshes
     assert all(layout.tensor <= 2 for layout in found), "2 heads do not split over 4"
     dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, every=None))
     assert {layout.dispatch for layout in verify.layouts(dense, 8)} == {"dropless"}
@@ -127,7 +137,7 @@ def test_factorisations():
 
 
 def test_report_and_exit_code(config, monkeypatch, tmp_path, capsys):
-    """Two made-up rows, one bad: exit code 1, the row and the group are named, the JSON says the same."""
+    """Two made-up rows, one bad: exit code 1, row and group are named, the JSON says so too."""
     good = verify.Row("good", 1e-7, 1e-7, 1e-6, {"router": 1e-6}, "a/moe/router", 0, 0.0, 1.0)
     bad = dataclasses.replace(good, layout="bad", groups={"router": 0.5})
     monkeypatch.setattr(verify, "check", lambda *_: iter([good, bad]))
