@@ -51,7 +51,9 @@ def test_cross_entropy_is_minus_the_log_of_the_target_s_probability():
 
 
 def test_cross_entropy_survives_large_logits():
-    np.testing.assert_allclose(token_losses(np.array([[[1e4, 0.0]]], np.float32), [[1]]), [[1e4]])
+    np.testing.assert_allclose(
+        token_losses(np.array([[[1e4, 0.0]]], np.float32), np.array([[1]])), [[1e4]]
+    )
 
 
 def test_a_target_outside_the_vocabulary_is_nan_and_not_another_token():
