@@ -60,7 +60,7 @@ def final_loss(records: Records) -> float:
 
 
 def run_arms(folder: Path, overrides: list[str]) -> dict[str, Arm]:
-    """Runs the arms side by side, so that each has one core and a drift of the machine hits both."""
+    """Runs the arms side by side: a core each, and a drift of the machine hits both."""
     with ThreadPoolExecutor(len(ARMS)) as pool:
 
         def side_by_side(rates: dict[str, float], seed: int) -> dict[str, Records]:

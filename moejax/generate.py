@@ -56,7 +56,7 @@ def sample(key: jax.Array, logit_bv: jax.Array, temperature: float, top_p: float
     sorted_bv = jnp.sort(logit_bv, axis=-1, descending=True)
     probability_bv = jax.nn.softmax(sorted_bv, axis=-1)
     before_bv = jnp.cumsum(probability_bv, axis=-1) - probability_bv
-    last_b = jnp.sum(before_bv < top_p, axis=-1) - 1
+    last_b = jnp.maximum(jnp.sum(before_bv < top_p, axis=-1) - 1, 0)
     threshold_b1 = jnp.take_along_axis(sorted_bv, last_b[:, None], axis=-1)
     kept_bv = jnp.where(logit_bv >= threshold_b1, logit_bv, -jnp.inf)
     return jax.random.categorical(key, kept_bv, axis=-1).astype(jnp.int32)

@@ -12,6 +12,9 @@ import jax.numpy as jnp
 from moejax.config import MoEConfig
 
 
+TINY = 1e-20  # keeps 0 / 0 out where every sigmoid score has underflowed
+
+
 class Routing(NamedTuple):
     """What the router decided for the tokens of one scope.
 
@@ -60,7 +63,7 @@ def route(
     if config.router == "sigmoid_bias":
         assert bias_e is not None
         score_te = jax.nn.sigmoid(logit_te)
-        probability_te = score_te / score_te.sum(-1, keepdims=True)
+        probability_te = score_te / (score_te.sum(-1, keepdims=True) + TINY)
         selection_te = score_te + bias_e.reshape((1,) * (logit_te.ndim - 1) + bias_e.shape)
     else:
         score_te = probability_te = jax.nn.softmax(logit_te, axis=-1)
@@ -68,7 +71,7 @@ def route(
     _, expert_ts = jax.lax.top_k(jax.lax.stop_gradient(selection_te), config.top_k)
     weight_ts = jnp.take_along_axis(score_te, expert_ts, axis=-1)
     if config.normalize_weights and config.top_k > 1:
-        weight_ts = weight_ts / weight_ts.sum(-1, keepdims=True)
+        weight_ts = weight_ts / (weight_ts.sum(-1, keepdims=True) + TINY)
     return mask_routing(Routing(expert_ts, weight_ts, probability_te, logit_te), mask_t)
 
 

@@ -111,14 +111,17 @@ def gradients(
         return parts.total, (parts, stats)
 
     gradient = jax.grad(objective, has_aux=True)
-    grads, (parts, stats) = gradient(params, _microbatch(batch, 0))
-    if batch.tokens.shape[0] > 1:
+    first = _microbatch(batch, 0)
+    if batch.tokens.shape[0] == 1:
+        grads, (parts, stats) = gradient(params, first)
+    else:
 
         def accumulate(carry, microbatch):
             return jax.tree.map(jnp.add, carry, gradient(params, microbatch)), None
 
-        rest = jax.tree.map(lambda leaf: leaf[1:], batch)
-        (grads, (parts, stats)), _ = jax.lax.scan(accumulate, (grads, (parts, stats)), rest)
+        shapes = jax.eval_shape(gradient, params, first)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        (grads, (parts, stats)), _ = jax.lax.scan(accumulate, start, batch)
     return grads, _whole_step(parts, stats, total, config), stats, total
 
 

@@ -259,12 +259,19 @@ def test_gradients_are_those_of_the_one_hot_version():
 
 
 def test_combine_sums_bfloat16_rows_in_float32():
-    """256 + 1 - 256 is 1; in bfloat16 the first sum is 256 again and the result 0."""
+    """256 + 1 - 256 is 1; in bfloat16 the first sum is 256 again and the result 0.
+
+    A CPU sums in float32 whatever the program says, so what it says is looked at too.
+    """
     slots = _capacity_slots([[0, 1, 2]], 1, 3, 1)
     out_rd = jnp.array([[256.0], [1.0], [256.0]], jnp.bfloat16)
-    y_td = combine(out_rd, jnp.array([[1.0, 1.0, -1.0]]), slots)
+    weight_ts = jnp.array([[1.0, 1.0, -1.0]])
+    y_td = combine(out_rd, weight_ts, slots)
     assert y_td.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y_td.astype(jnp.float32), [[1.0]])
+    program = str(jax.make_jaxpr(combine)(out_rd, weight_ts, slots))
+    assert "preferred_element_type=float32" in program
+    assert "preferred_element_type=bfloat16" not in program
 
 
 def test_rows_that_no_token_owns_cannot_spoil_the_result():
