@@ -23,10 +23,12 @@ from moejax.config import Config
 from moejax.flops import active_parameters, flops_per_token, total_parameters
 from moejax.metrics import read_metrics
 from moejax.overrides import load_config
+from moejax.workdir import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {"moe": "configs/quickstart.py", "dense": "configs/quickstart_dense.py"}
-LEARNING_RATES = (3e-3, 6e-3)
+LEARNING_RATES = (3e-3, 6e-3)  # to start with; while the best is at an edge, its neighbour is tried
+EXTENSIONS = 2
 SEEDS = (0, 1, 2)
 Records = list[dict]
 
@@ -47,7 +49,10 @@ def train(folder: Path, arm: str, rate: float, seed: int, overrides: list[str]) 
     words += ["logging.every=10", "eval.every=225", "eval.batches=16", "checkpoint.every=100000"]
     command = [sys.executable, "-m", "moejax", "train", str(ROOT / ARMS[arm])]
     command += ["--workdir", str(workdir), "--cpu_devices", "1", *words, *overrides]
-    steps = load_config(str(ROOT / ARMS[arm]), [*words, *overrides]).train.steps
+    config = load_config(str(ROOT / ARMS[arm]), [*words, *overrides])
+    steps = config.train.steps
+    if (workdir / "config.json").exists() and read_config(workdir) != config:
+        raise SystemExit(f"{workdir} is of another config; remove it to train it again")
     if not any(r["step"] == steps and r["split"] == "eval" for r in read_metrics(workdir)):
         print(f"training {workdir.name}", flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
@@ -59,6 +64,17 @@ def final_loss(records: Records) -> float:
     return [r["loss"] for r in records if r["split"] == "eval"][-1]
 
 
+def best_rate(sweep: dict[float, dict[str, Records]], arm: str) -> float:
+    """Returns the learning rate with the lowest loss of this arm."""
+    return min(sweep, key=lambda rate: final_loss(sweep[rate][arm]))
+
+
+def neighbour(sweep: dict[float, dict[str, Records]], arm: str) -> float:
+    """Returns the rate to try next to the arm's best: beyond it if it is an edge, else itself."""
+    best = best_rate(sweep, arm)
+    return best * {max(sweep): 2.0, min(sweep): 0.5}.get(best, 1.0)
+
+
 def run_arms(folder: Path, overrides: list[str]) -> dict[str, Arm]:
     """Runs the arms side by side: a core each, and a drift of the machine hits both."""
     with ThreadPoolExecutor(len(ARMS)) as pool:
@@ -68,10 +84,13 @@ def run_arms(folder: Path, overrides: list[str]) -> dict[str, Arm]:
             return dict(zip(ARMS, found, strict=True))
 
         sweep = {r: side_by_side(dict.fromkeys(ARMS, r), SEEDS[0]) for r in LEARNING_RATES}
+        for _ in range(EXTENSIONS):
+            for rate in sorted({neighbour(sweep, arm) for arm in ARMS} - set(sweep)):
+                sweep[rate] = side_by_side(dict.fromkeys(ARMS, rate), SEEDS[0])
         results = {}
         for arm in ARMS:
-            losses = {rate: final_loss(records[arm]) for rate, records in sweep.items()}
-            best = min(losses, key=lambda rate: losses[rate])
+            losses = {rate: final_loss(sweep[rate][arm]) for rate in sorted(sweep)}
+            best = best_rate(sweep, arm)
             results[arm] = Arm(losses, best, {SEEDS[0]: sweep[best][arm]})
         best_rates = {arm: result.best for arm, result in results.items()}
         for seed in SEEDS[1:]:
@@ -159,7 +178,7 @@ def write_page(
         f"| parameters, active | {active_parameters(moe):,} | {active_parameters(dense):,} |",
         f"| FLOPs per token | {flops_per_token(moe):,} | {flops_per_token(dense):,} |",
     ]
-    for rate in LEARNING_RATES:
+    for rate in results["moe"].losses:
         cells = (f"{results[arm].losses[rate]:.4f}" for arm in ("moe", "dense"))
         lines.append(f"| loss, learning rate {rate:g}, seed 0 | {' | '.join(cells)} |")
     best = (f"{results[arm].best:g}" for arm in ("moe", "dense"))

@@ -2,7 +2,7 @@
 
     moejax train configs/quickstart.py --workdir runs/quickstart --cpu_devices 4
 
-3.5 M parameters, 0.8 M of them active: 16 experts in each of 4 layers, 2 a token. What it learns
+3.42 M parameters, 0.67 M of them active: 16 experts in each of 4 layers, 2 a token. What it learns
 next to `quickstart_dense.py` is in docs/quickstart.md.
 """
 

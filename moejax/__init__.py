@@ -18,17 +18,28 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # else on first use, by `__getattr__`
     from moejax.config import Config, MoEConfig, default_config
+    from moejax.loss import load_balancing_loss, router_z_loss
     from moejax.moe import MoE
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
     "MoE": "moejax.moe",
+    "load_balancing_loss": "moejax.loss",
+    "router_z_loss": "moejax.loss",
     "Config": "moejax.config",
     "MoEConfig": "moejax.config",
     "default_config": "moejax.config",
 }
-__all__ = ["Config", "MoE", "MoEConfig", "__version__", "default_config"]
+__all__ = [
+    "Config",
+    "MoE",
+    "MoEConfig",
+    "__version__",
+    "default_config",
+    "load_balancing_loss",
+    "router_z_loss",
+]
 
 
 def __getattr__(name: str):

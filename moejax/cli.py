@@ -523,7 +523,7 @@ _VERBS = [
         "train a model, or resume the training of a workdir",
         "moejax train CONFIG[:ARG] --workdir DIR [--cpu_devices N] [key=value ...]",
         """
-  moejax train configs/quickstart.py --workdir runs/a --cpu_devices 8 train.steps=50 moe.top_k=1
+  moejax train configs/quickstart.py --workdir runs/a --cpu_devices 8 train.steps=50 seed=1
 
 CONFIG is a Python file that defines get_config(arg); ARG is passed to it. Later wins: defaults,
 the file, its argument, the command line. --config=CONFIG and --config.key=value are the same as
@@ -593,7 +593,7 @@ dense oracle. One row each. Exit code 1 says that a difference is above toleranc
         "show the resolved config, and what differs from the file and from the defaults",
         "moejax config CONFIG[:ARG] [key=value ...]",
         """
-  moejax config configs/quickstart.py moe.top_k=1""",
+  moejax config configs/quickstart.py moe.top_k=1 moe.normalize_weights=False""",
         _no_options,
         _config,
         ("*",),

@@ -53,6 +53,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     qk_norm: bool = True
     rope_theta: float = 10_000.0
+    # what backward computes again; attention scores are computed again always
     remat: Literal["none", "full", "dots", "dots_with_no_batch_dims"] = "none"
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights
@@ -128,7 +129,8 @@ class MoEConfig:
             value = getattr(self, name)
             _require(
                 value is None or (math.isfinite(value) and value > 0),
-                f"moe.{name}={value} must be a finite number above 0, or None for dropless",
+                f"moe.{name}={value} must be a finite number above 0"
+                + (", or None for dropless" if name == "capacity_factor" else ""),
             )
         _require(
             self.top_k <= self.num_experts,
@@ -353,11 +355,19 @@ class Config:
         return self.model.num_layers - self.num_moe_layers
 
     def check_mesh(self, mesh: MeshConfig) -> None:
-        """Checks that this model and batch can be laid out on `mesh`, whose sizes are known.
+        """Checks that this model and its training batch can be laid out on `mesh`.
+
+        Args:
+            mesh: with its sizes known.
 
         Raises:
             ConfigError: an axis does not divide what it splits.
         """
+        self.check_model_fits(mesh)
+        self.check_batch_fits(mesh)
+
+    def check_model_fits(self, mesh: MeshConfig) -> None:
+        """Checks that the parameters can be split over `mesh`; see `check_mesh`."""
         model, moe = self.model, self.moe
 
         def divides(axis: str, name: str, value: int) -> None:
@@ -377,6 +387,10 @@ class Config:
         divides("tensor", "model.num_kv_heads", model.num_kv_heads)
         divides("tensor", "model.vocab_size", model.vocab_size)
         divides("fsdp", "model.d_model", model.d_model)
+
+    def check_batch_fits(self, mesh: MeshConfig) -> None:
+        """Checks that a microbatch of training splits into whole groups on `mesh`; see `check_mesh`."""
+        moe = self.moe
         microbatch = self.train.batch_size // self.train.accumulation
         unit = mesh.token_shards * moe.group_sequences
         _require(

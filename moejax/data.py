@@ -130,13 +130,16 @@ class ValidationBatches:
         return -(-len(self._chosen) // self.batch_size)
 
     def rows(self, index: int, start: int = 0, stop: int | None = None) -> Batch:
-        """Returns rows `start` to `stop` of batch `index`, arrays [stop - start, T]."""
-        first = index * self.batch_size
-        stop = self.batch_size if stop is None else stop
-        return _stack([self._row(first + i) for i in range(start, stop)])
+        """Returns rows `start` to `stop` of batch `index`, arrays [stop - start, T].
 
-    def _row(self, position: int) -> Batch:
-        if position < len(self._chosen):
+        Rows past the batch are padding, for meshes that need a multiple of more.
+        """
+        stop = self.batch_size if stop is None else stop
+        return _stack([self._row(index, i) for i in range(start, stop)])
+
+    def _row(self, index: int, row: int) -> Batch:
+        position = index * self.batch_size + row
+        if row < self.batch_size and position < len(self._chosen):
             return self._sequences[self._chosen[position]]
         return self._sequences.padding()
 

@@ -32,9 +32,7 @@ class Slots(NamedTuple):
     group_size_e: jax.Array
 
 
-def expert_capacity(
-    tokens: int, num_experts: int, top_k: int, capacity_factor: float, *, limit: int | None = None
-) -> int:
+def expert_capacity(tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
     """Returns ceil(capacity_factor * top_k * tokens / num_experts), at least 1, at most `tokens`.
 
     Computed in exact arithmetic on the decimal that the user wrote: in float32 7680 * 4.05 / 8 is
@@ -42,20 +40,16 @@ def expert_capacity(
 
     Args:
         tokens: real tokens in the group, padding not counted.
-        limit: another upper bound.
     """
     exact = Fraction(str(capacity_factor)) * top_k * tokens / num_experts
     capacity = max(1, -(-exact.numerator // exact.denominator))
-    return min(capacity, tokens if limit is None else limit)
+    return min(capacity, max(1, tokens))
 
 
 def capacity_table(tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> np.ndarray:
     """Returns int32 [tokens + 1]: the capacity of a group by its number of real tokens."""
     return np.array(
-        [
-            expert_capacity(n, num_experts, top_k, capacity_factor, limit=max(n, 1))
-            for n in range(tokens + 1)
-        ],
+        [expert_capacity(n, num_experts, top_k, capacity_factor) for n in range(tokens + 1)],
         np.int32,
     )
 

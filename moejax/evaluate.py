@@ -5,6 +5,7 @@ float64, so the result is the same on every mesh to rounding.
 """
 
 import dataclasses
+import logging
 import math
 from functools import partial
 from pathlib import Path
@@ -18,8 +19,8 @@ from jax.sharding import Mesh
 
 from moejax.checkpoint import Checkpoints
 from moejax.config import Config, MoEConfig
-from moejax.corpus import Corpus, load_corpus
-from moejax.data import Batch, ValidationBatches, check_vocabulary
+from moejax.corpus import load_corpus
+from moejax.data import Batch, ValidationBatches, check_tokens, check_vocabulary
 from moejax.loss import Totals, losses, token_losses, totals
 from moejax.mesh import Device, make_mesh, mesh_config
 from moejax.metrics import routing_record
@@ -29,6 +30,8 @@ from moejax.routing import RouterStats
 from moejax.sharding import place_batch, replicated
 from moejax.state import abstract_state, model_graph
 from moejax.tokenizer import load_tokenizer
+
+log = logging.getLogger("moejax")
 
 
 class EvalSums(NamedTuple):
@@ -96,9 +99,8 @@ class Evaluator:
 
     def __init__(self, config: Config, mesh: Mesh):
         self._config, self._mesh = config, mesh
-        corpus: Corpus = load_corpus(config.data, "validation")
+        self._corpus = corpus = load_corpus(config.data, "validation")
         check_vocabulary(corpus, config.model.vocab_size)
-        self._domains = corpus.domains
         bytes_v = load_tokenizer(config.data.tokenizer).bytes_v
         data = config.data
         self._batches = ValidationBatches(
@@ -112,23 +114,37 @@ class Evaluator:
             for name, moe in modes.items()
         }
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the validation text."""
+        return self._corpus.fingerprint
+
+    def _place(self, index: int) -> Batch:
+        """Puts a batch on the devices, filled up with padding to what the mesh can split."""
+        train = self._config.train
+        unit = mesh_config(self._mesh).token_shards * self._config.moe.group_sequences
+        microbatch = -(-train.batch_size // train.accumulation // unit) * unit
+
+        def rows(start: int, stop: int) -> Batch:
+            batch = self._batches.rows(index, start, stop)
+            check_tokens(batch, self._config.model.vocab_size)
+            return batch
+
+        size = microbatch * train.accumulation
+        return place_batch(self._mesh, rows, size, train.accumulation)
+
     def __call__(self, params: Any, router_state: dict[str, jax.Array]) -> dict[str, Any]:
         """Returns the fields of an evaluation record (see docs/metrics.md)."""
         sums: dict[str, Any] = dict.fromkeys(self._steps)
         for index in range(len(self._batches)):
-            batch = place_batch(
-                self._mesh,
-                lambda start, stop, index=index: self._batches.rows(index, start, stop),
-                self._config.train.batch_size,
-                self._config.train.accumulation,
-            )
+            batch = self._place(index)
             for name, step in self._steps.items():
                 new = jax.tree.map(_wide, jax.device_get(step(params, router_state, batch)))
                 old = sums[name]
                 sums[name] = new if old is None else jax.tree.map(np.add, old, new)
-        record = _loss_fields(sums["dropless"], self._domains, self._config.moe)
+        record = _loss_fields(sums["dropless"], self._corpus.domains, self._config.moe)
         if sums.get("capacity") is not None:
-            at_capacity = _loss_fields(sums["capacity"], self._domains, self._config.moe)
+            at_capacity = _loss_fields(sums["capacity"], self._corpus.domains, self._config.moe)
             record["loss_at_capacity"] = at_capacity["loss"]
             record["drop_fraction_at_capacity"] = at_capacity["drop_fraction"]
             record["capacity_factor"] = self._config.moe.eval_capacity_factor
@@ -173,13 +189,23 @@ def _narrow(leaf: np.ndarray):
     return jnp.int32 if np.issubdtype(leaf.dtype, np.integer) else jnp.float32
 
 
+class Restored(NamedTuple):
+    """A checkpoint's model, ready for use."""
+
+    mesh: Mesh
+    step: int
+    params: Any
+    router_state: dict[str, jax.Array]
+    meta: dict[str, Any]
+
+
 def restore_for_use(
     config: Config,
     workdir: Path,
     step: int | None,
     devices: list[Device] | None = None,
-) -> tuple[Mesh, int, Any, dict[str, jax.Array]]:
-    """Returns (mesh, step, params, router state) of a run's checkpoint on `config.mesh`.
+) -> Restored:
+    """Returns a run's checkpoint on `config.mesh`, which need not fit the training's batch.
 
     Args:
         step: None for the last one.
@@ -189,12 +215,12 @@ def restore_for_use(
         ConfigError: no such checkpoint, or the mesh does not fit the devices or the model.
     """
     mesh = make_mesh(config.mesh, devices)
-    config.check_mesh(mesh_config(mesh))
+    config.check_model_fits(mesh_config(mesh))
     abstract = abstract_state(config, mesh, make_optimizer(config.optim, config.train.steps))
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         found = checkpoints.find(step)
         params, router_state = checkpoints.restore_model(found, abstract)
-    return mesh, found, params, router_state
+        return Restored(mesh, found, params, router_state, checkpoints.restore_meta(found))
 
 
 def evaluate_workdir(
@@ -207,5 +233,12 @@ def evaluate_workdir(
 
     Args and errors are those of `restore_for_use`.
     """
-    mesh, found, params, router_state = restore_for_use(config, workdir, step, devices)
-    return {"step": found, "split": "eval", **Evaluator(config, mesh)(params, router_state)}
+    restored = restore_for_use(config, workdir, step, devices)
+    evaluator = Evaluator(config, restored.mesh)
+    if evaluator.fingerprint != restored.meta["validation"]:
+        log.warning(
+            "the validation text is not that of the training (the embedded Python text is that of "
+            "the running interpreter): compare this loss with its metrics.jsonl with care"
+        )
+    record = evaluator(restored.params, restored.router_state)
+    return {"step": restored.step, "split": "eval", **restored.meta["counters"], **record}

@@ -22,7 +22,7 @@ from moejax.mesh import mesh_config
 from moejax.model import Cache, Decoder, Tokens, empty_cache
 from moejax.sharding import replicated
 from moejax.state import model_graph
-from moejax.tokenizer import load_tokenizer
+from moejax.tokenizer import Tokenizer, load_tokenizer
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
 
@@ -63,12 +63,19 @@ def sample(key: jax.Array, logit_bv: jax.Array, temperature: float, top_p: float
 
 
 def make_generate(
-    config: Config, mesh: Mesh, max_tokens: int, temperature: float, top_p: float, end: int
+    config: Config,
+    mesh: Mesh,
+    max_tokens: int,
+    temperature: float,
+    top_p: float,
+    tokenizer: Tokenizer,
 ):
     """Makes the jitted `(params, router_state, prompt_bt, length_b, key) -> int32 [B, max_tokens]`.
 
-    Rows of length 0 are padding. After the id `end` a row is filled with `end`.
+    Rows of length 0 are padding. After the end of a document a row is filled with that id. An id
+    that the tokenizer does not have, where the vocabulary was rounded up, is never drawn.
     """
+    end, known = tokenizer.end_of_document, tokenizer.vocab_size
     config = with_moe(config, dropless(config.moe))
     graph = model_graph(config, mesh)
 
@@ -91,7 +98,7 @@ def make_generate(
 
         def step(carry, index):
             hidden_b1d, cache, done_b = carry
-            logit_bv = model.unembed(hidden_b1d)[:, 0]
+            logit_bv = model.unembed(hidden_b1d)[:, 0, :known]
             token_b = sample(jax.random.fold_in(key, index), logit_bv, temperature, top_p)
             token_b = jnp.where(done_b, end, token_b)
             done_b = done_b | (token_b == end)
@@ -139,7 +146,7 @@ def generate(
     for row, tokens in enumerate(ids):
         prompt_bt[row, : len(tokens)] = tokens
         length_b[row] = len(tokens)
-    run = make_generate(config, mesh, max_tokens, temperature, top_p, tokenizer.end_of_document)
+    run = make_generate(config, mesh, max_tokens, temperature, top_p, tokenizer)
     out_bt = np.asarray(run(params, router_state, prompt_bt, length_b, jax.random.key(seed)))
     return [_decode(tokenizer, row) for row in out_bt[: len(ids)]]
 
@@ -147,7 +154,7 @@ def generate(
 def _decode(tokenizer, row: np.ndarray) -> str:
     ends = np.flatnonzero(row == tokenizer.end_of_document)
     row = row[: ends[0]] if len(ends) else row
-    return tokenizer.decode(row[row < tokenizer.vocab_size])
+    return tokenizer.decode(row)
 
 
 def generate_workdir(
@@ -161,7 +168,15 @@ def generate_workdir(
     seed: int,
 ) -> list[str]:
     """Continues prompts with a checkpoint of a run; see `generate`."""
-    mesh, _, params, router_state = restore_for_use(config, workdir, step)
+    restored = restore_for_use(config, workdir, step)
     return generate(
-        config, mesh, params, router_state, prompts, max_tokens, temperature, top_p, seed
+        config,
+        restored.mesh,
+        restored.params,
+        restored.router_state,
+        prompts,
+        max_tokens,
+        temperature,
+        top_p,
+        seed,
     )

@@ -1,5 +1,7 @@
 """The training loop: batch, step, hooks; metrics one step late, so that devices never wait."""
 
+import hashlib
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -8,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from rich.console import Console
 
 import moejax
@@ -51,22 +54,35 @@ def train(config: Config, workdir: Path) -> int:
     check_vocabulary(corpus, config.model.vocab_size)
     data = TrainBatches(corpus, config.data.sequence_length, config.train.batch_size, config.seed)
     evaluator = Evaluator(config, mesh)
-    if jax.process_index() == 0:
-        open_workdir(workdir, config)
+    _check_processes(config, data.fingerprint)
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
-        run = Run(config, workdir, mesh, data, evaluator, checkpoints)
+        training = Training(config, workdir, mesh, data, evaluator, checkpoints)
         try:
-            run.train()
-            run.finish()
+            training.train()
+            training.finish()
         except NonFinite as error:
             print(f"moejax train: {error}", file=sys.stderr)
             return 1
         finally:
-            run.writer.close()
+            training.writer.close()
     return 0
 
 
-class Run:
+def _check_processes(config: Config, fingerprint: str) -> None:
+    """Checks that every process of a run has the same config and reads the same text."""
+    if jax.process_count() == 1:
+        return
+    digest = hashlib.sha256((config_to_json(config) + fingerprint).encode()).digest()
+    mine = np.frombuffer(digest, np.uint8).astype(np.int32)
+    if (multihost_utils.process_allgather(mine) != mine).any():
+        raise ConfigError(
+            f"process {jax.process_index()} of {jax.process_count()} has another config or other "
+            f"data than the rest (data fingerprint here {fingerprint[:12]}); start all with the same "
+            "command, the same files and the same Python"
+        )
+
+
+class Training:
     """One training in progress: the state, and everything that its hooks write to."""
 
     def __init__(
@@ -81,11 +97,16 @@ class Run:
         self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
         self.evaluator, self.checkpoints = evaluator, checkpoints
         self.step_function, abstract = make_train_step(config, mesh)
-        self.counters = {"tokens_seen": 0, "dropped_seen": 0}
+        self.counters = {"tokens_seen": 0, "routed_seen": 0, "dropped_seen": 0}
         if checkpoints.steps:
             start = checkpoints.find(None)
             meta = checkpoints.restore_meta(start)
-            self._check_data(meta["data"])
+            self._check_data(meta)
+            if start > config.train.steps:
+                raise ConfigError(
+                    f"train.steps={config.train.steps} is below the checkpoint of step {start} in "
+                    f"{workdir}; use train.steps={start} or more"
+                )
             self.counters = meta["counters"]
             self.state = checkpoints.restore(start, abstract)
         else:
@@ -94,19 +115,23 @@ class Run:
             self.state = initial_state(config, mesh, optimizer)
         self.start = start
         self.main_process = jax.process_index() == 0
+        if self.main_process:
+            open_workdir(workdir, config)  # from here on nothing refuses the run
         self.writer = MetricWriter(workdir, start, enabled=self.main_process)
         self.last_eval: dict[str, Any] | None = None
         self.last_train: dict[str, Any] | None = None
         self.seconds: list[float] = []
 
-    def _check_data(self, fingerprint: str) -> None:
-        if fingerprint != self.data.fingerprint:
-            raise ConfigError(
-                f"the data differ from those that {self.workdir} was trained on (fingerprint "
-                f"{self.data.fingerprint[:12]}, stored {fingerprint[:12]}); a resumed run goes on "
-                "in the same order of the same data: give them back (the embedded Python text is "
-                "that of the running interpreter), or give another --workdir"
-            )
+    def _check_data(self, meta: dict[str, Any]) -> None:
+        ours = {"data": self.data.fingerprint, "validation": self.evaluator.fingerprint}
+        for name, fingerprint in ours.items():
+            if fingerprint != meta[name]:
+                raise ConfigError(
+                    f"the {name} of {self.workdir} were others (fingerprint {meta[name][:12]}, now "
+                    f"{fingerprint[:12]}); a resumed run goes on in the same order of the same "
+                    "text: give it back (the embedded Python text is that of the running "
+                    "interpreter), or give another --workdir"
+                )
 
     def train(self) -> None:
         """Runs the steps that are left."""
@@ -148,6 +173,8 @@ class Run:
             return
         late.flush()  # nothing that is not finite is evaluated or saved
         loss = self._evaluate(step) if evaluates else None
+        if loss is not None and not math.isfinite(loss):
+            raise NonFinite(self._explain(step, ["validation loss"]))
         if saves:
             self.checkpoints.save(self.state, self._meta(), loss)
         late.restart_clock()
@@ -157,7 +184,8 @@ class Run:
         record = self.evaluator(self.state.params, self.state.router_state)
         seconds = time.monotonic() - start
         record = {"step": step, "split": "eval", **self.counters, **record}
-        record["tokens_per_second"] = record["tokens"] / seconds
+        compiled = self.last_eval is not None  # the first one's seconds are the compiler's
+        record["tokens_per_second"] = record["tokens"] / seconds if compiled else None
         self.writer.write(record)
         self.progress.update(record)
         self.last_eval = record
@@ -168,6 +196,7 @@ class Run:
             "config": config_to_dict(self.config),
             "counters": dict(self.counters),
             "data": self.data.fingerprint,
+            "validation": self.evaluator.fingerprint,
             "versions": {"moejax": moejax.__version__, "jax": jax.__version__},
         }
 
@@ -177,15 +206,18 @@ class Run:
         positions = self.config.train.batch_size * self.config.data.sequence_length
         routing = routing_record(metrics.stats, positions, int(metrics.totals.tokens))
         self.counters["tokens_seen"] += int(metrics.totals.targets)
+        self.counters["routed_seen"] += routing["routed"]
         self.counters["dropped_seen"] += routing["dropped"]
         if seconds is not None:
             self.seconds.append(seconds)
         every, steps = self.config.logging.every, self.config.train.steps
-        if broken or step % every == 0 or step in (self.start + 1, steps):
+        written = bool(broken) or step % every == 0 or step in (1, steps)
+        if written or step == self.start + 1:
             record = self._train_record(step, metrics, seconds) | routing
-            self.writer.write(record)
             self.progress.update(record)
             self.last_train = record
+            if written:
+                self.writer.write(record)
         if broken:
             raise NonFinite(self._explain(step, broken))
 
@@ -233,7 +265,7 @@ class Run:
         """Shows what was learned: evaluation, speed, a sample, plots, and the files."""
         if self.last_eval is None:  # the run was complete already
             self.last_eval = {
-                "step": self.config.train.steps,
+                "step": int(self.state.step),
                 "split": "eval",
                 **self.evaluator(self.state.params, self.state.router_state),
             }

@@ -49,6 +49,19 @@ def token_losses(logit_btv: jax.Array, target_bt: jax.Array) -> jax.Array:
     return lse_bt - picked
 
 
+def load_balancing_loss(stats: RouterStats) -> jax.Array:
+    """Returns the load-balancing loss of one layer over the batch that `stats` sums up; 1 at balance.
+
+    For a model of one's own that calls `MoE`: add it, times a weight such as 0.01, to the loss.
+    """
+    return balance(stats.count_e, stats.probability_e, stats.tokens)
+
+
+def router_z_loss(stats: RouterStats) -> jax.Array:
+    """Returns the mean of logsumexp(logits)^2 over tokens (Zoph et al. 2022, eq. 5); 0.001 is usual."""
+    return _divide(stats.z, stats.tokens)
+
+
 class Losses(NamedTuple):
     """float32 scalars; `total` is what is differentiated.
 

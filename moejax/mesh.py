@@ -13,6 +13,13 @@ AnyMesh: TypeAlias = Mesh | AbstractMesh  # an abstract one has no devices: for 
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  jax types it as a variable
 
 
+COORDINATOR, PROCESSES, PROCESS_ID = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
+
+
 def start_jax(cpu_devices: int | None = None) -> None:
     """Configures JAX for this process; call it once, before anything touches a device.
 
@@ -42,13 +49,19 @@ def start_jax(cpu_devices: int | None = None) -> None:
 
 def _join_processes() -> None:
     """Joins the processes that a launcher started, if one did (see `launch/`)."""
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    address = os.environ.get(COORDINATOR)
     if address is None or jax.distributed.is_initialized():
         return
+    missing = [name for name in (PROCESSES, PROCESS_ID) if name not in os.environ]
+    if missing:
+        raise ConfigError(
+            f"{COORDINATOR}={address} is set and {', '.join(missing)} is not; a launcher sets all "
+            "three, see launch/local.py"
+        )
     jax.distributed.initialize(
         address,
-        num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-        process_id=int(os.environ["JAX_PROCESS_ID"]),
+        num_processes=int(os.environ[PROCESSES]),
+        process_id=int(os.environ[PROCESS_ID]),
         initialization_timeout=60,
         shutdown_timeout_seconds=20,
     )

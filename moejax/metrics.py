@@ -50,6 +50,7 @@ FIELDS = {
         Field("learning_rate", "1", "scalar", _TRAIN),
         Field("tokens", "tokens", "scalar"),
         Field("tokens_seen", "tokens", "scalar"),
+        Field("routed_seen", "assignments", "scalar"),
         Field("dropped_seen", "assignments", "scalar"),
         Field("tokens_per_second", "tokens per second", "scalar"),
         Field("step_seconds", "seconds", "scalar", _TRAIN),

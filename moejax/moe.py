@@ -118,7 +118,8 @@ def apply_moe(
 
 def _moe_local(weights, x_btd, mask_bt, bias_e, *, config: MoEConfig):
     with jax.named_scope("route"):
-        logit_bte = router_logits(x_btd, weights.router)
+        router, _ = vary_like(weights.router, x_btd)  # so that its gradient is summed in float32
+        logit_bte = router_logits(x_btd, router)
         routing = route(logit_bte, mask_bt, bias_e, config)
     with jax.named_scope("weights"):
         dtype = x_btd.dtype

@@ -186,13 +186,15 @@ def show_summary(
         tokens_per_second: of the whole training.
         files: what the run wrote.
         sample: generated text, shown with its control characters spelled out.
-        record_train: the last train record, for the drop fraction of training.
+        record_train: the last train record; its counters give the drop fraction of training.
         console: where to; standard output unless told.
     """
     console = console or Console(highlight=False)
     facts = [("training speed", f"{_number(tokens_per_second, ',.0f')} tokens per second")]
     if record_train is not None and worst_layer(record_train) is not None:
-        facts.append(("drop fraction in training", _percent(record_train.get("drop_fraction"))))
+        routed, dropped = (record_train.get(f"{n}_seen") for n in ("routed", "dropped"))
+        if routed:
+            facts.append(("drop fraction in training", _percent((dropped or 0) / routed)))
     _show(console, _evaluation(record_eval, facts, console))
     title = Text("a generated sample")
     _show(

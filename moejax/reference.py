@@ -5,12 +5,14 @@ counted with a running sum, assignment by assignment. It shares `route` and `rou
 fast layer (they have tests of their own) and nothing of dispatch, exchange or experts.
 """
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.config import MoEConfig
-from moejax.dispatch import expert_capacity
 from moejax.experts import MoEWeights
 from moejax.mesh import AnyMesh
 from moejax.routing import RouterStats, route, router_stats
@@ -70,5 +72,5 @@ def _drop(expert_bts: jax.Array, mask_bt: jax.Array, config: MoEConfig) -> jax.A
 
 
 def _capacity(tokens: int, config: MoEConfig) -> int:
-    assert config.capacity_factor is not None
-    return expert_capacity(tokens, config.num_experts, config.top_k, config.capacity_factor)
+    factor = Fraction(str(config.capacity_factor))  # the decimal that the user wrote
+    return max(1, math.ceil(factor * config.top_k * tokens / config.num_experts))

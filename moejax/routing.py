@@ -1,7 +1,8 @@
 """route: from router logits to each token's experts and weights, on one device's tokens.
 
-The functions are pure. Everything here is float32: bfloat16 logits tie, and ties change which
-experts are selected.
+The functions are pure. Logits and all that is made of them are float32: bfloat16 logits tie, and
+ties change which experts are selected. Only the inputs of the router's matmul have the compute
+dtype.
 """
 
 from typing import NamedTuple
@@ -10,7 +11,6 @@ import jax
 import jax.numpy as jnp
 
 from moejax.config import MoEConfig
-
 
 TINY = 1e-20  # keeps 0 / 0 out where every sigmoid score has underflowed
 

@@ -26,7 +26,7 @@ class TrainState:
         params: nested dict of arrays.
         opt_state: of Optax.
         router_state: `bias` [L, E] for routers that keep one, else empty; no optimizer touches it.
-        rng: uint32 [2]; key data, the same in every step: a step folds its number in.
+        rng: uint32 [2]; key data, of the run's seed; for routers that draw, which fold the step in.
     """
 
     step: jax.Array

@@ -117,12 +117,20 @@ def gradients(
     else:
 
         def accumulate(carry, microbatch):
-            return jax.tree.map(jnp.add, carry, gradient(params, microbatch)), None
+            new = gradient(params, microbatch)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
 
         shapes = jax.eval_shape(gradient, params, first)
-        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf)), shapes)
         (grads, (parts, stats)), _ = jax.lax.scan(accumulate, start, batch)
+        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
     return grads, _whole_step(parts, stats, total, config), stats, total
+
+
+def _sum_dtype(leaf: Any):
+    """Returns float32 for a narrower float, which would lose small terms of a long sum."""
+    narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
+    return jnp.float32 if narrow else leaf.dtype
 
 
 def _whole_step(parts: Losses, stats: RouterStats | None, total: Totals, config: Config) -> Losses:
@@ -140,7 +148,9 @@ def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
 
-def _finite(parts: Losses, stats: RouterStats | None, grads: Any) -> OrderedDict[str, jax.Array]:
+def _finite(
+    parts: Losses, stats: RouterStats | None, grads: Any, grad_norm: jax.Array, params: Any
+) -> OrderedDict[str, jax.Array]:
     """Returns which quantities are finite; the first that is not is where trouble showed first."""
     finite = OrderedDict()  # a dict would leave `jit` sorted by name
     if stats is not None:
@@ -154,23 +164,23 @@ def _finite(parts: Losses, stats: RouterStats | None, grads: Any) -> OrderedDict
     for group in GROUPS:
         if group in by_group:
             finite[f"gradient of {group}"] = _all_finite(by_group[group])
+    finite["grad_norm"] = jnp.isfinite(grad_norm)
+    finite["parameters after the step"] = _all_finite(params)
     return finite
-
-
-Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def train_step(
     config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, graph: nnx.GraphDef
-) -> Step:
-    """Returns the step as a pure function; `make_train_step` jits it."""
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics, Any]]:
+    """Returns `(state, batch) -> (state, metrics, gradients)`, pure; `make_train_step` jits it."""
     schedule = learning_rate(config.optim, config.train.steps)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics, Any]:
         grads, parts, stats, total = gradients(
             config, graph, state.params, state.router_state, batch
         )
         grads = jax.lax.with_sharding_constraint(grads, tree_shardings(mesh, grads))
+        grad_norm = optax.tree.norm(grads)
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
@@ -179,22 +189,32 @@ def train_step(
             router_state = update_router_state(router_state, stats.count_e, config.moe)
         metrics = StepMetrics(
             losses=parts,
-            grad_norm=optax.tree.norm(grads),
+            grad_norm=grad_norm,
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             totals=total,
             stats=stats,
-            finite=_finite(parts, stats, grads),
+            finite=_finite(parts, stats, grads, grad_norm, params),
         )
-        return TrainState(state.step + 1, params, opt_state, router_state, state.rng), metrics
+        state = TrainState(state.step + 1, params, opt_state, router_state, state.rng)
+        return state, metrics, grads
 
     return step
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
 def make_train_step(config: Config, mesh: Mesh) -> tuple[Step, TrainState]:
     """Returns the jitted, donating step, and the state that it takes as shapes with shardings."""
     optimizer = make_optimizer(config.optim, config.train.steps)
-    graph = model_graph(config, mesh)
+    step = train_step(config, mesh, optimizer, model_graph(config, mesh))
     abstract = abstract_state(config, mesh, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    step = train_step(config, mesh, optimizer, graph)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh))), abstract
+
+    def without_gradients(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        return step(state, batch)[:2]
+
+    jitted = jax.jit(
+        without_gradients, donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+    )
+    return jitted, abstract

@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-import optax
 import rich.box
 from rich.console import Console
 from rich.table import Table
@@ -27,15 +26,15 @@ from moejax.corpus import load_corpus
 from moejax.data import Batch, TrainBatches, check_vocabulary
 from moejax.mesh import make_mesh, single_device_mesh
 from moejax.optim import make_optimizer
-from moejax.routing import update_router_state
 from moejax.sharding import path_name, place_batch, tree_shardings
 from moejax.state import TrainState, initial_state, model_graph
-from moejax.step import GROUPS, gradients, parameter_group
+from moejax.step import GROUPS, StepMetrics, parameter_group, train_step
 
 LOSS_TOLERANCE = 1e-5  # relative, float32
 GRADIENT_TOLERANCE = 1e-4  # relative to the largest entry of each gradient, float32
 STEPS = 2
 ACCUMULATION = 2
+CAPACITY_FACTOR = 1.0  # at most: low enough that assignments are dropped
 REMAT = ("none", "full")
 DISPATCH = ("dropless", "capacity", "capacity by gather")
 
@@ -65,10 +64,9 @@ class Layout(NamedTuple):
 class Trace(NamedTuple):
     """What a layout computed, a list entry a step, as NumPy arrays."""
 
-    losses: list[Any]
+    starts: list[TrainState]
+    metrics: list[StepMetrics]
     grads: list[dict[str, np.ndarray]]
-    grad_norm: list[float]
-    stats: list[Any]
     router_state: list[dict[str, np.ndarray]]
 
 
@@ -78,9 +76,10 @@ class Row:
 
     Attributes:
         loss, total_loss, grad_norm: relative.
-        groups: by parameter group, relative to the largest entry of each gradient.
+        groups: by parameter group, relative to the largest entry of each layer and expert.
         worst: the parameter with the largest difference.
         counts: how many routing counts differ.
+        dropped: assignments that the oracle dropped, so that one sees that some were.
         router_state: largest absolute difference.
     """
 
@@ -91,6 +90,7 @@ class Row:
     groups: dict[str, float]
     worst: str
     counts: int
+    dropped: int
     router_state: float
     seconds: float
 
@@ -155,7 +155,7 @@ def covering(candidates: list[Layout]) -> list[Layout]:
 def laid_out(config: Config, layout: Layout, num_devices: int) -> Config:
     """Returns the config for one layout; the batch is the smallest that every layout can split."""
     moe = config.moe
-    factor = moe.capacity_factor or 1.25
+    factor = min(moe.capacity_factor or CAPACITY_FACTOR, CAPACITY_FACTOR)
     transport = {"dropless": "auto", "capacity": "all_to_all", "capacity by gather": "gather"}
     moe = dataclasses.replace(
         moe,
@@ -194,31 +194,19 @@ def padded_rows(data: TrainBatches, step: int) -> Batch:
     )
 
 
-def trace(config: Config, data: TrainBatches, start: TrainState) -> Trace:
-    """Runs STEPS optimizer steps of `config` from `start` and returns all that they computed."""
+def trace(config: Config, data: TrainBatches, starts: list[TrainState]) -> Trace:
+    """Runs STEPS optimizer steps of `config` and returns all that they computed.
+
+    Args:
+        starts: the state before each step, so that differences do not pile up; where it is shorter
+            than the steps, a step goes on from the one before.
+    """
     mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
     optimizer = make_optimizer(config.optim, config.train.steps)
-    graph = model_graph(config, mesh)
-
-    @jax.jit
-    def step(state, batch):
-        grads, losses, stats, _ = gradients(config, graph, state.params, state.router_state, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        router_state = state.router_state
-        if stats is not None:
-            router_state = update_router_state(router_state, stats.count_e, config.moe)
-        state = dataclasses.replace(
-            state,
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            opt_state=opt_state,
-            router_state=router_state,
-        )
-        return state, (losses, grads, optax.tree.norm(grads), stats, router_state)
-
-    state = jax.device_put(start, tree_shardings(mesh, start))
-    steps = []
+    step = jax.jit(train_step(config, mesh, optimizer, model_graph(config, mesh)))
+    steps, before = [], starts[0]
     for number in range(STEPS):
+        before = starts[number] if number < len(starts) else before
         rows = padded_rows(data, number)
         batch = place_batch(
             mesh,
@@ -226,10 +214,11 @@ def trace(config: Config, data: TrainBatches, start: TrainState) -> Trace:
             config.train.batch_size,
             config.train.accumulation,
         )
-        state, seen = step(state, batch)
-        losses, grads, norm, stats, router_state = jax.device_get(seen)
+        state = jax.device_put(before, tree_shardings(mesh, before))
+        after, metrics, grads = jax.device_get(step(state, batch))
         named = {path_name(path): g for path, g in jax.tree_util.tree_leaves_with_path(grads)}
-        steps.append((losses, named, float(norm), stats, router_state))
+        steps.append((before, metrics, named, after.router_state))
+        before = after
     return Trace(*map(list, zip(*steps, strict=True)))
 
 
@@ -240,29 +229,41 @@ def _relative(ours: float, theirs: float) -> float:
 
 def compare(layout: str, ours: Trace, oracle: Trace, seconds: float) -> Row:
     """Returns the largest differences of a trace from the oracle's, over all steps."""
-    groups = {}
+    groups: dict[str, float] = {}
     worst, worst_name = -1.0, ""
-    for mine, theirs, norm in zip(ours.grads, oracle.grads, oracle.grad_norm, strict=True):
+    for mine, theirs, metrics in zip(ours.grads, oracle.grads, oracle.metrics, strict=True):
         for name, gradient in theirs.items():
-            scale = max(np.abs(gradient).max(), 1e-6 * norm)
-            difference = float(np.abs(mine[name] - gradient).max() / scale)
-            difference = difference if math.isfinite(difference) else math.inf
+            difference = _gradient_difference(name, mine[name], gradient, metrics.grad_norm)
             group = parameter_group(name)
             groups[group] = max(groups.get(group, 0.0), difference)
             if difference > worst:
                 worst, worst_name = difference, name
-    pairs = list(zip(ours.losses, oracle.losses, strict=True))
+    pairs = list(zip(ours.metrics, oracle.metrics, strict=True))
     return Row(
         layout=layout,
-        loss=max(_relative(a.loss, b.loss) for a, b in pairs),
-        total_loss=max(_relative(a.total, b.total) for a, b in pairs),
-        grad_norm=max(map(_relative, ours.grad_norm, oracle.grad_norm)),
+        loss=max(_relative(a.losses.loss, b.losses.loss) for a, b in pairs),
+        total_loss=max(_relative(a.losses.total, b.losses.total) for a, b in pairs),
+        grad_norm=max(_relative(a.grad_norm, b.grad_norm) for a, b in pairs),
         groups={group: groups[group] for group in GROUPS if group in groups},
         worst=worst_name,
-        counts=sum(map(_different_counts, ours.stats, oracle.stats)),
+        counts=sum(_different_counts(a.stats, b.stats) for a, b in pairs),
+        dropped=sum(0 if b.stats is None else int(b.stats.dropped_e.sum()) for _, b in pairs),
         router_state=max(map(_state_difference, ours.router_state, oracle.router_state)),
         seconds=seconds,
     )
+
+
+def _gradient_difference(name: str, ours: np.ndarray, theirs: np.ndarray, norm: float) -> float:
+    """Returns the largest difference relative to the largest entry of the same layer and expert.
+
+    A slice whose gradient is below a millionth of the global norm is held to that instead.
+    """
+    stacked = name.startswith(("prefix/", "runs/")) + (parameter_group(name) == "experts")
+    slices = (*theirs.shape[:stacked], -1)
+    difference = np.abs(ours - theirs).reshape(slices).max(-1)
+    scale = np.maximum(np.abs(theirs).reshape(slices).max(-1), 1e-6 * norm)
+    largest = float((difference / scale).max())
+    return largest if math.isfinite(largest) else math.inf
 
 
 def _different_counts(ours: Any, theirs: Any) -> int:
@@ -284,15 +285,16 @@ def check(config: Config, chosen: list[Layout], num_devices: int) -> Iterator[Ro
     data = TrainBatches(corpus, config.data.sequence_length, batch_size, config.seed)
     plain = oracle(config, chosen[0], num_devices)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    start_state = jax.device_get(initial_state(plain, single_device_mesh(), optimizer))
+    first = jax.device_get(initial_state(plain, single_device_mesh(), optimizer))
     oracles: dict[bool, Trace] = {}
     for layout in chosen:
         drops = layout.dispatch != "dropless"
         if drops not in oracles:
-            oracles[drops] = trace(oracle(config, layout, num_devices), data, start_state)
+            oracles[drops] = trace(oracle(config, layout, num_devices), data, [first])
         start = time.monotonic()
-        ours = trace(laid_out(config, layout, num_devices), data, start_state)
-        yield compare(str(layout), ours, oracles[drops], time.monotonic() - start)
+        theirs = oracles[drops]
+        ours = trace(laid_out(config, layout, num_devices), data, theirs.starts)
+        yield compare(str(layout), ours, theirs, time.monotonic() - start)
 
 
 def verify(config: Config, all_layouts: bool, json_path: Path | None) -> int:
@@ -343,7 +345,7 @@ def _table(rows: list[Row]) -> Table:
     groups = [g for g in GROUPS if any(g in row.groups for row in rows)]
     title = "largest relative difference from the oracle"
     table = Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("", "loss", "total", *groups, "norm", "counts"):
+    for name in ("", "loss", "total", *groups, "norm", "counts", "dropped"):
         table.add_column(name.replace("embeddings", "embed"), justify="right", no_wrap=True)
     for number, row in enumerate(rows, start=1):
         numbers = [
@@ -353,6 +355,6 @@ def _table(rows: list[Row]) -> Table:
             row.grad_norm,
         ]
         counts = "equal" if row.counts == 0 else f"{row.counts} off"
-        cells = [str(number), *(f"{n:.0e}" for n in numbers), counts]
+        cells = [str(number), *(f"{n:.0e}" for n in numbers), counts, str(row.dropped)]
         table.add_row(*cells, style="red" if row.failures else None)
     return table

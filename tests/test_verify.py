@@ -138,7 +138,7 @@ def test_factorisations():
 
 def test_report_and_exit_code(config, monkeypatch, tmp_path, capsys):
     """Two made-up rows, one bad: exit code 1, row and group are named, the JSON says so too."""
-    good = verify.Row("good", 1e-7, 1e-7, 1e-6, {"router": 1e-6}, "a/moe/router", 0, 0.0, 1.0)
+    good = verify.Row("good", 1e-7, 1e-7, 1e-6, {"router": 1e-6}, "a/moe/router", 0, 9, 0.0, 1.0)
     bad = dataclasses.replace(good, layout="bad", groups={"router": 0.5})
     monkeypatch.setattr(verify, "check", lambda *_: iter([good, bad]))
     assert verify.verify(config, False, tmp_path / "v.json") == 1
