@@ -91,8 +91,8 @@ class Checkpoints:
         )
         if not saved:
             raise RuntimeError(
-                f"the checkpoint of step {step} was refused: {self._workdir / CHECKPOINTS} has steps up to "
-                f"{self._manager.latest_step()}; another run may be writing there"
+                f"the checkpoint of step {step} was refused: {self._workdir / CHECKPOINTS} goes "
+                f"up to {self._manager.latest_step()}; another run may be writing there"
             )
 
     def restore_meta(self, step: int) -> dict[str, Any]:

@@ -389,7 +389,7 @@ class Config:
         divides("fsdp", "model.d_model", model.d_model)
 
     def check_batch_fits(self, mesh: MeshConfig) -> None:
-        """Checks that a microbatch of training splits into whole groups on `mesh`; see `check_mesh`."""
+        """Checks that a microbatch splits into whole groups on `mesh`; see `check_mesh`."""
         moe = self.moe
         microbatch = self.train.batch_size // self.train.accumulation
         unit = mesh.token_shards * moe.group_sequences

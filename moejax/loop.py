@@ -77,8 +77,8 @@ def _check_processes(config: Config, fingerprint: str) -> None:
     if (multihost_utils.process_allgather(mine) != mine).any():
         raise ConfigError(
             f"process {jax.process_index()} of {jax.process_count()} has another config or other "
-            f"data than the rest (data fingerprint here {fingerprint[:12]}); start all with the same "
-            "command, the same files and the same Python"
+            f"data than the rest (data fingerprint here {fingerprint[:12]}); start all with the "
+            "same command, the same files and the same Python"
         )
 
 

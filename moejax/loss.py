@@ -50,7 +50,7 @@ def token_losses(logit_btv: jax.Array, target_bt: jax.Array) -> jax.Array:
 
 
 def load_balancing_loss(stats: RouterStats) -> jax.Array:
-    """Returns the load-balancing loss of one layer over the batch that `stats` sums up; 1 at balance.
+    """Returns the load-balancing loss of one layer over a whole batch; 1 at perfect balance.
 
     For a model of one's own that calls `MoE`: add it, times a weight such as 0.01, to the loss.
     """
@@ -58,7 +58,10 @@ def load_balancing_loss(stats: RouterStats) -> jax.Array:
 
 
 def router_z_loss(stats: RouterStats) -> jax.Array:
-    """Returns the mean of logsumexp(logits)^2 over tokens (Zoph et al. 2022, eq. 5); 0.001 is usual."""
+    """Returns the mean of logsumexp(logits)^2 over tokens (Zoph et al. 2022, eq. 5).
+
+    Its usual weight is 0.001.
+    """
     return _divide(stats.z, stats.tokens)
 
 

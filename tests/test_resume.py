@@ -98,8 +98,8 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(straight, tmp_pat
     assert records(workdir) == records(straight)
 
 
-def test_last_and_best_checkpoints_are_kept(straight):
-    """keep=2 keeps 16 and 20; the best validation loss of a falling run is the last."""
+def test_the_last_checkpoints_are_kept(straight):
+    """keep=2 of steps 4, 8, 12, 16, 20; the best, at 20, is among them."""
     assert checkpoint_steps(straight) == [16, 20]
 
 
@@ -164,5 +164,5 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     workdir = tmp_path / "copy"
     shutil.copytree(straight, workdir)
     monkeypatch.setattr(loop, "TrainBatches", OtherText)
-    with pytest.raises(ConfigError, match="the data of .* were others"):
+    with pytest.raises(ConfigError, match=r"the data of .* were others"):
         loop.train(read_config(straight), workdir)
