@@ -276,7 +276,8 @@ def _show(console: Console, content: RenderableType) -> None:
 
 def _print_line(console: Console, text: str) -> None:
     """Prints a line as it is: no wrapping, markup or colour, and at once."""
-    print(_encodable(text, console), file=console.file, flush=True)
+    if not console.quiet:
+        print(_encodable(text, console), file=console.file, flush=True)
 
 
 def _encodable(text: str, console: Console) -> str:

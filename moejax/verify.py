@@ -222,7 +222,7 @@ def trace(config: Config, data: TrainBatches, starts: list[TrainState]) -> Trace
     return Trace(*map(list, zip(*steps, strict=True)))
 
 
-def _relative(ours: float, theirs: float) -> float:
+def _relative(ours: Any, theirs: Any) -> float:
     difference = float(abs(ours - theirs) / max(abs(theirs), 1e-30))
     return difference if math.isfinite(difference) else math.inf
 
@@ -253,7 +253,7 @@ def compare(layout: str, ours: Trace, oracle: Trace, seconds: float) -> Row:
     )
 
 
-def _gradient_difference(name: str, ours: np.ndarray, theirs: np.ndarray, norm: float) -> float:
+def _gradient_difference(name: str, ours: np.ndarray, theirs: np.ndarray, norm: Any) -> float:
     """Returns the largest difference relative to the largest entry of the same layer and expert.
 
     A slice whose gradient is below a millionth of the global norm is held to that instead.

@@ -37,7 +37,9 @@ EVAL = {
 
 def _train(step, **fields):
     record = {"step": step, "split": "train", "loss": 2.5, "tokens_per_second": 12345.6}
-    return {**record, "drop_fraction": 0.0123, "max_violation": [0.2, 0.53], **fields}
+    counters = {"routed_seen": 1000, "dropped_seen": 31}
+    worst = {"drop_fraction": 0.0123, "max_violation": [0.2, 0.53]}
+    return {**record, **counters, **worst, **fields}
 
 
 class _Terminal(io.StringIO):
@@ -150,7 +152,7 @@ def test_summary_has_every_number(tmp_path):
     assert cells["[red]x[/red]"] == ["0", "n/a", "n/a"]
     assert cells["overall"] == ["123,456", "1.2345", "1.7810"]
     assert cells["training speed"] == ["12,346 tokens per second"]
-    assert cells["drop fraction in training"] == ["1.23%"]
+    assert cells["drop fraction in training"] == ["3.10%"]  # of the whole training
     assert cells["loss at capacity factor 2"] == ["1.3000"]
     assert cells["drop fraction at capacity factor 2"] == ["0.10%"]
     assert cells["most uneven layer (MaxVio)"] == ["0.75 (layer 1)"]

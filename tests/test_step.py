@@ -219,6 +219,8 @@ def test_the_step_counts_and_follows_the_schedule(one_device):
         "loss",
         "total_loss",
         *(f"gradient of {group}" for group in GROUPS if group != "dense"),
+        "grad_norm",
+        "parameters after the step",
     ]
 
 

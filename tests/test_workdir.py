@@ -8,11 +8,21 @@ import pytest
 
 from moejax.config import Config, ConfigError
 from moejax.overrides import apply_overrides, keys
-from moejax.workdir import CONFIG, MAY_CHANGE, checkpoint_steps, matches, open_workdir, read_config
+from moejax.workdir import (
+    COMMITTED,
+    CONFIG,
+    MAY_CHANGE,
+    checkpoint_steps,
+    matches,
+    open_workdir,
+    read_config,
+)
 
 
 def add_checkpoint(workdir, step: int) -> None:
-    (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+    folder = workdir / "checkpoints" / str(step)
+    folder.mkdir(parents=True)
+    (folder / COMMITTED).write_text("")
 
 
 def test_the_config_is_stored_and_read_back(tmp_path):
@@ -71,6 +81,7 @@ def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
         add_checkpoint(tmp_path, step)
     (tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "checkpoints" / "12").write_text("")
+    (tmp_path / "checkpoints" / "13").mkdir()  # a save that was killed has no marker
     assert checkpoint_steps(tmp_path) == [9, 10]
     assert checkpoint_steps(tmp_path / "elsewhere") == []
 
