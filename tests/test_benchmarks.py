@@ -61,10 +61,12 @@ def test_compare_page_says_what_the_runs_say(benchmarks, tmp_path):
     configs = {arm: compare.load_config(str(ROOT / file)) for arm, file in compare.ARMS.items()}
     compare.write_page(tmp_path / "page.md", {"moe": moe, "dense": dense}, configs, [])
     text = (tmp_path / "page.md").read_text()
-    assert "better by **0.5333** nats on average, larger than" in text
-    assert "(0.1000); its worst seed and the dense model's best are 0.5000 apart" in text
+    assert "lower by **0.5333** nats on average, larger than" in text
+    assert "of either arm (0.1000); seed by seed it is lower by 0.5000, 0.5000, 0.6000." in text
     assert "| learning rate chosen | 0.003 | 0.006 |" in text
-    assert compare.tokens_to_reach(_records([3.0, 2.0]), 2.5) == pytest.approx(1500)
-    assert compare.tokens_to_reach(_records([3.0, 2.0]), 1.0) is None
+    assert "with 1.37 times fewer tokens and 1.37 times fewer seconds" in text
+    costs = {10: 1000.0, 20: 2000.0}
+    assert compare.cost_to_reach(costs, _records([3.0, 2.0]), 2.5) == pytest.approx(1500)
+    assert compare.cost_to_reach(costs, _records([3.0, 2.0]), 1.0) is None
     compare.plot({"moe": moe, "dense": dense}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 5000
