@@ -131,7 +131,6 @@ def plot(results: dict[str, Arm], path: Path) -> None:
     axes[0].set(xlabel="tokens seen, millions", ylabel="validation loss, nats per token")
     axes[1].set(xlabel="seconds in training steps, both arms at once on 2 CPU cores")
     for axis in axes:
-        axis.set_yscale("log")
         axis.grid(alpha=0.3, which="both")
     axes[0].legend()
     figure.tight_layout()

@@ -75,7 +75,6 @@ def test_all_spellings_of_a_line_mean_the_same(line, tmp_path, calls):
     for words in ([*first, *second, *line], [*first, *line, *second], [*line, *first, *second]):
         assert main(["train", *words]) == 0
         assert calls == [("start_jax", 8), ("train", expected, tmp_path / "run")]
-        assert read_config(tmp_path / "run") == expected
         calls.clear()
 
 
