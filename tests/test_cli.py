@@ -11,7 +11,7 @@ import pytest
 from moejax.cli import VERBS, main
 from moejax.config import Config, ConfigError
 from moejax.overrides import config_values, keys, load_config
-from moejax.workdir import open_workdir, read_config
+from moejax.workdir import open_workdir
 
 QUICKSTART = "configs/quickstart.py"
 
