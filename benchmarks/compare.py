@@ -155,8 +155,8 @@ def tokens_of(records: Records) -> dict[int, float]:
     return {r["step"]: r["tokens_seen"] for r in records}
 
 
-def times_cheaper(results: dict[str, Arm], costs_of: Callable[[Records], dict]) -> float | None:
-    """Returns the dense model's cost over the MoE's at the dense model's final loss, or None.
+def relative_cost(results: dict[str, Arm], costs_of: Callable[[Records], dict]) -> float | None:
+    """Returns the MoE's cost over the dense model's at the dense model's final loss, or None.
 
     A mean over seeds; None when the MoE of one seed never gets there.
     """
@@ -166,7 +166,7 @@ def times_cheaper(results: dict[str, Arm], costs_of: Callable[[Records], dict]) 
         reached = cost_to_reach(costs_of(moe), moe, final_loss(dense))
         if reached is None:
             return None
-        ratios.append(costs_of(dense)[dense[-1]["step"]] / reached)
+        ratios.append(reached / costs_of(dense)[dense[-1]["step"]])
     return mean(ratios)
 
 
@@ -214,12 +214,12 @@ def verdict(results: dict[str, Arm]) -> list[str]:
         f"{', '.join(f'{pair:.4f}' for pair in pairs)}."
     ]
     costs = {"tokens": tokens_of, "seconds": seconds_of}
-    ratios = {name: times_cheaper(results, costs_of) for name, costs_of in costs.items()}
-    told = [f"{ratio:.2f} times fewer {name}" for name, ratio in ratios.items() if ratio]
+    ratios = {name: relative_cost(results, costs_of) for name, costs_of in costs.items()}
+    told = [f"{ratio:.2f} of its {name}" for name, ratio in ratios.items() if ratio]
     if told:
         lines.append(
-            f"It reaches the dense model's final loss with {' and '.join(told)}"
-            " (below 1 is more); the two trained at once on 2 shared CPU cores."
+            f"It reaches the dense model's final loss with {' and '.join(told)}; the two trained "
+            "at once on 2 shared CPU cores."
         )
     return lines
 

@@ -64,7 +64,7 @@ def test_compare_page_says_what_the_runs_say(benchmarks, tmp_path):
     assert "lower by **0.5333** nats on average, larger than" in text
     assert "of either arm (0.1000); seed by seed it is lower by 0.5000, 0.5000, 0.6000." in text
     assert "| learning rate chosen | 0.003 | 0.006 |" in text
-    assert "with 1.37 times fewer tokens and 1.37 times fewer seconds" in text
+    assert "with 0.73 of its tokens and 0.73 of its seconds" in text
     costs = {10: 1000.0, 20: 2000.0}
     assert compare.cost_to_reach(costs, _records([3.0, 2.0]), 2.5) == pytest.approx(1500)
     assert compare.cost_to_reach(costs, _records([3.0, 2.0]), 1.0) is None
