@@ -301,8 +301,8 @@ def _step(parser: argparse.ArgumentParser) -> None:
 def _start_jax(cpu_devices: int | None) -> None:
     """Starts JAX. From here on importing it is allowed."""
     os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "1"
-    )  # XLA's own INFO lines would break the progress bar
+        "TF_CPP_MIN_LOG_LEVEL", "2"
+    )  # XLA's own lines would break the progress bar; set it to 0 to read them
     from moejax.mesh import start_jax
 
     start_jax(cpu_devices)

@@ -34,6 +34,7 @@ LOSS_TOLERANCE = 1e-5  # relative, float32
 GRADIENT_TOLERANCE = 1e-4  # relative to the largest entry of each gradient, float32
 STEPS = 2
 ACCUMULATION = 2
+SHORT = {"experts": "expert", "attention": "attn", "embeddings": "embed", "dropped": "drops"}
 CAPACITY_FACTOR = 1.0  # at most: low enough that assignments are dropped
 REMAT = ("none", "full")
 DISPATCH = ("dropless", "capacity", "capacity by gather")
@@ -324,7 +325,8 @@ def verify(config: Config, all_layouts: bool, json_path: Path | None) -> int:
     for row in check(config, chosen, num_devices):
         rows.append(row)
         verdict = "ok  " if not row.failures else "FAIL"
-        console.print(f"{verdict} {len(rows):3}/{len(chosen)}  {row.layout}  ({row.seconds:.0f} s)")
+        line = f"{verdict} {len(rows):3}/{len(chosen)}  {row.layout}  ({row.seconds:.0f} s)"
+        console.print(line, soft_wrap=True)
     console.print(_table(rows))
     failed = [row for row in rows if row.failures]
     for row in failed:
@@ -346,7 +348,7 @@ def _table(rows: list[Row]) -> Table:
     title = "largest relative difference from the oracle"
     table = Table(title=title, box=rich.box.SIMPLE, padding=(0, 1, 0, 0))
     for name in ("", "loss", "total", *groups, "norm", "counts", "dropped"):
-        table.add_column(name.replace("embeddings", "embed"), justify="right", no_wrap=True)
+        table.add_column(SHORT.get(name, name), justify="right", no_wrap=True)
     for number, row in enumerate(rows, start=1):
         numbers = [
             row.loss,
