@@ -229,8 +229,8 @@ ERRORS = [
         "moejax train: error: train.steps='x' is not a whole number; for ex",
     ),
     (
-        f"{TRAIN} moe.top_k=9",
-        "moejax train: error: moe.top_k=9 is larger than moe.num_experts=8; a",
+        f"{TRAIN} moe.top_k=99",
+        "moejax train: error: moe.top_k=99 is larger than moe.num_experts=16; ",
     ),
     (
         f"{TRAIN} moe.top_k=1",
