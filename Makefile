@@ -33,7 +33,7 @@ verify: setup ## check that every layout computes the same
 	$(BIN)/moejax verify configs/quickstart.py --cpu_devices 8
 
 compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an hour)
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/compare.py train.steps=900
 
 bench: setup ## speed and compile time of the train step, into the README table
 	$(BIN)/python benchmarks/step.py --readme README.md

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +61,8 @@ def _full_logits(mesh):
 
 @functools.cache
 def _greedy(mesh, end=NO_END):
-    return make_generate(CONFIG, mesh, MAX_TOKENS, temperature=0, top_p=1.0, end=end)
+    tokenizer = SimpleNamespace(end_of_document=end, vocab_size=V)
+    return make_generate(CONFIG, mesh, MAX_TOKENS, 0, 1.0, tokenizer)
 
 
 @pytest.fixture(scope="module")
