@@ -18,7 +18,7 @@ def get_config():
     config.moe.group_sequences = 1
     config.data.sequence_length = 256
     config.train.batch_size = 8
-    config.train.steps = 600  # five minutes on two CPU cores
+    config.train.steps = 600  # `make train` took 5 min 32 s on 2 CPU cores, 2026-11-22
     config.eval.every = 150
     config.eval.batches = 16
     config.checkpoint.every = 150
