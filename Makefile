@@ -3,6 +3,7 @@ PY ?= python3
 ACCELERATOR ?=
 
 BIN := .venv/bin
+PEERS := .venv-peers/.made
 STAMP := .venv/.made$(if $(ACCELERATOR),-$(ACCELERATOR))
 comma := ,
 EXTRAS := test$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
@@ -10,11 +11,11 @@ CPU_DEVICES := $(if $(ACCELERATOR),,--cpu_devices 4)
 # Compiled test programs are kept between runs and shared by the test processes.
 TEST_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
 
-.PHONY: help setup train test lint verify compare bench lock clean
+.PHONY: help setup train test lint verify compare bench bench-peers lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make or update .venv; PY=python3.11 names the Python, ACCELERATOR=tpu|cuda12 the chip
 
@@ -39,12 +40,15 @@ bench: setup ## speed and compile time of the train step, into the README table
 	$(BIN)/python benchmarks/step.py --readme README.md
 	$(BIN)/python benchmarks/compile.py
 
+bench-peers: setup $(PEERS) ## speed next to Hugging Face transformers, which has .venv-peers
+	$(BIN)/python benchmarks/peers.py
+
 lock: setup ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --all-extras \
 	  --no-emit-index-url --no-annotate --no-header pyproject.toml --output-file requirements.lock
 
-clean: ## remove .venv and caches; runs stay
-	rm -rf .venv .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+clean: ## remove the environments and caches; runs stay
+	rm -rf .venv .venv-peers .cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): pyproject.toml requirements.lock
@@ -55,4 +59,10 @@ $(STAMP): pyproject.toml requirements.lock
 	  exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock uv
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --constraint requirements.lock --editable ".[$(EXTRAS)]"
+	@touch $@
+
+# pip, not uv: it takes a CPU wheel of torch from where its own configuration says there is one
+$(PEERS): benchmarks/peers/requirements.txt
+	$(PY) -m venv --clear .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --requirement $<
 	@touch $@

@@ -14,7 +14,7 @@ def get_config():
     config.moe.num_experts = 16
     config.moe.top_k = 2
     config.moe.expert_hidden = 128
-    config.moe.capacity_factor = 2.0
+    config.moe.capacity_factor = None  # dropless
     config.moe.group_sequences = 1
     config.data.sequence_length = 256
     config.train.batch_size = 8

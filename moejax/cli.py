@@ -423,8 +423,10 @@ def _read_prompts(file: Path | None) -> list[str]:
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     _cpu_devices(parser)
-    help = "every layout; without it a selection in which each pair of settings occurs"
+    help = "also the contract: every router, dispatch and transport on a small layer (an hour)"
     parser.add_argument("--all", action="store_true", help=help)
+    help = "with --all: also write the contract's matrix to FILE as Markdown"
+    _option(parser, "--page", help, type=_output_file, metavar="FILE")
     _json(parser)
 
 
@@ -433,7 +435,7 @@ def _verify(line: Line) -> int:
     _start_jax(line.options.cpu_devices)
     from moejax.verify import verify
 
-    return verify(config, line.options.all, line.options.json)
+    return verify(config, line.options.all, line.options.json, line.options.page)
 
 
 def _describe_options(parser: argparse.ArgumentParser) -> None:
@@ -567,7 +569,7 @@ The config comes from the workdir. A prompt that begins with a dash is written -
     Verb(
         "verify",
         "check that every layout computes the same losses and gradients",
-        "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all] [--json FILE] [key=value ...]",
+        "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all] [--page FILE] [--json FILE] [key=value ...]",
         """
   moejax verify configs/quickstart.py --cpu_devices 8
 

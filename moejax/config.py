@@ -10,33 +10,9 @@ from typing import Literal
 
 from ml_collections import ConfigDict
 
-
-class ConfigError(ValueError):
-    """What the user asked for cannot be: the message is one line with values, rule and remedy."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ConfigError(message)
-
-
-def _require_positive(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(
-            value is None or value >= 1,
-            f"{section}.{name}={value} is below 1; use a whole number of at least 1",
-        )
-
-
-def _require_finite(section: str, config: object, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _require(
-            value is None or (math.isfinite(value) and value >= 0),
-            f"{section}.{name}={value} is not a finite number of at least 0; give one, for "
-            "example 0.1",
-        )
+from moejax.errors import ConfigError as ConfigError  # where callers look for it
+from moejax.errors import require, require_finite, require_positive
+from moejax.moe_config import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +35,7 @@ class ModelConfig:
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights
 
     def __post_init__(self):
-        _require_positive(
+        require_positive(
             "model",
             self,
             "num_layers",
@@ -70,82 +46,19 @@ class ModelConfig:
             "dense_hidden",
             "vocab_size",
         )
-        _require(
+        require(
             self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of "
             f"model.num_kv_heads={self.num_kv_heads}; every key/value head serves the same number "
             "of query heads",
         )
-        _require(
+        require(
             self.head_dim % 2 == 0,
             f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs, use an even width",
         )
-        _require(
+        require(
             math.isfinite(self.rope_theta) and self.rope_theta > 1,
             f"model.rope_theta={self.rope_theta} must be a finite number above 1; 10000.0 is usual",
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class MoEConfig:
-    """Which layers are MoE, how tokens are routed, and what a full expert does.
-
-    Layers `first_dense, first_dense + 1, ...` are taken in runs of `every`; the last of each run is
-    MoE. `every=None` makes the whole model dense. `capacity_factor=None` is dropless.
-    """
-
-    router: Literal["softmax", "sigmoid_bias"] = "softmax"
-    num_experts: int = 8
-    top_k: int = 2
-    expert_hidden: int = 256
-    capacity_factor: float | None = 1.25
-    eval_capacity_factor: float = (
-        2.0  # of the second, named evaluation number; the first is dropless
-    )
-    group_sequences: int = 1  # capacity is enforced per group of this many whole sequences
-    priority: Literal["token", "rank"] = "token"  # who gets a slot; "rank" (GShard) is not causal
-    transport: Literal["auto", "all_to_all", "gather", "reference"] = "auto"
-    every: int | None = 1
-    first_dense: int = 0
-    balance_loss_weight: float = 0.01
-    balance_scope: Literal["sequence", "global"] = "global"
-    router_z_loss_weight: float = 0.001
-    normalize_weights: bool = True
-    bias_update_rate: float = 0.001  # of router="sigmoid_bias" (DeepSeek-V3)
-
-    def __post_init__(self):
-        _require_positive(
-            "moe", self, "num_experts", "top_k", "expert_hidden", "group_sequences", "every"
-        )
-        _require_finite(
-            "moe",
-            self,
-            "balance_loss_weight",
-            "router_z_loss_weight",
-            "bias_update_rate",
-            "first_dense",
-        )
-        for name in ("capacity_factor", "eval_capacity_factor"):
-            value = getattr(self, name)
-            _require(
-                value is None or (math.isfinite(value) and value > 0),
-                f"moe.{name}={value} must be a finite number above 0"
-                + (", or None for dropless" if name == "capacity_factor" else ""),
-            )
-        _require(
-            self.top_k <= self.num_experts,
-            f"moe.top_k={self.top_k} is larger than moe.num_experts={self.num_experts}; a token "
-            f"can select each expert once, use top_k <= {self.num_experts}",
-        )
-        _require(
-            not (self.top_k == 1 and self.normalize_weights and self.every is not None),
-            "moe.top_k=1 with moe.normalize_weights=True makes every combine weight 1, so the "
-            "router gets no gradient from the task; use moe.normalize_weights=False",
-        )
-        _require(
-            not (self.capacity_factor is None and self.transport == "all_to_all"),
-            "moe.transport='all_to_all' has a fixed number of slots and moe.capacity_factor=None "
-            "is dropless; use moe.transport=gather (or auto), or give a capacity_factor",
         )
 
 
@@ -159,12 +72,12 @@ class DataConfig:
     path: str | None = None
 
     def __post_init__(self):
-        _require(
+        require(
             self.sequence_length >= 2,
             f"data.sequence_length={self.sequence_length} is below 2; a sequence needs a token "
             "and a target",
         )
-        _require(
+        require(
             (self.source == "prepared") == (self.path is not None),
             f"data.source={self.source!r} with data.path={self.path!r}: give data.path exactly "
             "when data.source is 'prepared'",
@@ -186,17 +99,17 @@ class OptimConfig:
     final_fraction: float = 0.1  # of the peak learning rate, at the last step
 
     def __post_init__(self):
-        _require_finite(
+        require_finite(
             "optim", self, "learning_rate", "warmup_steps", "weight_decay", "final_fraction"
         )
         for name in ("b1", "b2"):
             value = getattr(self, name)
-            _require(
+            require(
                 0 <= value < 1, f"optim.{name}={value} is outside [0, 1); 0.9 and 0.95 are usual"
             )
         for name in ("eps", "clip_norm"):
             value = getattr(self, name)
-            _require(
+            require(
                 value is None or (math.isfinite(value) and value > 0),
                 f"optim.{name}={value} must be a finite number above 0",
             )
@@ -211,8 +124,8 @@ class TrainConfig:
     accumulation: int = 1
 
     def __post_init__(self):
-        _require_positive("train", self, "steps", "batch_size", "accumulation")
-        _require(
+        require_positive("train", self, "steps", "batch_size", "accumulation")
+        require(
             self.batch_size % self.accumulation == 0,
             f"train.batch_size={self.batch_size} is not a multiple of "
             f"train.accumulation={self.accumulation}; microbatches have equal size",
@@ -232,9 +145,9 @@ class MeshConfig:
     tensor: int | None = 1
 
     def __post_init__(self):
-        _require_positive("mesh", self, *AXES)
+        require_positive("mesh", self, *AXES)
         free = [axis for axis in AXES if getattr(self, axis) is None]
-        _require(
+        require(
             len(free) <= 1,
             f"mesh.{' and mesh.'.join(free)} are all None; at most one axis can take the devices "
             "that are left",
@@ -249,13 +162,13 @@ class MeshConfig:
         sizes = {axis: getattr(self, axis) for axis in AXES}
         product = math.prod(size for size in sizes.values() if size is not None)
         asked = " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
-        _require(
+        require(
             product <= num_devices,
             f"mesh {asked} needs {product} devices and {num_devices} are there; make an axis "
             f"smaller, or on a CPU give --cpu_devices {product}",
         )
         free = [axis for axis in AXES if sizes[axis] is None]
-        _require(
+        require(
             num_devices % product == 0 and (bool(free) or product == num_devices),
             f"mesh {asked} takes {product} devices and {num_devices} are there; sizes must "
             f"multiply to {num_devices}: set one axis to None to take what is left",
@@ -282,7 +195,7 @@ class CheckpointConfig:
     keep: int = 2
 
     def __post_init__(self):
-        _require_positive("checkpoint", self, "every", "keep")
+        require_positive("checkpoint", self, "every", "keep")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,7 +206,7 @@ class EvalConfig:
     batches: int | None = 8
 
     def __post_init__(self):
-        _require_positive("eval", self, "every", "batches")
+        require_positive("eval", self, "every", "batches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,7 +216,7 @@ class LoggingConfig:
     every: int = 10
 
     def __post_init__(self):
-        _require_positive("logging", self, "every")
+        require_positive("logging", self, "every")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,21 +236,27 @@ class Config:
 
     def __post_init__(self):
         model, moe = self.model, self.moe
-        _require(
+        require(
             0 <= self.seed < 2**32,
             f"seed={self.seed} is outside [0, 2**32); use a non-negative whole number below "
             "4294967296",
         )
         if moe.every is not None:
             runs = model.num_layers - moe.first_dense
-            _require(
+            require(
                 runs >= moe.every and runs % moe.every == 0,
                 f"model.num_layers={model.num_layers} minus moe.first_dense={moe.first_dense} is "
                 f"{runs}, not a positive multiple of moe.every={moe.every}; the layers after the "
                 "first dense ones come in runs of moe.every",
             )
+            reason = moe.noncausal_reason
+            require(
+                reason is None or moe.allow_noncausal,
+                f"{reason}; a decoder that is trained so reads ahead, and its loss means nothing "
+                "for generation. Use another one, or moe.allow_noncausal=True to study it",
+            )
         microbatch = self.train.batch_size // self.train.accumulation
-        _require(
+        require(
             microbatch % moe.group_sequences == 0,
             f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulation) is "
             f"not a multiple of moe.group_sequences={moe.group_sequences}; capacity groups are "
@@ -372,7 +291,7 @@ class Config:
 
         def divides(axis: str, name: str, value: int) -> None:
             size = getattr(mesh, axis)
-            _require(
+            require(
                 value % size == 0,
                 f"{name}={value} is not divisible by the {axis} axis ({size}); use a multiple of "
                 f"{size} or another mesh.{axis}{_divisor_hint(value, size)}",
@@ -393,7 +312,7 @@ class Config:
         moe = self.moe
         microbatch = self.train.batch_size // self.train.accumulation
         unit = mesh.token_shards * moe.group_sequences
-        _require(
+        require(
             microbatch % unit == 0,
             f"train.batch_size={self.train.batch_size} over "
             f"train.accumulation={self.train.accumulation} gives microbatches of {microbatch} "

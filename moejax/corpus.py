@@ -67,6 +67,10 @@ class Corpus:
     def num_documents(self) -> int:
         return len(self.domain_d)
 
+    def token_counts(self, vocab_size: int) -> np.ndarray:
+        """Returns int64 [vocab_size]: how often each id occurs."""
+        return np.bincount(self.token_n, minlength=vocab_size)
+
 
 def load_corpus(config: DataConfig, split: Split) -> Corpus:
     """Returns a split of the data that `config` names. The split is fixed, by document.

@@ -19,12 +19,29 @@ from rich.table import Table
 from rich.text import Text
 
 from moejax.config import AXES, Config, MeshConfig
-from moejax.dispatch import expert_capacity, grouped_rows
-from moejax.experts import block_rows
-from moejax.flops import active_parameters, flops_per_token, parameter_counts, total_parameters
+from moejax.flops import (
+    active_counts,
+    active_experts,
+    active_parameters,
+    flops_per_token,
+    parameter_counts,
+    total_parameters,
+)
 from moejax.optim import make_optimizer
+from moejax.parameters import AXES_OF, kind_of, moe_parameters
 from moejax.sharding import path_name
 from moejax.state import abstract_state
+from moejax.traffic import (
+    FORMULAS,
+    TRANSPORTS,
+    buffer_rows,
+    exchange_bytes,
+    formula,
+    group_tokens,
+    itemsize,
+    local_tokens,
+    slots,
+)
 
 PLAIN_WIDTH = 160  # columns where there is no terminal
 
@@ -59,6 +76,7 @@ def describe(config: Config, num_devices: int | None, console: Console | None = 
     _print(out, _facts("mesh", _mesh_facts(config, sizes)))
     if config.num_moe_layers:
         _print(out, _facts("MoE layers", _moe_facts(config, sizes)))
+        _print(out, _transport_table(config, sizes))
     _print(out, _memory_table(config, sizes, kinds))
     _print(out, _sharding_table(kinds["parameters"]))
 
@@ -118,91 +136,17 @@ def layer_kinds(config: Config) -> list[str]:
     return ["MoE" if i >= first and (i - first + 1) % every == 0 else "dense" for i in layers]
 
 
-def transport(config: Config) -> str:
-    """Returns how tokens reach the experts: what `auto` stands for is spelled out."""
-    if config.moe.transport == "reference":
-        return "reference"
-    if config.moe.capacity_factor is None:
-        return "gather"
-    return "gather" if config.moe.transport == "gather" else "all_to_all"
-
-
-def group_tokens(config: Config) -> int:
-    """Returns the positions of one capacity group."""
-    return config.moe.group_sequences * config.data.sequence_length
-
-
-def slots(config: Config, capacity_factor: float) -> int:
-    """Returns the slots of an expert in a group without padding."""
-    moe = config.moe
-    return expert_capacity(group_tokens(config), moe.num_experts, moe.top_k, capacity_factor)
-
-
-def local_tokens(config: Config, sizes: MeshConfig) -> int:
-    """Returns the positions of a microbatch on one device."""
-    microbatch = config.train.batch_size // config.train.accumulation
-    return microbatch // sizes.token_shards * config.data.sequence_length
-
-
-def exchange_bytes(config: Config, sizes: MeshConfig) -> float:
-    """Returns the bytes that a token costs its device in one MoE layer, forward, over `expert`.
-
-    With b bytes a number in the compute dtype and Z devices on the expert axis:
-
-        all_to_all   2 * D * b * (E * C / group tokens) * (1 - 1/Z)
-        gather       (2 * D * b + 8 * S) * (Z - 1)
-
-    Empty slots are sent too, so E * C / group tokens, which is capacity_factor * S up to rounding,
-    stands for S. `gather` also sends 8 bytes a selection: expert and weight. The backward pass
-    sends as much again, but for the 4 bytes of the expert. Collectives over fsdp and tensor are not
-    counted.
-    """
-    moe, degree = config.moe, sizes.expert
-    assert degree is not None
-    both_ways = 2 * config.model.d_model * _itemsize(config)
-    how = transport(config)
-    if how == "reference":
-        return 0.0
-    if how == "gather":
-        return float((both_ways + 8 * moe.top_k) * (degree - 1))
-    assert moe.capacity_factor is not None
-    rows = moe.num_experts * slots(config, moe.capacity_factor) / group_tokens(config)
-    return both_ways * rows * (1 - 1 / degree)
-
-
-def buffer_rows(config: Config, sizes: MeshConfig) -> int:
-    """Returns the rows [D] that one device holds between dispatch and combine, in one MoE layer.
-
-    all_to_all: the buffer, G * E * C, the same before and after the exchange. gather: the tokens of
-    the expert group, and their rows by expert. reference: 0, no buffer.
-    """
-    moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
-    assert degree is not None
-    how = transport(config)
-    if how == "reference":
-        return 0
-    if how == "gather":
-        local, gathered = moe.num_experts // degree, tokens * degree
-        block = block_rows(gathered * moe.top_k * local // moe.num_experts, local)
-        return gathered + grouped_rows(gathered, moe.top_k, local, block)
-    assert moe.capacity_factor is not None
-    groups = tokens // group_tokens(config)
-    return groups * moe.num_experts * slots(config, moe.capacity_factor)
-
-
 def gathered_weight_bytes(config: Config, sizes: MeshConfig) -> int:
     """Returns the bytes of one MoE layer's experts on a device, whole over fsdp, compute dtype."""
-    moe = config.moe
-    if transport(config) == "reference":
+    if config.moe.resolved_transport == "reference":
         return 0
-    assert sizes.expert is not None
-    assert sizes.tensor is not None
-    matrix = config.model.d_model * (moe.expert_hidden // sizes.tensor)
-    return moe.num_experts // sizes.expert * 3 * matrix * _itemsize(config)
-
-
-def _itemsize(config: Config) -> int:
-    return jax.numpy.dtype(config.model.dtype).itemsize
+    split = {"expert": sizes.expert, "tensor": sizes.tensor}
+    count = 0
+    for name, parameter in moe_parameters(config.moe, config.model.d_model).items():
+        if kind_of(name) == "experts":
+            parts = math.prod(split.get(axis) or 1 for axis in AXES_OF[name] if axis)
+            count += math.prod(parameter.shape) // parts
+    return count * itemsize(config)
 
 
 # Words
@@ -243,35 +187,66 @@ def _mesh_facts(config: Config, sizes: MeshConfig) -> list[tuple[str, str]]:
 def _moe_facts(config: Config, sizes: MeshConfig) -> list[tuple[str, str]]:
     moe, kinds = config.moe, layer_kinds(config)
     by_kind = {k: [i for i, kind in enumerate(kinds) if kind == k] for k in ("MoE", "dense")}
-    sent = exchange_bytes(config, sizes)
-    return [
+    facts = [
         ("MoE layers", _ranges(by_kind["MoE"])),
         ("dense layers", _ranges(by_kind["dense"])),
-        ("router", f"{moe.router}, {moe.top_k} of {moe.num_experts} experts"),
+        ("router", f"{moe.router}, {_selection_words(config)}"),
         ("capacity", _capacity_words(config, moe.capacity_factor)),
-        ("capacity in the second evaluation", _capacity_words(config, moe.eval_capacity_factor)),
-        ("transport", f"{transport(config)} over expert={sizes.expert}"),
-        ("bytes sent per token and layer, forward", f"{sent:,.0f} ({_formula(config)})"),
-        ("  per device, microbatch and layer", _bytes(sent * local_tokens(config, sizes))),
     ]
+    if moe.free_experts:
+        numbers = (
+            f"{moe.zero_experts} zero, {moe.copy_experts} copy, {moe.constant_experts} constant"
+        )
+        facts.append(("experts without a network", numbers))
+    if moe.shared_experts:
+        facts.append(("shared experts", f"{moe.shared_experts}, gate {moe.shared_gate}"))
+    if moe.takes_capacity:
+        words = _capacity_words(config, moe.eval_capacity_factor)
+        facts.append(("capacity in the second evaluation", words))
+    facts.append(("transport", f"{moe.resolved_transport} over expert={sizes.expert}"))
+    return facts
 
 
-def _formula(config: Config) -> str:
-    return {
-        "all_to_all": "2 * D * b * E * C / group tokens * (1 - 1/Z)",
-        "gather": "(2 * D * b + 8 * S) * (Z - 1)",
-        "reference": "every device computes every expert",
-    }[transport(config)]
+def _selection_words(config: Config) -> str:
+    moe, mean = config.moe, active_experts(config)
+    exact = f"{float(mean):g} of {moe.num_experts} experts a token"
+    return (
+        exact if mean == moe.top_k and moe.slots_per_token == moe.top_k else f"{exact} on average"
+    )
+
+
+def _transport_table(config: Config, sizes: MeshConfig) -> Table:
+    """What each transport would move and hold, the config's own first marked."""
+    title = "transports, bytes over the expert axis per token and layer, forward"
+    table = Table(title=title, title_justify="left")
+    for column in ("transport", "bytes", "per device, microbatch and layer", "buffers", "formula"):
+        table.add_column(column, justify="left" if column in ("transport", "formula") else "right")
+    chosen = config.moe.resolved_transport
+    possible = ("all_to_all",) if config.moe.router == "soft" else TRANSPORTS
+    for how in ("reference",) if chosen == "reference" else possible:
+        sent = exchange_bytes(config, sizes, how)
+        held = buffer_rows(config, sizes, how) * config.model.d_model * itemsize(config)
+        table.add_row(
+            f"{how} *" if how == chosen else how,
+            f"{sent:,.0f}",
+            _bytes(sent * local_tokens(config, sizes)),
+            _bytes(held),
+            FORMULAS[formula(config, how)],
+        )
+    return table
 
 
 def _capacity_words(config: Config, factor: float | None) -> str:
     if factor is None:
         return "dropless"
     moe, tokens = config.moe, group_tokens(config)
+    by_expert = moe.capacity_by_expert
+    own = "" if by_expert is None else f"{max(by_expert):g} * "
     return (
-        f"{slots(config, factor):,} slots per expert and group of {moe.group_sequences} x "
-        f"{config.data.sequence_length:,} tokens: ceil({factor:g} * {moe.top_k} * {tokens:,} / "
-        f"{moe.num_experts}), at most {tokens:,}"
+        f"{'up to ' if own else ''}{slots(config, factor):,} slots per expert and group of "
+        f"{moe.group_sequences} x {config.data.sequence_length:,} tokens: "
+        f"ceil({factor:g} * {own}{moe.mean_selected} * {tokens:,} / {moe.num_experts}), at most "
+        f"{tokens:,}"
     )
 
 
@@ -321,10 +296,9 @@ def _numbers(title: str, *columns: str) -> Table:
 
 def _parameter_table(config: Config) -> Table:
     table = _numbers("parameters", "kind", "total", "active per token")
-    moe = config.moe
+    active = active_counts(config)
     for kind, count in parameter_counts(config).items():
-        active = count // moe.num_experts * moe.top_k if kind == "experts" else count
-        table.add_row(kind, f"{count:,}", f"{active:,}")
+        table.add_row(kind, f"{count:,}", f"{active[kind]:,}")
     table.add_section()
     table.add_row("all", f"{total_parameters(config):,}", f"{active_parameters(config):,}")
     return table
@@ -340,7 +314,11 @@ def _memory_table(config: Config, sizes: MeshConfig, kinds: dict[str, list[Place
     table.add_row("state and gradients", "", _bytes(local), f"{local:,}")
     if config.num_moe_layers:
         table.add_section()
-        rows = buffer_rows(config, sizes) * config.model.d_model * _itemsize(config)
+        rows = (
+            buffer_rows(config, sizes, config.moe.resolved_transport)
+            * config.model.d_model
+            * itemsize(config)
+        )
         weights = gathered_weight_bytes(config, sizes)
         table.add_row("dispatch buffers of one MoE layer", "", _bytes(rows), f"{rows:,}")
         table.add_row("its experts, gathered over fsdp", "", _bytes(weights), f"{weights:,}")

@@ -1,21 +1,23 @@
 """assign, dispatch, combine: each assignment's row in an expert's buffer, the way there and back.
 
 A *slot* is a row of a buffer in which the rows of one expert are consecutive. There are two
-layouts: `capacity_slots` gives every expert the same number of rows and drops what does not fit;
-`grouped_slots` gives each expert the rows that it needs. Both sort assignments by expert; no array
-of tokens x experts x capacity exists. `dispatch` and `combine` are gathers in both directions of
-differentiation, never scatters of rows.
+layouts: `assign.capacity_slots` gives every expert the same number of rows and drops what does not
+fit; `grouped_slots` gives each expert the rows that it needs. Both sort assignments by expert; no
+array of tokens x experts x capacity exists. `dispatch` and `combine` are gathers in both directions
+of differentiation, never scatters of rows.
 """
 
 import functools
 from fractions import Fraction
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from moejax.sharding import vary_like
+
+MAX_KEY = 2**32  # of a uint32
 
 
 class Slots(NamedTuple):
@@ -32,7 +34,9 @@ class Slots(NamedTuple):
     group_size_e: jax.Array
 
 
-def expert_capacity(tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> int:
+def expert_capacity(
+    tokens: int, num_experts: int, top_k: int, capacity_factor: float | Fraction
+) -> int:
     """Returns ceil(capacity_factor * top_k * tokens / num_experts), at least 1, at most `tokens`.
 
     Computed in exact arithmetic on the decimal that the user wrote: in float32 7680 * 4.05 / 8 is
@@ -46,7 +50,9 @@ def expert_capacity(tokens: int, num_experts: int, top_k: int, capacity_factor: 
     return min(capacity, max(1, tokens))
 
 
-def capacity_table(tokens: int, num_experts: int, top_k: int, capacity_factor: float) -> np.ndarray:
+def capacity_table(
+    tokens: int, num_experts: int, top_k: int, capacity_factor: float | Fraction
+) -> np.ndarray:
     """Returns int32 [tokens + 1]: the capacity of a group by its number of real tokens."""
     return np.array(
         [expert_capacity(n, num_experts, top_k, capacity_factor) for n in range(tokens + 1)],
@@ -54,78 +60,76 @@ def capacity_table(tokens: int, num_experts: int, top_k: int, capacity_factor: f
     )
 
 
-def _rank_in_expert(expert_a: jax.Array, num_experts: int) -> tuple[jax.Array, jax.Array]:
-    """Returns each assignment's place among its expert's, in the order given, and counts [E]."""
-    order_a = jnp.argsort(expert_a, stable=True)
-    sorted_a = expert_a[order_a]
-    start_e = jnp.searchsorted(sorted_a, jnp.arange(num_experts + 1, dtype=sorted_a.dtype))
-    index_a = jnp.arange(expert_a.size, dtype=jnp.int32)
-    rank_sorted_a = index_a - start_e.astype(jnp.int32)[sorted_a]
-    rank_a = jnp.zeros_like(expert_a).at[order_a].set(rank_sorted_a, unique_indices=True)
-    return rank_a, jnp.diff(start_e).astype(jnp.int32)
+class Groups(NamedTuple):
+    """The assignments of one scope, those of an expert together. A is T * S.
 
-
-def _fill_rows(slot_ts: jax.Array, rows: int) -> jax.Array:
-    """Returns `assignment_r` for `slot_ts`."""
-    assignment_a = jnp.arange(slot_ts.size, dtype=jnp.int32)
-    empty_r = jnp.full(rows, slot_ts.size, jnp.int32)
-    return empty_r.at[slot_ts.reshape(-1)].set(assignment_a, mode="drop", unique_indices=True)
-
-
-def capacity_slots(
-    expert_ts: jax.Array,
-    capacity: jax.Array | int,
-    *,
-    num_experts: int,
-    rows_per_expert: int,
-    priority: Literal["token", "rank"] = "token",
-) -> Slots:
-    """Gives each expert `rows_per_expert` rows, of which the first `capacity` are used.
-
-    Priority `token` goes token by token, a token's choices in order: no earlier token depends on a
-    later one. Priority `rank` (GShard, Lepikhin et al. 2020) serves all first choices before any
-    second; it is not causal.
-
-    Args:
-        expert_ts: int32 [T, S] of one group; num_experts marks no assignment.
-        capacity: slots an expert has, at most `rows_per_expert`; may be traced.
+    Attributes:
+        assignment_a: int32 [A]; by expert, in the given order within one; at the end those that
+            have no expert.
+        start_e: int32 [E]; where in `assignment_a` each expert's begin.
+        count_e: int32 [E]; how many each expert has.
     """
-    tokens, top_k = expert_ts.shape
-    if priority == "rank":
-        rank_a, _ = _rank_in_expert(expert_ts.T.reshape(-1), num_experts)
-        rank_ts = rank_a.reshape(top_k, tokens).T
-    else:
-        rank_ts = _rank_in_expert(expert_ts.reshape(-1), num_experts)[0].reshape(tokens, top_k)
-    rows = num_experts * rows_per_expert
-    kept_ts = (rank_ts < capacity) & (expert_ts < num_experts)
-    slot_ts = jnp.where(kept_ts, expert_ts * rows_per_expert + rank_ts, rows)
-    group_size_e = jnp.full(num_experts, rows_per_expert, jnp.int32)
-    return Slots(slot_ts, _fill_rows(slot_ts, rows), group_size_e)
+
+    assignment_a: jax.Array
+    start_e: jax.Array
+    count_e: jax.Array
 
 
-def grouped_slots(expert_ts: jax.Array, *, num_experts: int, rows: int, align: int) -> Slots:
-    """Gives each expert the rows that its assignments need, rounded up to a multiple of `align`.
+def sort_by_expert(expert_ts: jax.Array, num_experts: int) -> Groups:
+    """Sorts assignments by expert.
 
     Args:
         expert_ts: int32 [T, S]; num_experts marks no assignment.
-        rows: rows of the buffer, enough for every routing: see `grouped_rows`.
     """
-    tokens, top_k = expert_ts.shape
-    rank_a, count_e = _rank_in_expert(expert_ts.reshape(-1), num_experts)
-    group_size_e = -(-count_e // align) * align
-    start_e = jnp.cumsum(group_size_e) - group_size_e
-    expert_a = expert_ts.reshape(-1)
-    start_a = start_e.at[expert_a].get(mode="fill", fill_value=0)
-    slot_a = jnp.where(expert_a < num_experts, start_a + rank_a, rows)
-    slot_ts = slot_a.reshape(tokens, top_k)
-    return Slots(slot_ts, _fill_rows(slot_ts, rows), group_size_e)
+    expert_a = expert_ts.reshape(-1).astype(jnp.uint32)
+    index_a = jnp.arange(expert_a.size, dtype=jnp.uint32)
+    bound_e = jnp.arange(num_experts + 1, dtype=jnp.uint32)
+    if expert_a.size * (num_experts + 1) < MAX_KEY:
+        # One key that holds both sorts 4 times faster on a CPU than a key and a payload.
+        key_a = jnp.sort(expert_a * np.uint32(expert_a.size) + index_a)
+        index_a = key_a % np.uint32(expert_a.size)
+        end_e = jnp.searchsorted(key_a, bound_e * np.uint32(expert_a.size))
+    else:
+        expert_a, index_a = jax.lax.sort((expert_a, index_a), is_stable=True, num_keys=1)
+        end_e = jnp.searchsorted(expert_a, bound_e)
+    end_e = end_e.astype(jnp.int32)
+    return Groups(index_a.astype(jnp.int32), end_e[:-1], jnp.diff(end_e))
 
 
-def grouped_rows(tokens: int, top_k: int, num_experts: int, align: int) -> int:
-    """Returns the rows that `grouped_slots` needs whatever the routing: every group aligned up."""
-    assignments = tokens * min(top_k, num_experts)
-    rows = assignments + num_experts * (align - 1)
-    return -(-rows // align) * align
+def rank_in_expert(expert_ts: jax.Array, num_experts: int) -> tuple[jax.Array, Groups]:
+    """Returns each assignment's place among its expert's, in the order given; undefined if none."""
+    groups = sort_by_expert(expert_ts, num_experts)
+    start_ts = groups.start_e.at[expert_ts].get(mode="clip")
+    place_a = jnp.zeros(expert_ts.size, jnp.int32)
+    place_a = place_a.at[groups.assignment_a].set(
+        jnp.arange(expert_ts.size, dtype=jnp.int32), unique_indices=True
+    )
+    return place_a.reshape(expert_ts.shape) - start_ts, groups
+
+
+def rows_of_slots(slot_ts: jax.Array, rows: int, group_size_e: jax.Array | None = None) -> Slots:
+    """Returns the `Slots` of a buffer of `rows` rows; `slot_ts` is the row of each assignment."""
+    assignment_a = jnp.arange(slot_ts.size, dtype=jnp.int32)
+    empty_r = jnp.full(rows, slot_ts.size, jnp.int32)
+    assignment_r = empty_r.at[slot_ts.reshape(-1)].set(
+        assignment_a, mode="drop", unique_indices=True
+    )
+    return Slots(
+        slot_ts, assignment_r, jnp.zeros(0, jnp.int32) if group_size_e is None else group_size_e
+    )
+
+
+def grouped_slots(expert_ts: jax.Array, *, num_experts: int, rows: int) -> Slots:
+    """Gives each expert the rows that its assignments need.
+
+    Args:
+        expert_ts: int32 [T, S]; num_experts marks no assignment.
+        rows: rows of the buffer, at least the number of assignments.
+    """
+    rank_ts, groups = rank_in_expert(expert_ts, num_experts)
+    start_ts = groups.start_e.at[expert_ts].get(mode="clip")
+    slot_ts = jnp.where(expert_ts < num_experts, start_ts + rank_ts, rows)
+    return rows_of_slots(slot_ts, rows, groups.count_e)
 
 
 @jax.custom_vjp
@@ -140,8 +144,8 @@ def _dispatch_forward(x_td, slots):
 
 
 def _dispatch_backward(slots, grad_rd):
-    grad_tsd = grad_rd.at[slots.slot_ts].get(mode="fill", fill_value=0)
-    return grad_tsd.sum(1), _no_gradient(slots)
+    ones_ts = jnp.ones(slots.slot_ts.shape, jnp.float32)
+    return _weighted_sum(grad_rd, ones_ts, slots.slot_ts), _no_gradient(slots)
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
@@ -156,11 +160,21 @@ def combine(out_rd: jax.Array, weight_ts: jax.Array, slots: Slots) -> jax.Array:
     return _combine(*vary_like(out_rd, weight_ts), slots)
 
 
+def _weighted_sum(out_rd, weight_ts, slot_ts):
+    """Returns sum_s weight_ts * out[slot_ts] [T, D], summed in float32.
+
+    Choice by choice: one gather of [T, S, D] would be written to memory and read again.
+    """
+    y_td = jnp.zeros((slot_ts.shape[0], out_rd.shape[1]), jnp.float32)
+    for s in range(slot_ts.shape[1]):
+        out_td = out_rd.at[slot_ts[:, s]].get(mode="fill", fill_value=0)
+        y_td += out_td.astype(jnp.float32) * weight_ts[:, s, None]
+    return y_td.astype(out_rd.dtype)
+
+
 @jax.custom_vjp
 def _combine(out_rd, weight_ts, slots):
-    out_tsd = out_rd.at[slots.slot_ts].get(mode="fill", fill_value=0)
-    y_td = jnp.einsum("tsd,ts->td", out_tsd, weight_ts, preferred_element_type=jnp.float32)
-    return y_td.astype(out_rd.dtype)
+    return _weighted_sum(out_rd, weight_ts, slots.slot_ts)
 
 
 def _combine_forward(out_rd, weight_ts, slots):
@@ -173,9 +187,9 @@ def _combine_backward(saved, grad_td):
     weight_r = weight_ts.reshape(-1).at[slots.assignment_r].get(mode="fill", fill_value=0)
     grad_rd = grad_td.at[slots.assignment_r // top_k].get(mode="fill", fill_value=0)
     grad_out_rd = (grad_rd * weight_r[:, None].astype(grad_rd.dtype)).astype(out_rd.dtype)
-    out_tsd = out_rd.at[slots.slot_ts].get(mode="fill", fill_value=0)
-    grad_weight_ts = jnp.einsum("tsd,td->ts", out_tsd, grad_td, preferred_element_type=jnp.float32)
-    return grad_out_rd, grad_weight_ts, _no_gradient(slots)
+    by_weight_r = jnp.einsum("rd,rd->r", out_rd, grad_rd, preferred_element_type=jnp.float32)
+    by_weight_ts = by_weight_r.at[slots.slot_ts].get(mode="fill", fill_value=0)
+    return grad_out_rd, by_weight_ts, _no_gradient(slots)
 
 
 _combine.defvjp(_combine_forward, _combine_backward)

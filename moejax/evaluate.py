@@ -21,12 +21,12 @@ from moejax.checkpoint import Checkpoints
 from moejax.config import Config, MoEConfig
 from moejax.corpus import load_corpus
 from moejax.data import Batch, ValidationBatches, check_tokens, check_vocabulary
-from moejax.loss import Totals, losses, token_losses, totals
+from moejax.loss import Totals, token_losses, totals, whole_losses
 from moejax.mesh import Device, make_mesh, mesh_config
-from moejax.metrics import routing_record
+from moejax.metrics import loss_record, routing_record
 from moejax.model import packed_tokens
 from moejax.optim import make_optimizer
-from moejax.routing import RouterStats
+from moejax.router_stats import RouterStats
 from moejax.sharding import place_batch, replicated
 from moejax.state import abstract_state, model_graph
 from moejax.tokenizer import load_tokenizer
@@ -52,7 +52,7 @@ def dropless(config: MoEConfig) -> MoEConfig:
 
 
 def at_eval_capacity(config: MoEConfig) -> MoEConfig:
-    """Returns `config` with the capacity of evaluation."""
+    """Returns `config` with the capacity of evaluation; its router takes one."""
     return dataclasses.replace(config, capacity_factor=config.eval_capacity_factor)
 
 
@@ -67,8 +67,8 @@ def make_eval_step(config: Config, mesh: Mesh, bytes_v: np.ndarray, num_domains:
 
     def microbatch_sums(params, router_state, batch: Batch) -> EvalSums:
         model = nnx.merge(graph, params)
-        hidden_btd, stats, _ = model(batch.tokens, packed_tokens(batch.segments), router_state)
-        loss_bt = token_losses(model.unembed(hidden_btd), batch.targets)
+        out = model(batch.tokens, packed_tokens(batch.segments), router_state)
+        loss_bt = token_losses(model.unembed(out.hidden_btd), batch.targets)
         domain_btn = jax.nn.one_hot(batch.domains, num_domains, dtype=jnp.int32)
         domain_btn *= batch.loss_mask[..., None].astype(jnp.int32)
         bytes_bt = table_v.at[batch.targets].get(mode="fill", fill_value=0)
@@ -78,7 +78,7 @@ def make_eval_step(config: Config, mesh: Mesh, bytes_v: np.ndarray, num_domains:
             targets_n=domain_btn.sum((0, 1)),
             bytes_n=jnp.einsum("bt,btn->n", bytes_bt, domain_btn),
             totals=totals(batch.loss_mask, batch.segments),
-            stats=stats,
+            stats=out.stats,
         )
 
     @partial(jax.jit, out_shardings=replicated(mesh))
@@ -107,7 +107,7 @@ class Evaluator:
             corpus, data.sequence_length, config.train.batch_size, config.eval.batches
         )
         modes = {"dropless": dropless(config.moe)}
-        if config.num_moe_layers:
+        if config.num_moe_layers and config.moe.takes_capacity:
             modes["capacity"] = at_eval_capacity(config.moe)
         self._steps = {
             name: make_eval_step(with_moe(config, moe), mesh, bytes_v, len(corpus.domains))
@@ -142,9 +142,13 @@ class Evaluator:
                 new = jax.tree.map(_wide, jax.device_get(step(params, router_state, batch)))
                 old = sums[name]
                 sums[name] = new if old is None else jax.tree.map(np.add, old, new)
-        record = _loss_fields(sums["dropless"], self._corpus.domains, self._config.moe)
+        record = _loss_fields(
+            sums["dropless"], self._corpus.domains, self._config.moe, router_state.get("l1")
+        )
         if sums.get("capacity") is not None:
-            at_capacity = _loss_fields(sums["capacity"], self._corpus.domains, self._config.moe)
+            at_capacity = _loss_fields(
+                sums["capacity"], self._corpus.domains, self._config.moe, router_state.get("l1")
+            )
             record["loss_at_capacity"] = at_capacity["loss"]
             record["drop_fraction_at_capacity"] = at_capacity["drop_fraction"]
             record["capacity_factor"] = self._config.moe.eval_capacity_factor
@@ -155,7 +159,9 @@ def _wide(leaf: np.ndarray) -> np.ndarray:
     return leaf.astype(np.int64 if np.issubdtype(leaf.dtype, np.integer) else np.float64)
 
 
-def _loss_fields(sums: Any, domains: tuple[str, ...], moe: MoEConfig) -> dict[str, Any]:
+def _loss_fields(
+    sums: Any, domains: tuple[str, ...], moe: MoEConfig, l1_l: jax.Array | None
+) -> dict[str, Any]:
     def fields(nats, targets, size):
         return {
             "loss": float(nats / max(targets, 1)),
@@ -166,23 +172,20 @@ def _loss_fields(sums: Any, domains: tuple[str, ...], moe: MoEConfig) -> dict[st
     record = fields(sums.nats_n.sum(), sums.targets_n.sum(), sums.bytes_n.sum())
     by_domain = zip(domains, sums.nats_n, sums.targets_n, sums.bytes_n, strict=True)
     record["domains"] = {name: fields(*values) for name, *values in by_domain if values[1] > 0}
-    record |= _auxiliary_fields(record["loss"], sums, moe)
-    return record | routing_record(sums.stats, int(sums.positions), int(sums.totals.tokens))
+    record |= _auxiliary_fields(record["loss"], sums, moe, l1_l)
+    return record | routing_record(sums.stats, int(sums.positions), int(sums.totals.tokens), moe)
 
 
-def _auxiliary_fields(loss: float, sums: Any, moe: MoEConfig) -> dict[str, float]:
+def _auxiliary_fields(
+    loss: float, sums: Any, moe: MoEConfig, l1_l: jax.Array | None
+) -> dict[str, Any]:
     """Returns the auxiliary losses of the whole split, by the same formulas as in training."""
-    if sums.stats is None:
-        return {"total_loss": loss, "balance_loss": 0.0, "router_z_loss": 0.0}
-    stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, _narrow(leaf)), sums.stats)
-    total = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.int32), sums.totals)
-    zero = jnp.zeros((), jnp.float32)
-    parts = losses(zero, jnp.zeros((), bool), stats, stats.count_e, total, moe)
-    return {
-        "total_loss": loss + float(parts.total),
-        "balance_loss": float(parts.balance),
-        "router_z_loss": float(parts.z),
-    }
+    stats = sums.stats
+    if stats is not None:
+        stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, _narrow(leaf)), stats)
+    l1_l = None if l1_l is None else jnp.asarray(jax.device_get(l1_l))
+    parts = jax.device_get(whole_losses(jnp.zeros((), jnp.float32), None, stats, l1_l, moe))
+    return {"total_loss": loss + float(parts.total)} | loss_record(parts.terms)
 
 
 def _narrow(leaf: np.ndarray):

@@ -1,14 +1,19 @@
 """exchange: the MoE layer's collectives over the expert axis, to call inside `shard_map` only.
 
-`all_to_all` moves slots: every device sends each expert's rows to the device that holds the expert,
-and gets them back. `gather` moves tokens: every device of an expert group sees all tokens of the
-group, runs its own experts on those that chose them, and the partial results are summed on the way
-home; its shapes are static for any routing.
+`slots_to_experts` and `peers_exchange` are padded all-to-alls of equal parts. `Ragged` sends each
+device exactly the rows that it is to get. `gather_tokens` moves tokens instead of assignments:
+every device of an expert group sees all tokens of the group, and partial results are summed on the
+way home.
 """
 
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
+
+from moejax.sharding import vary_like
 
 EXPERT_AXIS = "expert"
 FSDP_AXIS = "fsdp"
@@ -34,6 +39,13 @@ def slots_to_tokens(buf_ecd_expert: jax.Array) -> jax.Array:
     return lax.all_to_all(buf_ecd_expert, EXPERT_AXIS, split_axis=1, concat_axis=0, tiled=True)
 
 
+def peers_exchange(rows: jax.Array) -> jax.Array:
+    """All-to-all of Z equal parts of rows [Z*R, ...]: part i goes to device i. Its own inverse."""
+    if expert_degree() == 1:
+        return rows
+    return lax.all_to_all(rows, EXPERT_AXIS, split_axis=0, concat_axis=0, tiled=True)
+
+
 def gather_tokens(x_td_local: jax.Array) -> jax.Array:
     """All-gather over the expert axis: [T, ...] of a device -> [Z*T, ...] of the expert group."""
     if expert_degree() == 1:
@@ -52,7 +64,102 @@ def local_experts(expert_ts: jax.Array, num_experts: int) -> jax.Array:
     """Renumbers to this device's E/Z experts; every other one becomes the sentinel E/Z."""
     local = num_experts // expert_degree()
     index_ts = expert_ts - lax.axis_index(EXPERT_AXIS) * local
-    return jax.numpy.where((index_ts >= 0) & (index_ts < local), index_ts, local)
+    return jnp.where((index_ts >= 0) & (index_ts < local), index_ts, local)
+
+
+class Ragged(NamedTuple):
+    """Which rows go where in one ragged exchange, by (sender, receiver): int32 [Z, Z] each.
+
+    Attributes:
+        start: first row in the sender's buffer.
+        size: number of rows.
+        place: first row in the receiver's buffer.
+    """
+
+    start: jax.Array
+    size: jax.Array
+    place: jax.Array
+
+    @property
+    def back(self) -> "Ragged":
+        """The exchange that takes every row to where it came from."""
+        return Ragged(self.place.T, self.size.T, self.start.T)
+
+
+def gather_counts(count_z: jax.Array) -> jax.Array:
+    """Returns int32 [Z, Z]: how many rows each device (row) has for each device (column)."""
+    return lax.all_gather(count_z, EXPERT_AXIS)
+
+
+def ragged_window(count_zz: jax.Array, index: jax.Array | int, rows: int) -> Ragged:
+    """Returns round `index` of an exchange of `count_zz` rows into buffers of `rows` rows.
+
+    A receiver's rows stand in the order of their senders; a round covers `rows` of them. A sender's
+    rows stand in the order of their receivers.
+    """
+    start_zz = jnp.cumsum(count_zz, axis=1) - count_zz
+    position_zz = jnp.cumsum(count_zz, axis=0) - count_zz - index * rows
+    first_zz = jnp.clip(-position_zz, 0, count_zz)
+    end_zz = jnp.clip(rows - position_zz, 0, count_zz)
+    size_zz = jnp.maximum(end_zz - first_zz, 0)
+    place_zz = jnp.where(size_zz > 0, position_zz + first_zz, 0)
+    return Ragged(start_zz + first_zz, size_zz, place_zz)
+
+
+def ragged_exchange(rows: jax.Array, plan: Ragged, out_rows: int) -> jax.Array:
+    """Sends rows [N, ...] to where `plan` says: [out_rows, ...]; rows that get nothing are 0.
+
+    `lax.ragged_all_to_all`, and on a CPU, which lacks it, an all-gather and a masked gather.
+    """
+    rows, *fields = vary_like(rows, *plan)
+    return _ragged_exchange(rows, Ragged(*fields), out_rows)
+
+
+@jax.custom_vjp
+def _ragged(rows, plan, out):
+    return lax.platform_dependent(rows, plan, out, cpu=_emulated, default=_native)
+
+
+def _ragged_exchange(rows, plan, out_rows):
+    out = jnp.zeros((out_rows, *rows.shape[1:]), rows.dtype)
+    return _ragged(rows, plan, vary_like(out, rows)[0])
+
+
+def _ragged_forward(rows, plan, out):
+    return _ragged(rows, plan, out), (plan, rows.shape[0])
+
+
+def _ragged_backward(saved, grad):
+    plan, count = saved
+    return _ragged_exchange(grad, plan.back, count), None, None
+
+
+_ragged.defvjp(_ragged_forward, _ragged_backward)
+
+
+def _native(rows, plan: Ragged, out):
+    me = lax.axis_index(EXPERT_AXIS)
+    return lax.ragged_all_to_all(
+        rows,
+        out,
+        plan.start[me],
+        plan.size[me],
+        plan.place[me],
+        plan.size[:, me],
+        axis_name=EXPERT_AXIS,
+    )
+
+
+def _emulated(rows, plan: Ragged, out):
+    me = lax.axis_index(EXPERT_AXIS)
+    all_rows = lax.all_gather(rows, EXPERT_AXIS)
+    place_z, size_z = plan.place[:, me], plan.size[:, me]
+    row_r1 = jnp.arange(out.shape[0], dtype=jnp.int32)[:, None]
+    inside_rz = (row_r1 >= place_z[None]) & (row_r1 < (place_z + size_z)[None])
+    sender_r = jnp.argmax(inside_rz, axis=1)
+    source_r = (plan.start[:, me] - place_z)[sender_r] + row_r1[:, 0]
+    source_r = jnp.where(inside_rz.any(1), source_r, rows.shape[0])
+    return all_rows.at[sender_r, source_r].get(mode="fill", fill_value=0)
 
 
 def gather_weights(w: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:

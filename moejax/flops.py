@@ -5,9 +5,13 @@ arXiv:2204.02311, appendix B; MaxText's `calculate_tflops_training_per_device`);
 spells out what they leave open.
 """
 
-from moejax.config import Config
+import math
+from fractions import Fraction
 
-KINDS = ("embeddings", "attention", "dense", "router", "experts", "norms")
+from moejax.config import Config
+from moejax.parameters import kind_of, moe_parameters
+
+KINDS = ("embeddings", "attention", "dense", "router", "experts", "shared", "norms")
 
 # Dense bf16 FLOP/s of one JAX device, keyed by what `device.device_kind` says. Values: Google's TPU
 # pages and NVIDIA's data sheets (without sparsity). TPU v2, v3 and 7x show each chip as two
@@ -41,10 +45,9 @@ _PEAK_BF16 = {
 def parameter_counts(config: Config) -> dict[str, int]:
     """Returns how many parameters the model has, by kind (`KINDS`).
 
-    Router state that no gradient moves (the selection bias of `router="sigmoid_bias"`) is not a
-    parameter.
+    Router state that no gradient moves (a selection bias, a hash table) is not a parameter.
     """
-    return _count(config, config.moe.num_experts)
+    return _count(config, active=False)
 
 
 def total_parameters(config: Config) -> int:
@@ -52,12 +55,36 @@ def total_parameters(config: Config) -> int:
     return sum(parameter_counts(config).values())
 
 
+def active_counts(config: Config) -> dict[str, int]:
+    """Returns the parameters that one token uses on average, by kind; see `active_experts`."""
+    return _count(config, active=True)
+
+
 def active_parameters(config: Config) -> int:
-    """Returns the parameters that one token uses: `top_k` experts of `num_experts`, all else whole.
+    """Returns the parameters that one token uses: the experts that it selects, all else whole.
 
     Embedding and unembedding count, as in the published "12.9B active" of Mixtral 8x7B.
     """
-    return sum(_count(config, config.moe.top_k).values())
+    return sum(active_counts(config).values())
+
+
+def active_experts(config: Config) -> Fraction:
+    """Returns the expert networks that a token runs through on average, in one MoE layer.
+
+    top_k, or all for dense gating; less where a token can choose experts without a network (MoE++,
+    at the balance that its loss asks for) or skip the layer. Soft MoE: slots per token.
+    """
+    moe = config.moe
+    if moe.router == "soft":
+        tokens = moe.group_sequences * config.data.sequence_length
+        return Fraction(moe.num_experts * moe.soft_slots, tokens)
+    share = Fraction(1)
+    if moe.free_experts:
+        networks = Fraction(str(moe.zero_computation_weight)) * moe.num_experts
+        share = networks / (networks + moe.free_experts)
+    if moe.router == "mixture_of_depths":
+        share = Fraction(str(moe.depth_fraction))
+    return moe.mean_selected * share
 
 
 def flops_per_token(config: Config) -> int:
@@ -65,19 +92,19 @@ def flops_per_token(config: Config) -> int:
 
         6 * N + 6 * L * H * K * T
 
-    with N the weights that a token is multiplied by: attention projections, router, `top_k`
-    experts, dense FFNs and the unembedding [D, V], tied or not. A weight costs 2 FLOPs forward and
-    4 backward. The second term is scores and values of attention, 12 * L * H * K * T, halved
-    because it is causal. Not counted: the embedding lookup, norms, softmax, recomputation, and the
-    padding of capacity (k experts, not capacity_factor * k). Documents packed into one sequence
-    attend less than this; the convention does not say so and neither does the number.
+    with N the weights that a token is multiplied by: attention projections, router, selected and
+    shared experts, dense FFNs and the unembedding [D, V], tied or not. A weight costs 2 FLOPs
+    forward and 4 backward. The second term is scores and values of attention, 12 * L * H * K * T,
+    halved because it is causal. Not counted: the embedding lookup, norms, softmax, recomputation,
+    and the padding of capacity (k experts, not capacity_factor * k). Documents packed into one
+    sequence attend less than this; the convention does not say so and neither does the number.
 
     Source: PaLM (arXiv:2204.02311), appendix B, with the causal half as MaxText counts it.
     """
     model = config.model
-    counts = _count(config, config.moe.top_k)
+    counts = active_counts(config)
     # The q and k norms sit in `norms`, so that `attention` is matrices only.
-    weights = sum(counts[kind] for kind in ("attention", "dense", "router", "experts"))
+    weights = sum(counts[kind] for kind in ("attention", "dense", "router", "experts", "shared"))
     weights += model.d_model * model.vocab_size
     attention = model.num_layers * model.num_heads * model.head_dim * config.data.sequence_length
     return 6 * weights + 6 * attention
@@ -108,17 +135,20 @@ def model_flops_utilization(
     return tokens_per_second * flops_per_token(config) / (num_devices * peak)
 
 
-def _count(config: Config, experts: int) -> dict[str, int]:
-    """Parameters by kind with `experts` experts a MoE layer."""
-    model, moe = config.model, config.moe
+def _count(config: Config, *, active: bool) -> dict[str, int]:
+    """Returns parameters by kind: all, or those that a token uses."""
+    model = config.model
     d, h, n, k = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
-    num_moe, num_dense = config.num_moe_layers, config.num_dense_layers
     norms_of_layer = 2 * d + (2 * k if model.qk_norm else 0)
-    return {
+    counts = dict.fromkeys(KINDS, Fraction(0)) | {
         "embeddings": model.vocab_size * d * (1 if model.tie_embeddings else 2),
         "attention": model.num_layers * (2 * d * h * k + 2 * d * n * k),
-        "dense": num_dense * 3 * d * model.dense_hidden,
-        "router": num_moe * d * moe.num_experts,
-        "experts": num_moe * experts * 3 * d * moe.expert_hidden,
+        "dense": config.num_dense_layers * 3 * d * model.dense_hidden,
         "norms": model.num_layers * norms_of_layer + d,
     }
+    used = active_experts(config) / config.moe.num_experts if active else Fraction(1)
+    for name, parameter in moe_parameters(config.moe, d).items():
+        kind = kind_of(name)
+        share = used if kind == "experts" else 1
+        counts[kind] += config.num_moe_layers * math.prod(parameter.shape) * share
+    return {kind: round(count) for kind, count in counts.items()}

@@ -39,9 +39,9 @@ def cached_forward(
     row_q = jnp.arange(cache.key.shape[2], dtype=jnp.int32)
     attend_bqt = row_q[None, None, :] <= position_bt[:, :, None]
     tokens = Tokens(position_bt, attend_bqt, mask_bt)
-    hidden_btd, _, new_cache = model(token_bt, tokens, router_state, cache)
-    assert new_cache is not None
-    return hidden_btd, new_cache
+    out = model(token_bt, tokens, router_state, cache)
+    assert out.cache is not None
+    return out.hidden_btd, out.cache
 
 
 def sample(key: jax.Array, logit_bv: jax.Array, temperature: float, top_p: float) -> jax.Array:

@@ -22,7 +22,7 @@ from moejax.evaluate import Evaluator
 from moejax.flops import model_flops_utilization
 from moejax.generate import generate
 from moejax.mesh import make_mesh, mesh_config
-from moejax.metrics import MetricWriter, read_metrics, routing_record
+from moejax.metrics import MetricWriter, loss_record, read_metrics, routing_record, state_record
 from moejax.optim import make_optimizer
 from moejax.overrides import config_to_dict, config_to_json
 from moejax.plots import plot_expert_load, plot_loss
@@ -55,8 +55,10 @@ def train(config: Config, workdir: Path) -> int:
     data = TrainBatches(corpus, config.data.sequence_length, config.train.batch_size, config.seed)
     evaluator = Evaluator(config, mesh)
     _check_processes(config, data.fingerprint)
+    hashed = config.moe.router == "hash"
+    token_counts = corpus.token_counts(config.model.vocab_size) if hashed else None
     with Checkpoints(workdir, config.checkpoint) as checkpoints:
-        training = Training(config, workdir, mesh, data, evaluator, checkpoints)
+        training = Training(config, workdir, mesh, data, evaluator, checkpoints, token_counts)
         try:
             training.train()
             training.finish()
@@ -93,6 +95,7 @@ class Training:
         data: TrainBatches,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
+        token_counts: np.ndarray | None,
     ):
         self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
         self.evaluator, self.checkpoints = evaluator, checkpoints
@@ -112,7 +115,7 @@ class Training:
         else:
             start = 0
             optimizer = make_optimizer(config.optim, config.train.steps)
-            self.state = initial_state(config, mesh, optimizer)
+            self.state = initial_state(config, mesh, optimizer, token_counts)
         self.start = start
         self.main_process = jax.process_index() == 0
         if self.main_process:
@@ -204,7 +207,9 @@ class Training:
         """Takes a step's metrics: checks that they are finite, counts, and at times writes them."""
         broken = [name for name, finite in metrics.finite.items() if not finite]
         positions = self.config.train.batch_size * self.config.data.sequence_length
-        routing = routing_record(metrics.stats, positions, int(metrics.totals.tokens))
+        routing = routing_record(
+            metrics.stats, positions, int(metrics.totals.tokens), self.config.moe
+        )
         self.counters["tokens_seen"] += int(metrics.totals.targets)
         self.counters["routed_seen"] += routing["routed"]
         self.counters["dropped_seen"] += routing["dropped"]
@@ -237,8 +242,8 @@ class Training:
             "split": "train",
             "loss": float(losses.loss),
             "total_loss": float(losses.total),
-            "balance_loss": float(losses.balance),
-            "router_z_loss": float(losses.z),
+            **loss_record(losses.terms),
+            **state_record(metrics.router_state),
             "grad_norm": float(metrics.grad_norm),
             "learning_rate": float(metrics.learning_rate),
             "tokens": tokens,

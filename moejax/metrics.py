@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from moejax.config import ConfigError
+from moejax.moe_config import FORCED, MoEConfig
 from moejax.workdir import METRICS, TENSORBOARD
 
 DEAD_FRACTION = 0.01  # of the mean load: an expert below it is dead
@@ -32,7 +33,9 @@ class Field:
 
     name: str
     unit: str
-    shape: str  # "scalar", "layers" (one a MoE layer), "layers x experts", "domains", "names"
+    shape: (
+        str  # "scalar", "layers" (one a MoE layer), "layers x experts", "domains", "terms", "names"
+    )
     splits: tuple[str, ...] = ("train", "eval")
 
 
@@ -46,6 +49,7 @@ FIELDS = {
         Field("total_loss", "nats per token", "scalar"),
         Field("balance_loss", "1 per layer at balance", "scalar"),
         Field("router_z_loss", "squared nats", "scalar"),
+        Field("router_losses", "see below", "terms"),
         Field("grad_norm", "nats", "scalar", _TRAIN),
         Field("learning_rate", "1", "scalar", _TRAIN),
         Field("tokens", "tokens", "scalar"),
@@ -63,6 +67,12 @@ FIELDS = {
         Field("max_violation", "1", "layers"),
         Field("router_entropy", "nats", "layers"),
         Field("dead_experts", "experts", "layers"),
+        Field("overflow_rounds", "rounds", "layers"),
+        Field("forced_routing", "router", "scalar"),
+        Field("router_bias", "score", "layers x experts", _TRAIN),
+        Field("router_bias_norm", "score", "layers", _TRAIN),
+        Field("router_threshold", "score", "layers x experts", _TRAIN),
+        Field("l1_coefficient", "1", "scalar", _TRAIN),
         Field("bits_per_byte", "bits per byte", "scalar", _EVAL),
         Field("capacity_factor", "1", "scalar", _EVAL),
         Field("loss_at_capacity", "nats per token", "scalar", _EVAL),
@@ -406,10 +416,8 @@ class _TensorBoard:
             event.summary.value.add(tag=f"{split}/{tag}", simple_value=value)
         due = split == "eval" or self._train_records % self._image_every == 0
         self._train_records += split == "train"
-        load = record.get("expert_load")
-        if due and load:
-            image = summary.image(f"{split}/expert_load", load_image(load), dataformats="HWC")
-            event.summary.MergeFrom(image)
+        for name, image in _images(record) if due else ():
+            event.summary.MergeFrom(summary.image(f"{split}/{name}", image, dataformats="HWC"))
         self._write_event(event)
 
     def _write_text(self, name: str, text: str) -> None:
@@ -434,7 +442,7 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
     """Yields (tag, value) for every number of a record, one a layer where a field has layers."""
     for name, value in record.items():
         shape = FIELDS[name].shape
-        if name in ("step", "split") or value is None:
+        if name == "step" or value is None or isinstance(value, str):
             continue
         if shape == "scalar":
             yield name, value
@@ -442,6 +450,11 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
             for layer, item in enumerate(value):
                 if item is not None:
                     yield f"{name}/layer_{layer:02d}", item
+        elif shape == "terms":
+            for term, items in value.items():
+                for layer, item in enumerate(items):
+                    if item is not None:
+                        yield f"{name}/{term}/layer_{layer:02d}", item
         elif shape == "domains":
             for domain, fields in value.items():
                 for field, item in fields.items():
@@ -449,15 +462,29 @@ def _scalars(record: dict[str, Any]) -> Iterator[tuple[str, float]]:
                         yield f"{name}/{domain}/{field}", item
 
 
-def load_image(load_le: list[list[float | None]], *, pixels: int = 512) -> np.ndarray:
-    """Returns expert load as an image [height, width, 3] of uint8: layers down, experts across.
+def _images(record: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (name, image) for the fields of a record that have a cell a layer and expert."""
+    if load := record.get("expert_load"):
+        yield "expert_load", load_image(load)
+    if bias := record.get("router_bias"):
+        bias_le = np.asarray(bias, dtype=np.float64)  # a bias that is not finite is None, so NaN
+        largest = np.nanmax(np.abs(bias_le), initial=1e-12)
+        yield "router_bias", cell_image(1 + bias_le / largest)
 
-    White is the balanced load 1/E, red more (full at twice), blue less (full at none), grey not
-    known. A cell is whole pixels, so that the image of a wide model stays sharp.
-    """
+
+def load_image(load_le: list[list[float | None]]) -> np.ndarray:
+    """Returns expert load as an image: white is the balanced load 1/E, full red twice that."""
     relative_le = np.asarray(load_le, dtype=np.float64)
+    return cell_image(relative_le * relative_le.shape[1])
+
+
+def cell_image(relative_le: np.ndarray, *, pixels: int = 512) -> np.ndarray:
+    """Returns values as an image [height, width, 3] of uint8: layers down, experts across.
+
+    White is 1, red more (full at 2), blue less (full at 0), grey not known. A cell is whole pixels,
+    so that the image of a wide model stays sharp.
+    """
     layers, experts = relative_le.shape
-    relative_le = relative_le * experts
     stops = [0.0, 0.5, 1.0, 1.5, 2.0]
     channels = (  # from blue over white to red
         [33, 146, 247, 244, 178],
@@ -470,7 +497,7 @@ def load_image(load_le: list[list[float | None]], *, pixels: int = 512) -> np.nd
     return image_lec.repeat(cell_height, axis=0).repeat(cell_width, axis=1)
 
 
-def routing_record(stats: Any, positions: int, tokens: int) -> dict[str, Any]:
+def routing_record(stats: Any, positions: int, tokens: int, moe: MoEConfig) -> dict[str, Any]:
     """Returns the routing fields of a record.
 
     Args:
@@ -481,10 +508,44 @@ def routing_record(stats: Any, positions: int, tokens: int) -> dict[str, Any]:
     """
     record: dict[str, Any] = {"routed": 0, "dropped": 0, "padding": positions - tokens}
     if stats is None:
-        empty = ("expert_load", "max_violation", "router_entropy", "dead_experts")
-        return record | {"drop_fraction": 0.0} | {name: [] for name in empty}
+        lists = ("expert_load", "max_violation", "router_entropy", "dead_experts")
+        return record | {"drop_fraction": 0.0} | {n: [] for n in (*lists, "overflow_rounds")}
     record["routed"] = int(stats.count_e.sum(dtype=np.int64))
     record["dropped"] = int(stats.dropped_e.sum(dtype=np.int64))
     record["drop_fraction"] = record["dropped"] / max(record["routed"], 1)
     entropy_l = np.asarray(stats.entropy, np.float64) / np.maximum(stats.tokens, 1)
-    return record | layer_summary(stats.count_e) | {"router_entropy": entropy_l.tolist()}
+    record |= {
+        "router_entropy": entropy_l.tolist(),
+        "overflow_rounds": np.asarray(stats.overflow_rounds).tolist(),
+    }
+    if moe.router in FORCED:
+        record["forced_routing"] = moe.router  # loud: nothing is learned about routing
+    return record | layer_summary(stats.count_e)
+
+
+def loss_record(terms: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of auxiliary losses: [L] each, without weight; the two usual ones summed.
+
+    Args:
+        terms: float [L] by name; empty for a dense model.
+    """
+    by_layer = {name: np.asarray(value_l, np.float64).tolist() for name, value_l in terms.items()}
+    return {
+        "balance_loss": sum(by_layer.get("balance", [])) * 1.0,
+        "router_z_loss": sum(by_layer.get("z", [])) * 1.0,
+        "router_losses": by_layer,
+    }
+
+
+def state_record(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields of the router state after a step; none for routers that keep none."""
+    record: dict[str, Any] = {}
+    if "bias" in state:
+        bias_le = np.asarray(state["bias"], np.float64)
+        record["router_bias"] = bias_le.tolist()
+        record["router_bias_norm"] = np.linalg.norm(bias_le, axis=-1).tolist()
+    if "threshold" in state:
+        record["router_threshold"] = np.asarray(state["threshold"], np.float64).tolist()
+    if "l1" in state:
+        record["l1_coefficient"] = float(np.mean(state["l1"]))
+    return record

@@ -15,7 +15,8 @@ from moejax.config import Config, ModelConfig
 from moejax.experts import swiglu
 from moejax.mesh import AnyMesh
 from moejax.moe import MoE
-from moejax.routing import RouterStats
+from moejax.router_stats import RouterStats
+from moejax.routing import RouterInputs
 from moejax.sharding import constrain_tokens
 
 
@@ -34,20 +35,39 @@ class Tokens(NamedTuple):
             cache, the row of the cache that a token is written to.
         attend_bqt: bool [B, T, T or cache length]; which keys each query may see.
         mask_bt: bool; False for padding.
+        key_b: uint32 [B, 2]; random key data of each sequence, for routers that draw; None where
+            nothing is random, as in evaluation.
     """
 
     position_bt: jax.Array
     attend_bqt: jax.Array
     mask_bt: jax.Array
+    key_b: jax.Array | None = None
 
 
-def packed_tokens(segment_bt: jax.Array) -> Tokens:
+class Outputs(NamedTuple):
+    """What the decoder gives.
+
+    Attributes:
+        hidden_btd: after the last norm.
+        stats: routing sums with a leading dim of MoE layers; None for a dense model.
+        cache: keys and values, if a cache was given.
+        choice_lbts: int32; the experts that tokens chose in each MoE layer, for replay.
+    """
+
+    hidden_btd: jax.Array
+    stats: RouterStats | None
+    cache: Cache | None
+    choice_lbts: jax.Array | None
+
+
+def packed_tokens(segment_bt: jax.Array, key_b: jax.Array | None = None) -> Tokens:
     """Returns `Tokens` of packed sequences: causal inside each document; segment 0 is padding."""
     length = segment_bt.shape[1]
     position_t = jnp.arange(length, dtype=jnp.int32)
     causal_qt = position_t[:, None] >= position_t[None, :]
     same_bqt = segment_bt[:, :, None] == segment_bt[:, None, :]
-    return Tokens(position_t[None], same_bqt & causal_qt[None], segment_bt > 0)
+    return Tokens(position_t[None], same_bqt & causal_qt[None], segment_bt > 0, key_b)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str, scale: float = 1.0):
@@ -165,19 +185,51 @@ class Block(nnx.Module):
         self.sparse = sparse
 
     def __call__(
-        self, x_btd: jax.Array, tokens: Tokens, bias_e: jax.Array | None, cache: Cache | None
-    ) -> tuple[jax.Array, RouterStats | None, Cache | None]:
+        self, x_btd: jax.Array, tokens: Tokens, routing: "LayerRouting | None", cache: Cache | None
+    ) -> tuple[jax.Array, tuple[RouterStats, jax.Array] | None, Cache | None]:
+        """Returns x, the stats and choices of an MoE layer or None, and the cache."""
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.attention_norm(x_btd), tokens, cache)
             x_btd = x_btd + mixed
-        stats = None
+        routed = None
         with jax.named_scope("moe" if self.sparse else "ffn"):
             normed = self.ffn_norm(x_btd)
             if self.sparse:
-                y_btd, stats = self.moe(normed, tokens.mask_bt, bias_e=bias_e)
+                assert routing is not None
+                inputs = layer_inputs(tokens, routing)
+                y_btd, stats, choice_bts = self.moe.routed(
+                    normed, state=routing.state, inputs=inputs
+                )
+                routed = (stats, choice_bts)
             else:
                 y_btd = self.ffn(normed)
-        return constrain_tokens(x_btd + y_btd, self.mesh), stats, cache
+        return constrain_tokens(x_btd + y_btd, self.mesh), routed, cache
+
+
+class LayerRouting(NamedTuple):
+    """What the router of one MoE layer reads besides x; with a leading layer dim, of all.
+
+    Attributes:
+        state: router state of the layer.
+        layer: int32; its number among the MoE layers.
+        token_bt: int32 ids.
+        choice_bts: int32; choices to replay, or None.
+    """
+
+    state: dict[str, jax.Array]
+    layer: jax.Array
+    token_bt: jax.Array
+    choice_bts: jax.Array | None
+
+
+def layer_inputs(tokens: Tokens, routing: LayerRouting) -> RouterInputs:
+    """Returns the router's inputs, with random keys of this layer's own."""
+    key_b = tokens.key_b
+    if key_b is not None:
+        keys = jax.random.wrap_key_data(key_b)
+        folded = jax.vmap(lambda key: jax.random.fold_in(key, routing.layer))(keys)
+        key_b = jax.random.key_data(folded)
+    return RouterInputs(tokens.mask_bt, routing.token_bt, key_b, routing.choice_bts)
 
 
 class Run(nnx.Module):
@@ -188,17 +240,17 @@ class Run(nnx.Module):
         for name, sparse in zip(self.names, kinds, strict=True):
             setattr(self, name, Block(config, mesh, sparse=sparse, rngs=rngs))
 
-    def __call__(self, x_btd, tokens, bias_e, cache_l: Cache | None):
-        """Returns x, the MoE layer's stats or None, and the cache [layers of the run, ...]."""
-        stats, caches = None, []
+    def __call__(self, x_btd, tokens, routing: LayerRouting | None, cache_l: Cache | None):
+        """Returns x, stats and choices of the MoE layer or None, and the cache [layers, ...]."""
+        routed, caches = None, []
         for i, name in enumerate(self.names):
             cache = None if cache_l is None else Cache(cache_l.key[i], cache_l.value[i])
-            x_btd, layer_stats, cache = getattr(self, name)(x_btd, tokens, bias_e, cache)
-            stats = stats if layer_stats is None else layer_stats
+            x_btd, layer_routed, cache = getattr(self, name)(x_btd, tokens, routing, cache)
+            routed = routed if layer_routed is None else layer_routed
             caches.append(cache)
         if cache_l is None:
-            return x_btd, stats, None
-        return x_btd, stats, jax.tree.map(lambda *c: jnp.stack(c), *caches)
+            return x_btd, routed, None
+        return x_btd, routed, jax.tree.map(lambda *c: jnp.stack(c), *caches)
 
 
 def _stack(config: Config, mesh: AnyMesh, kinds: tuple[bool, ...], count: int, rngs: nnx.Rngs):
@@ -245,30 +297,38 @@ class Decoder(nnx.Module):
         tokens: Tokens,
         router_state: dict[str, jax.Array],
         cache: Cache | None = None,
-    ) -> tuple[jax.Array, RouterStats | None, Cache | None]:
-        """Returns hidden states [B, T, D], routing sums [MoE layers, ...] and the cache.
+        *,
+        choice_lbts: jax.Array | None = None,
+    ) -> Outputs:
+        """Returns hidden states, routing sums and the cache; see `Outputs`.
 
         Args:
             token_bt: int32 ids; one outside the vocabulary gives NaN.
-            router_state: `bias` [L, E], or empty.
+            router_state: of `initial_router_state`, with a leading dim of MoE layers.
             cache: keys and values so far [L, B, cache length, N, K].
+            choice_lbts: int32 [MoE layers, B, T, S]; experts to use instead of choosing (replay).
         """
         dtype = self.config.model.dtype
         x_btd = self.embedding[...].astype(dtype).at[token_bt].get(mode="fill", fill_value=jnp.nan)
         x_btd = constrain_tokens(x_btd, self.mesh)
-        stats, caches, start = None, [], 0
-        for stack, bias in ((self.prefix, None), (self.runs, router_state.get("bias"))):
+        moe_layers = jnp.arange(self.config.num_moe_layers, dtype=jnp.int32)
+        routing = (router_state, moe_layers, choice_lbts)
+        routed, caches, start = None, [], 0
+        for stack, inputs in ((self.prefix, None), (self.runs, routing)):
             if stack is None:
                 continue
-            x_btd, layer_stats, stack_cache = self._scan(stack, x_btd, tokens, bias, cache, start)
-            stats = stats if layer_stats is None else layer_stats
+            x_btd, layer_routed, stack_cache = self._scan(
+                stack, x_btd, token_bt, tokens, inputs, cache, start
+            )
+            routed = routed if layer_routed is None else layer_routed
             start += 0 if stack_cache is None else stack_cache.key.shape[0]
             caches.append(stack_cache)
         if cache is not None:
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-        return self.final_norm(x_btd), stats, cache
+        stats, choice_lbts = routed or (None, None)
+        return Outputs(self.final_norm(x_btd), stats, cache, choice_lbts)
 
-    def _scan(self, stack, x_btd, tokens, bias_le, cache, start):
+    def _scan(self, stack, x_btd, token_bt, tokens, routing, cache, start):
         """Scans x through the runs of `stack`, whose first layer is number `start`."""
         graphdef, params = nnx.split(stack)
         params = nnx.to_pure_dict(params)
@@ -281,17 +341,20 @@ class Decoder(nnx.Module):
             )
 
         def body(x_btd, inputs):
-            run_params, bias_e, cache_l = inputs
+            run_params, layer, cache_l = inputs
+            if layer is not None:
+                state, number, choice_bts = layer
+                layer = LayerRouting(state, number, token_bt, choice_bts)
             run = nnx.merge(graphdef, run_params)
-            x_btd, stats, cache_l = run(x_btd, tokens, bias_e, cache_l)
-            return x_btd, (stats, cache_l)
+            x_btd, routed, cache_l = run(x_btd, tokens, layer, cache_l)
+            return x_btd, (routed, cache_l)
 
         if self.config.model.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.model.remat])
-        x_btd, (stats, cache) = jax.lax.scan(body, x_btd, (params, bias_le, cache))
+        x_btd, (routed, cache) = jax.lax.scan(body, x_btd, (params, routing, cache))
         if cache is not None:
             cache = jax.tree.map(lambda c: c.reshape(count * width, *c.shape[2:]), cache)
-        return x_btd, stats, cache
+        return x_btd, routed, cache
 
     def unembed(self, x_btd: jax.Array) -> jax.Array:
         """Returns float32 logits [B, T, V]."""

@@ -5,6 +5,8 @@ weights.
 """
 
 import functools
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,27 +15,29 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moejax import exchange, reference
-from moejax.config import MoEConfig
-from moejax.dispatch import (
-    capacity_slots,
-    capacity_table,
-    combine,
-    dispatch,
-    grouped_rows,
-    grouped_slots,
-    kept_experts,
-)
-from moejax.experts import MoEWeights, block_rows, capacity_experts, grouped_experts
+from moejax.assign import capacities, capacity_slots, group_keys, service_order
+from moejax.dispatch import kept_experts
+from moejax.errors import ConfigError
+from moejax.experts import capacity_experts, dropless_experts, dropless_modules, feed_forward
+from moejax.free_experts import free_outputs
 from moejax.mesh import AnyMesh, single_device_mesh
-from moejax.routing import RouterStats, Routing, route, router_logits, router_stats
+from moejax.moe_config import MoEConfig
+from moejax.parameters import kind_of, moe_parameters
+from moejax.router_stats import RouterStats, router_stats
+from moejax.routing import RouterInputs, Routing, route, soft_mixing
 from moejax.sharding import BATCH_AXES, parameter_spec, vary_like
+from moejax.transport import Experts, by_assignments, by_mixing, by_slots
+
+Weights = Mapping[str, Any]  # arrays; under "expert" a pytree of one's own experts
 
 
 class MoE(nnx.Module):
-    """A sparse mixture of SwiGLU experts, to be used alone or in a model of one's own.
+    """A sparse mixture of experts, to be used alone or in a model of one's own.
 
         moe = MoE(MoEConfig(num_experts=8, top_k=2), d_model=64, rngs=nnx.Rngs(0))
         y_btd, stats = moe(x_btd)
+
+    Its parameters, by name, are those of `parameters.moe_parameters`.
 
     Args:
         config: routing, capacity and transport.
@@ -41,6 +45,11 @@ class MoE(nnx.Module):
         mesh: where the layer runs; default one device. The axes are those of
             `moejax.mesh.make_mesh`.
         param_dtype: of the experts; the router is always float32.
+        output_scale: of the start of the last matrices before the residual.
+        expert: makes one expert from its `nnx.Rngs`, in place of the config's network: a module of
+            your own, called with rows [R, D], each by itself, that gives [R, D] of the same dtype.
+            Its parameters are stacked over experts, split over the expert axis and whole over all
+            others.
         rngs: `params` initialises the weights: normal of variance 1/fan-in, the router's a tenth of
             that deviation.
     """
@@ -53,27 +62,31 @@ class MoE(nnx.Module):
         mesh: AnyMesh | None = None,
         param_dtype: jax.typing.DTypeLike = jnp.float32,
         output_scale: float = 1.0,
+        expert: Callable[[nnx.Rngs], nnx.Module] | None = None,
         rngs: nnx.Rngs,
     ):
         self.config = config
         self.mesh = single_device_mesh() if mesh is None else mesh
-        experts, hidden = config.num_experts, config.expert_hidden
-
-        def normal(shape, fan_in, scale=1.0, dtype=param_dtype):
-            deviation = scale / fan_in**0.5
-            return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * deviation)
-
-        self.router = normal((d_model, experts), d_model, 0.1, jnp.float32)
-        self.gate = normal((experts, d_model, hidden), d_model)
-        self.up = normal((experts, d_model, hidden), d_model)
-        self.down = normal((experts, hidden, d_model), hidden, output_scale)
+        table = moe_parameters(config, d_model)
+        if expert is not None:
+            table = {name: p for name, p in table.items() if kind_of(name) != "experts"}
+            self.expert = _stacked_modules(expert, config.num_experts, rngs)
+        self.names = tuple(table)
+        for name, parameter in table.items():
+            dtype = jnp.float32 if kind_of(name) == "router" else param_dtype
+            deviation = parameter.deviation * (output_scale if parameter.output else 1.0)
+            value = jnp.full(parameter.shape, parameter.mean, dtype)
+            if deviation:
+                value += jax.random.normal(rngs.params(), parameter.shape, dtype) * deviation
+            setattr(self, name, nnx.Param(value))
 
     def __call__(
         self,
         x_btd: jax.Array,
         mask_bt: jax.Array | None = None,
         *,
-        bias_e: jax.Array | None = None,
+        state: Mapping[str, jax.Array] | None = None,
+        inputs: RouterInputs | None = None,
     ) -> tuple[jax.Array, RouterStats]:
         """Returns y [B, T, D] in the dtype of x, and the routing's sums over the whole batch.
 
@@ -81,138 +94,227 @@ class MoE(nnx.Module):
             x_btd: tokens; B is a multiple of data x fsdp x expert x group_sequences.
             mask_bt: bool; False for padding, which takes no slot and counts nowhere. Default: no
                 padding.
-            bias_e: float32 [E]; selection bias of the router `sigmoid_bias`.
+            state: this layer's router state, an entry of `initial_router_state` without its leading
+                dim; default: as it starts.
+            inputs: what some routers need besides x, the mask included; see `RouterInputs`.
         """
-        if mask_bt is None:
-            mask_bt = jnp.ones(x_btd.shape[:2], bool)
-        if bias_e is None and self.config.router == "sigmoid_bias":
-            bias_e = jnp.zeros(self.config.num_experts, jnp.float32)
-        weights = MoEWeights(self.router[...], self.gate[...], self.up[...], self.down[...])
-        return apply_moe(weights, x_btd, mask_bt, bias_e, config=self.config, mesh=self.mesh)
+        y_btd, stats, _ = self.routed(x_btd, mask_bt, state=state, inputs=inputs)
+        return y_btd, stats
+
+    def routed(
+        self,
+        x_btd: jax.Array,
+        mask_bt: jax.Array | None = None,
+        *,
+        state: Mapping[str, jax.Array] | None = None,
+        inputs: RouterInputs | None = None,
+    ) -> tuple[jax.Array, RouterStats, jax.Array]:
+        """Returns what `__call__` does, and the choices int32 [B, T, S], for replay."""
+        if inputs is None:
+            mask_bt = jnp.ones(x_btd.shape[:2], bool) if mask_bt is None else mask_bt
+            inputs = RouterInputs(mask_bt, None, None, None)
+        if state is None:
+            state = _first_state(self.config)
+        weights: dict[str, Any] = {name: getattr(self, name)[...] for name in self.names}
+        apply_one = None
+        if hasattr(self, "expert"):
+            graph, params = nnx.split(self.expert)
+            weights["expert"] = nnx.to_pure_dict(params)
+            apply_one = _module_function(graph)
+        return apply_moe(
+            weights,
+            x_btd,
+            inputs,
+            state,
+            config=self.config,
+            mesh=self.mesh,
+            apply_one=apply_one,
+        )
+
+
+def _stacked_modules(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
+    """Returns one module whose parameters are those of `count` modules, with a leading dim."""
+
+    def split(key: jax.Array):
+        return nnx.split(make(nnx.Rngs(params=key)))
+
+    graph, _ = split(jax.random.key(0))
+    keys = jax.random.split(rngs.params(), count)
+    return nnx.merge(graph, jax.vmap(lambda key: nnx.to_pure_dict(split(key)[1]))(keys))
+
+
+@functools.cache
+def _module_function(graph: nnx.GraphDef) -> Callable[[Any, jax.Array], jax.Array]:
+    """Returns (one expert's parameters, rows) -> rows; the same function for the same module."""
+    return lambda params, x_rd: nnx.merge(graph, params)(x_rd)
+
+
+def _first_state(config: MoEConfig) -> dict[str, jax.Array]:
+    from moejax.router_state import initial_router_state
+
+    if config.router == "hash":
+        raise ConfigError(
+            "moe.router='hash' needs its table of experts by token; give state={'table': "
+            "int32 [V, top_k]}, for example from initial_router_state"
+        )
+    layers = initial_router_state(config, 1, 0, None)
+    return {name: value[0] for name, value in layers.items()}
 
 
 def apply_moe(
-    weights: MoEWeights,
+    weights: Weights,
     x_btd: jax.Array,
-    mask_bt: jax.Array,
-    bias_e: jax.Array | None,
+    inputs: RouterInputs,
+    state: Mapping[str, jax.Array],
     *,
     config: MoEConfig,
     mesh: AnyMesh,
-) -> tuple[jax.Array, RouterStats]:
-    """The layer as a function of its weights; see `MoE.__call__`. Oracle: `reference.apply_moe`."""
+    apply_one: Callable[[Any, jax.Array], jax.Array] | None = None,
+) -> tuple[jax.Array, RouterStats, jax.Array]:
+    """The layer as a function of its weights; see `MoE.__call__`. Oracle: `reference.apply_moe`.
+
+    With `apply_one`, weights["expert"] is a pytree of one's own experts' parameters.
+    """
+    check_choices(inputs, x_btd, config)
+    # Padding may hold anything, and 0 times NaN is NaN: it is taken out first.
+    x_btd = jnp.where(inputs.mask_bt[..., None], x_btd, 0)
     if config.transport == "reference":
-        return reference.apply_moe(weights, x_btd, mask_bt, bias_e, config=config)
-    specs = MoEWeights._make(
-        parameter_spec(f"moe/{n}", w.ndim) for n, w in weights._asdict().items()
-    )
+        return reference.apply_moe(
+            weights, x_btd, inputs, state, config=config, apply_one=apply_one
+        )
+    routed = {n: w for n, w in weights.items() if not n.startswith("shared_")}
+    specs = {
+        n: P("expert") if n == "expert" else parameter_spec(f"moe/{n}", w.ndim)
+        for n, w in routed.items()
+    }
     tokens = P(BATCH_AXES)
     run = jax.shard_map(
-        functools.partial(_moe_local, config=config),
+        functools.partial(_moe_local, config=config, apply_one=apply_one),
         mesh=mesh,
         in_specs=(specs, tokens, tokens, P()),
-        out_specs=(tokens, P()),
+        out_specs=(tokens, P(), tokens),
     )
-    return run(weights, x_btd, mask_bt, bias_e)
+    y_btd, stats, expert_bts = run(routed, x_btd, inputs, dict(state))
+    if config.shared_experts:
+        y_btd = y_btd + shared_output(weights, x_btd, config)
+    return y_btd, stats, expert_bts
 
 
-def _moe_local(weights, x_btd, mask_bt, bias_e, *, config: MoEConfig):
-    with jax.named_scope("route"):
-        router, _ = vary_like(weights.router, x_btd)  # so that its gradient is summed in float32
-        logit_bte = router_logits(x_btd, router)
-        routing = route(logit_bte, mask_bt, bias_e, config)
-    with jax.named_scope("weights"):
-        dtype = x_btd.dtype
-        # Marked as varying before the gather: gradients are summed over `data` after the
-        # reduce-scatter.
-        gate, up, down, _ = vary_like(weights.gate, weights.up, weights.down, x_btd)
-        weights = weights._replace(
-            gate=exchange.gather_weights(gate, 1, dtype),
-            up=exchange.gather_weights(up, 1, dtype),
-            down=exchange.gather_weights(down, 2, dtype),
+@functools.partial(jax.named_call, name="shared")
+def shared_output(weights: Weights, x_btd: jax.Array, config: MoEConfig) -> jax.Array:
+    """Returns what the shared experts give for every token (DeepSeekMoE), gated where asked."""
+    cast = {
+        name.removeprefix("shared_"): w.astype(x_btd.dtype)
+        for name, w in weights.items()
+        if name in ("shared_gate", "shared_up", "shared_down")
+    }
+    y_btd = feed_forward(x_btd, cast, config.activation)
+    if config.shared_gate == "none":
+        return y_btd
+    logit_bt = jnp.einsum("btd,d->bt", x_btd.astype(jnp.float32), weights["shared_router"])
+    return y_btd * jax.nn.sigmoid(logit_bt)[..., None].astype(y_btd.dtype)
+
+
+def check_choices(inputs: RouterInputs, x_btd: jax.Array, config: MoEConfig) -> None:
+    """Refuses to replay choices of another shape."""
+    if inputs.choice_bts is None:
+        return
+    wanted = (*x_btd.shape[:2], config.slots_per_token)
+    if inputs.choice_bts.shape != wanted:
+        raise ConfigError(
+            f"choices to replay have shape {inputs.choice_bts.shape} and this layer needs "
+            f"[sequences, tokens, choices] = {wanted}; record them with the same batch, "
+            "data.sequence_length and moe.top_k"
         )
-    if config.capacity_factor is None:
-        kept_bts = routing.expert_ts
-        y_btd = _by_gather(weights, x_btd, kept_bts, routing.weight_ts, config)
+
+
+def _moe_local(weights, x_btd, inputs: RouterInputs, state, *, config: MoEConfig, apply_one):
+    # Marked as varying: so the gradients of whole weights are summed in float32, and those of
+    # split ones over `data` after their reduce-scatter over fsdp.
+    weights = jax.tree.map(lambda w: vary_like(w, x_btd)[0], weights)
+    experts = _experts(weights, x_btd.dtype, config, apply_one)
+    group = functools.partial(rearrange, pattern="(g n) t ... -> g (n t) ...")
+    group = functools.partial(group, n=config.group_sequences)
+    with jax.named_scope("route"):
+        routing = route(x_btd, weights, state, inputs, config)
+    if config.router == "soft":
+        with jax.named_scope("route"):
+            mixing = soft_mixing(x_btd, weights, inputs.mask_bt, config)
+        kept_bts, further = routing.expert_bts, jnp.zeros((), jnp.int32)
+        y_gtd = by_mixing(experts, group(x_btd), mixing)
+        y_btd = y_gtd.reshape(x_btd.shape)
     else:
-        slots = _assign(routing, mask_bt, config)
-        group = _group(config)
-        kept_gts = kept_experts(group(routing.expert_ts), slots, config.num_experts)
-        kept_bts = kept_gts.reshape(routing.expert_ts.shape)
-        if config.transport == "gather":
-            y_btd = _by_gather(weights, x_btd, kept_bts, routing.weight_ts, config)
-        else:
-            y_btd = _by_slots(weights, x_btd, routing, slots, config)
-    stats = jax.lax.psum(router_stats(routing, kept_bts, mask_bt), BATCH_AXES)
-    return exchange.sum_tensor(y_btd), stats
+        y_btd, kept_bts, further = _run_experts(experts, x_btd, inputs, routing, config, group)
+    if apply_one is None:  # else nothing is split over tensor
+        y_btd = exchange.sum_tensor(y_btd)
+    if config.free_experts:
+        with jax.named_scope("free_experts"):
+            y_btd += free_outputs(weights, x_btd, kept_bts, routing.weight_bts, config)
+    stats = jax.lax.psum(router_stats(routing, kept_bts, inputs.mask_bt, config), BATCH_AXES)
+    return y_btd, stats._replace(overflow_rounds=further), routing.expert_bts
 
 
-def _group(config: MoEConfig):
-    """Returns what groups whole sequences: [B, T, ...] -> [G, tokens of a group, ...]."""
-    return lambda x: rearrange(x, "(g n) t ... -> g (n t) ...", n=config.group_sequences)
+def _experts(weights: Mapping[str, Any], dtype, config: MoEConfig, apply_one) -> Experts:
+    """Returns what runs the expert networks: the config's, or one's own."""
+    if apply_one is not None:
+        return Experts(
+            weights["expert"],
+            lambda buf_ecd, weights: jax.vmap(apply_one)(weights, buf_ecd),
+            functools.partial(dropless_modules, apply_one=apply_one),
+        )
+    activation = config.activation
+    return Experts(
+        _gather_experts(weights, dtype),
+        functools.partial(capacity_experts, activation=activation),
+        functools.partial(dropless_experts, activation=activation),
+    )
 
 
-def _group_tokens(mask_bt, config: MoEConfig) -> int:
-    return config.group_sequences * mask_bt.shape[1]
+@functools.partial(jax.named_call, name="weights")
+def _gather_experts(weights: Weights, dtype) -> dict[str, jax.Array]:
+    """Returns the expert networks' weights whole over fsdp, in the compute dtype."""
+    fsdp_dim = {"gate": 1, "up": 1, "down": 2}
+    experts = {
+        name: exchange.gather_weights(weights[name], dim, dtype)
+        for name, dim in fsdp_dim.items()
+        if name in weights
+    }
+    whole = ("output_scale", "scale_in", "scale_out")
+    return experts | {n: weights[n].astype(dtype) for n in whole if n in weights}
+
+
+def _run_experts(
+    experts, x_btd, inputs: RouterInputs, routing: Routing, config: MoEConfig, group: Callable
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns y [B, T, D], partial over tensor; the kept choices; and further rounds."""
+    none = config.num_experts
+    expert_bts = jnp.where(routing.expert_bts < none, routing.expert_bts, none)
+    kept_bts, slots = expert_bts, None
+    if config.capacity_factor is not None:
+        slots = _assign(expert_bts, inputs, routing, config, group)
+        kept_bts = kept_experts(group(expert_bts), slots, none).reshape(expert_bts.shape)
+    if slots is not None and config.resolved_transport == "all_to_all":
+        y_gtd = by_slots(experts, group(x_btd), group(routing.weight_bts), slots, none)
+        y_btd, further = y_gtd.reshape(x_btd.shape), jnp.zeros((), jnp.int32)
+    else:
+        flat = functools.partial(rearrange, pattern="b t d -> (b t) d")
+        y_td, further = by_assignments(
+            experts, flat(x_btd), flat(kept_bts), flat(routing.weight_bts), config
+        )
+        y_btd = y_td.reshape(x_btd.shape)
+    # A free expert has no capacity: its choices are kept. What was dropped gets the sentinel.
+    kept_bts = jnp.where(kept_bts < none, kept_bts, config.choices)
+    return y_btd, jnp.where(routing.expert_bts < none, kept_bts, routing.expert_bts), further
 
 
 @functools.partial(jax.named_call, name="assign")
-def _assign(routing: Routing, mask_bt, config: MoEConfig):
+def _assign(expert_bts, inputs: RouterInputs, routing: Routing, config: MoEConfig, group: Callable):
     """Gives each group's assignments their slots; capacity follows real tokens, not padding."""
-    assert config.capacity_factor is not None
-    group = _group(config)
-    table_t = capacity_table(
-        _group_tokens(mask_bt, config), config.num_experts, config.top_k, config.capacity_factor
+    tokens = config.group_sequences * inputs.mask_bt.shape[1]
+    table_ne = capacities(tokens, config)
+    capacity_ge = jnp.asarray(table_ne)[group(inputs.mask_bt).sum(1)]
+    order_ga = jax.vmap(functools.partial(service_order, priority=config.priority))(
+        group(routing.weight_bts), group_keys(inputs, config)
     )
-    capacity_g = jnp.asarray(table_t)[group(mask_bt).sum(1)]
-    assign = functools.partial(
-        capacity_slots,
-        num_experts=config.num_experts,
-        rows_per_expert=int(table_t[-1]),
-        priority=config.priority,
-    )
-    return jax.vmap(assign)(group(routing.expert_ts), capacity_g)
-
-
-def _by_slots(weights, x_btd, routing: Routing, slots, config: MoEConfig):
-    """Capacity: equal buffers, an all-to-all to the experts and one back."""
-    group = _group(config)
-    with jax.named_scope("dispatch"):
-        buf_grd = jax.vmap(dispatch)(group(x_btd), slots)
-        buf_gecd = rearrange(buf_grd, "g (e c) d -> g e c d", e=config.num_experts)
-    with jax.named_scope("exchange"):
-        buf_ecd = exchange.slots_to_experts(exchange.groups_to_slots(buf_gecd))
-    with jax.named_scope("experts"):
-        buf_ecd = capacity_experts(buf_ecd, weights.gate, weights.up, weights.down)
-    with jax.named_scope("exchange_back"):
-        buf_ecd = exchange.slots_to_tokens(buf_ecd)
-        out_gecd = exchange.slots_to_groups(buf_ecd, buf_gecd.shape[0])
-    with jax.named_scope("combine"):
-        out_grd = rearrange(out_gecd, "g e c d -> g (e c) d")
-        y_gtd = jax.vmap(combine)(out_grd, group(routing.weight_ts), slots)
-    return y_gtd.reshape(x_btd.shape)
-
-
-def _by_gather(weights, x_btd, expert_bts, weight_bts, config: MoEConfig):
-    """Dropless: the expert group's tokens come to every device, which runs its experts on them."""
-    flat = functools.partial(rearrange, pattern="b t d -> (b t) d")
-    with jax.named_scope("exchange"):
-        x_td, expert_ts, weight_ts = jax.tree.map(
-            exchange.gather_tokens, (flat(x_btd), flat(expert_bts), flat(weight_bts))
-        )
-    with jax.named_scope("assign"):
-        local = weights.gate.shape[0]
-        expert_ts = exchange.local_experts(expert_ts, config.num_experts)
-        block = block_rows(expert_ts.size * local // config.num_experts, local)
-        rows = grouped_rows(x_td.shape[0], config.top_k, local, block)
-        slots = grouped_slots(expert_ts, num_experts=local, rows=rows, align=block)
-    with jax.named_scope("dispatch"):
-        x_rd = dispatch(x_td, slots)
-    with jax.named_scope("experts"):
-        out_rd = grouped_experts(
-            x_rd, weights.gate, weights.up, weights.down, slots.group_size_e, block
-        )
-    with jax.named_scope("combine"):
-        y_td = combine(out_rd, weight_ts, slots)
-    with jax.named_scope("exchange_back"):
-        return exchange.scatter_results(y_td).reshape(x_btd.shape)
+    slots = functools.partial(capacity_slots, rows_per_expert=int(table_ne[-1].max()))
+    return jax.vmap(slots)(group(expert_bts), capacity_ge, order_ga)

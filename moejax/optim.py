@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import optax
 
+from moejax import parameters
 from moejax.config import OptimConfig
 from moejax.sharding import path_name
 
@@ -27,11 +28,14 @@ def learning_rate(config: OptimConfig, steps: int) -> optax.Schedule:
 
 
 def decays(params: Any) -> Any:
-    """Returns a tree of bools: True for matrices, False for norms and for the router."""
+    """Returns a tree of bools: True for matrices of networks, False for norms and routers."""
 
     def is_matrix(path, _):
         name = path_name(path)
-        return not name.endswith(("scale", "moe/router"))
+        owner, _, last = name.rpartition("/")
+        if owner.endswith("moe"):
+            return parameters.decays(last)
+        return last != "scale"
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

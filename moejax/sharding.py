@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.mesh import AnyMesh
+from moejax.parameters import AXES_OF
 
 BATCH_AXES = ("data", "fsdp", "expert")
 
@@ -26,10 +27,7 @@ PARAMETER_SPECS = {
     "ffn/gate": P("fsdp", "tensor"),  # [D, F]
     "ffn/up": P("fsdp", "tensor"),  # [D, F]
     "ffn/down": P("tensor", "fsdp"),  # [F, D]
-    "moe/router": P(None, None),  # [D, E]
-    "moe/gate": P("expert", "fsdp", "tensor"),  # [E, D, F]
-    "moe/up": P("expert", "fsdp", "tensor"),  # [E, D, F]
-    "moe/down": P("expert", "tensor", "fsdp"),  # [E, F, D]
+    **{f"moe/{name}": P(*axes) for name, axes in AXES_OF.items()},
     "scale": P(None),  # of a norm: [D] or [K]
 }
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from moejax.config import Config
 from moejax.mesh import AnyMesh
 from moejax.model import Decoder
-from moejax.routing import initial_router_state
+from moejax.router_state import initial_router_state
 from moejax.sharding import tree_shardings
 
 
@@ -25,7 +26,7 @@ class TrainState:
         step: int32; finished steps.
         params: nested dict of arrays.
         opt_state: of Optax.
-        router_state: `bias` [L, E] for routers that keep one, else empty; no optimizer touches it.
+        router_state: of `router_state.initial_router_state`; no optimizer touches it.
         rng: uint32 [2]; key data, of the run's seed; for routers that draw, which fold the step in.
     """
 
@@ -56,7 +57,10 @@ def model_graph(config: Config, mesh: Mesh) -> nnx.GraphDef:
 
 
 def _initial_state(
-    config: Config, mesh: AnyMesh, optimizer: optax.GradientTransformation
+    config: Config,
+    mesh: AnyMesh,
+    optimizer: optax.GradientTransformation,
+    token_counts: np.ndarray | None = None,
 ) -> TrainState:
     key = jax.random.key(config.seed)
     params_key, rng = jax.random.split(key)
@@ -65,7 +69,9 @@ def _initial_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         opt_state=optimizer.init(params),
-        router_state=initial_router_state(config.moe, config.num_moe_layers),
+        router_state=initial_router_state(
+            config.moe, config.num_moe_layers, config.model.vocab_size, token_counts
+        ),
         rng=jax.random.key_data(rng),
     )
 
@@ -83,8 +89,19 @@ def abstract_state(
 
 
 def initial_state(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
+    config: Config,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    token_counts: np.ndarray | None = None,
 ) -> TrainState:
-    """Returns the state before the first step: the same values on every mesh."""
+    """Returns the state before the first step: the same values on every mesh.
+
+    Args:
+        token_counts: int [V]; how often each token occurs in the text, for router `hash`, whose
+            table balances them; None: all equally often.
+    """
     shardings = jax.tree.map(lambda s: s.sharding, abstract_state(config, mesh, optimizer))
-    return jax.jit(lambda: _initial_state(config, mesh, optimizer), out_shardings=shardings)()
+    make = jax.jit(
+        lambda: _initial_state(config, mesh, optimizer, token_counts), out_shardings=shardings
+    )
+    return make()

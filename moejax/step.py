@@ -12,23 +12,37 @@ from jax.sharding import Mesh
 
 from moejax.config import Config
 from moejax.data import Batch
-from moejax.loss import Losses, Totals, losses, token_losses, totals
+from moejax.loss import (
+    Losses,
+    Totals,
+    auxiliary_loss,
+    auxiliary_part,
+    cross_entropy,
+    microbatch_balance,
+    needs_whole_step,
+    token_losses,
+    totals,
+    whole_losses,
+)
 from moejax.model import packed_tokens
 from moejax.optim import learning_rate, make_optimizer
-from moejax.routing import RouterStats, balance, update_router_state
+from moejax.parameters import kind_of
+from moejax.router_state import update_router_state
+from moejax.router_stats import RouterStats
 from moejax.sharding import path_name, replicated, tree_shardings
 from moejax.state import TrainState, abstract_state, model_graph
 
-GROUPS = ("router", "experts", "attention", "dense", "norms", "embeddings")
+GROUPS = ("router", "experts", "shared", "attention", "dense", "norms", "embeddings")
 
 
 def parameter_group(name: str) -> str:
     """Returns which of GROUPS the parameter with this path name belongs to."""
-    if name.endswith("scale"):
+    owner, _, last = name.rpartition("/")
+    if owner.endswith("moe"):
+        return kind_of(last)
+    if last == "scale":
         return "norms"
-    if name.endswith("moe/router"):
-        return "router"
-    for part, group in (("/moe/", "experts"), ("/attention/", "attention"), ("/ffn/", "dense")):
+    for part, group in (("/attention/", "attention"), ("/ffn/", "dense")):
         if part in name:
             return group
     return "embeddings"
@@ -43,6 +57,7 @@ class StepMetrics(NamedTuple):
         learning_rate: of this step.
         totals: counts of the step.
         stats: routing sums [layers, ...]; None for a dense model.
+        router_state: after the step, [layers, ...], without the table of router `hash`.
         finite: by quantity, in the order of the computation: whether it is finite everywhere.
     """
 
@@ -51,39 +66,74 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     totals: Totals
     stats: RouterStats | None
+    router_state: dict[str, jax.Array]
     finite: OrderedDict[str, jax.Array]
 
 
-def _forward(graph: nnx.GraphDef, params: Any, router_state, batch: Batch):
-    """Runs the model on one microbatch [B, T]; returns it, the hidden states and the routing."""
-    model = nnx.merge(graph, params)
-    hidden_btd, stats, _ = model(batch.tokens, packed_tokens(batch.segments), router_state)
-    return model, hidden_btd, stats
+class Microbatch(NamedTuple):
+    """What the gradient of one microbatch is taken of; with a leading dim, all of a step.
 
-
-def _microbatch(batch: Batch, index: int) -> Batch:
-    return jax.tree.map(lambda leaf: leaf[index], batch)
-
-
-def _step_counts(config: Config, graph, params, router_state, batch: Batch) -> jax.Array | None:
-    """Counts the step's assignments [L, E] by a forward pass ahead, where the loss needs them.
-
-    With accumulation a global balance loss weighs each microbatch's probabilities by counts over
-    all of them. Without, the microbatch is the step. The pass costs a third of a forward and
-    backward.
+    Attributes:
+        batch: arrays [B, T].
+        key_b: uint32 [B, 2]; random key data of each sequence.
+        choice_lbts: int32 [MoE layers, B, T, S]; choices to replay, or None.
     """
-    moe, accumulation = config.moe, batch.tokens.shape[0]
-    if accumulation == 1 or config.num_moe_layers == 0:
-        return None
-    if moe.balance_scope != "global" or moe.balance_loss_weight == 0:
+
+    batch: Batch
+    key_b: jax.Array
+    choice_lbts: jax.Array | None
+
+
+def sequence_keys(rng: jax.Array, step: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """Returns uint32 [accumulation, B, 2]: key data of each sequence of a step.
+
+    A function of the run's seed, the step and the sequence's row in the whole step alone, so that
+    what a router draws is the same on every layout.
+    """
+    key = jax.random.fold_in(jax.random.wrap_key_data(rng), step)
+    rows = jnp.arange(shape[0] * shape[1], dtype=jnp.uint32)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    return jax.random.key_data(keys).reshape(*shape, -1)
+
+
+def _forward(graph: nnx.GraphDef, params: Any, router_state, part: Microbatch):
+    """Runs the model on one microbatch; returns it and its outputs."""
+    model = nnx.merge(graph, params)
+    tokens = packed_tokens(part.batch.segments, part.key_b)
+    out = model(part.batch.tokens, tokens, router_state, choice_lbts=part.choice_lbts)
+    return model, out
+
+
+def _step_stats(
+    config: Config, graph, params, router_state, parts: Microbatch, total: Totals
+) -> RouterStats | None:
+    """Returns the routing sums of the whole step, where the losses of its microbatches need them.
+
+    With accumulation, a loss that is not linear in the sums weighs each microbatch by its slope at
+    the sums of all. They come from a forward pass ahead, which costs a third of a forward and
+    backward; where no such loss is on, only the counts of tokens are filled in. None without
+    accumulation, where the microbatch is the step, and for a dense model.
+    """
+    if parts.batch.tokens.shape[0] == 1 or config.num_moe_layers == 0:
         return None
 
-    def count(total_le, microbatch):
-        _, _, stats = _forward(graph, params, router_state, microbatch)
-        return total_le + stats.count_e, None
+    def stats(part: Microbatch) -> RouterStats:
+        return _forward(graph, params, router_state, part)[1].stats
 
-    start = jnp.zeros((config.num_moe_layers, moe.num_experts), jnp.int32)
-    return jax.lax.scan(count, start, batch)[0]
+    shapes = jax.eval_shape(stats, _first(parts))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    if not needs_whole_step(config.moe):
+        layers = jnp.ones(config.num_moe_layers, jnp.int32)
+        return zeros._replace(tokens=layers * total.tokens, sequences=layers * total.sequences)
+    return jax.lax.scan(lambda sums, part: (_add(sums, stats(part)), None), zeros, parts)[0]
+
+
+def _first(parts: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], parts)
+
+
+def _add(a: Any, b: Any) -> Any:
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), a, b)
 
 
 def gradients(
@@ -91,57 +141,52 @@ def gradients(
     graph: nnx.GraphDef,
     params: Any,
     router_state: dict[str, jax.Array],
-    batch: Batch,
+    parts: Microbatch,
 ) -> tuple[Any, Losses, RouterStats | None, Totals]:
     """Returns the step's gradients, losses and routing: of one large batch, however it is split.
 
     Args:
         graph: of `model_graph`.
-        batch: arrays [accumulation, B, T].
+        parts: with a leading dim of microbatches.
     """
+    moe, batch = config.moe, parts.batch
     total = totals(batch.loss_mask, batch.segments)
-    count_le = _step_counts(config, graph, params, router_state, batch)
+    whole = _step_stats(config, graph, params, router_state, parts, total)
+    l1_l = router_state.get("l1")
 
-    def objective(params, microbatch):
-        model, hidden_btd, stats = _forward(graph, params, router_state, microbatch)
+    def objective(params, part: Microbatch):
+        model, out = _forward(graph, params, router_state, part)
         with jax.named_scope("loss"):
-            loss_bt = token_losses(model.unembed(hidden_btd), microbatch.targets)
-            counts = count_le if count_le is not None or stats is None else stats.count_e
-            parts = losses(loss_bt, microbatch.loss_mask, stats, counts, total, config.moe)
-        return parts.total, (parts, stats)
+            loss_bt = token_losses(model.unembed(out.hidden_btd), part.batch.targets)
+            loss = objective_loss = cross_entropy(loss_bt, part.batch.loss_mask, total)
+            level = None
+            if out.stats is not None:
+                if whole is None:
+                    objective_loss += auxiliary_loss(out.stats, l1_l, moe)
+                else:
+                    objective_loss += auxiliary_part(out.stats, whole, l1_l, moe)
+                if moe.microbatch_balance_loss_weight:
+                    level = microbatch_balance(out.stats, total, moe)
+                    objective_loss += moe.microbatch_balance_loss_weight * level.sum()
+        return objective_loss, (loss, level, out.stats)
 
     gradient = jax.grad(objective, has_aux=True)
-    first = _microbatch(batch, 0)
     if batch.tokens.shape[0] == 1:
-        grads, (parts, stats) = gradient(params, first)
+        grads, (loss, level, stats) = gradient(params, _first(parts))
     else:
-
-        def accumulate(carry, microbatch):
-            new = gradient(params, microbatch)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, new), None
-
-        shapes = jax.eval_shape(gradient, params, first)
+        shapes = jax.eval_shape(gradient, params, _first(parts))
         start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf)), shapes)
-        (grads, (parts, stats)), _ = jax.lax.scan(accumulate, start, batch)
+        (grads, (loss, level, stats)), _ = jax.lax.scan(
+            lambda sums, part: (_add(sums, gradient(params, part)), None), start, parts
+        )
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    return grads, _whole_step(parts, stats, total, config), stats, total
+    return grads, whole_losses(loss, level, stats, l1_l, moe), stats, total
 
 
 def _sum_dtype(leaf: Any):
     """Returns float32 for a narrower float, which would lose small terms of a long sum."""
     narrow = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize < 4
     return jnp.float32 if narrow else leaf.dtype
-
-
-def _whole_step(parts: Losses, stats: RouterStats | None, total: Totals, config: Config) -> Losses:
-    """Returns the losses of the step; a global balance loss from the summed routing."""
-    if stats is None or config.moe.balance_scope == "sequence":
-        return parts
-    per_layer = jax.vmap(lambda count, p: balance(count, p, total.tokens))
-    balance_loss = per_layer(stats.count_e, stats.probability_e).sum()
-    moe = config.moe
-    weighted = moe.balance_loss_weight * balance_loss + moe.router_z_loss_weight * parts.z
-    return Losses(parts.loss, balance_loss, parts.z, parts.loss + weighted)
 
 
 def _all_finite(tree: Any) -> jax.Array:
@@ -171,13 +216,20 @@ def _finite(
 
 def train_step(
     config: Config, mesh: Mesh, optimizer: optax.GradientTransformation, graph: nnx.GraphDef
-) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics, Any]]:
-    """Returns `(state, batch) -> (state, metrics, gradients)`, pure; `make_train_step` jits it."""
+) -> Callable[..., tuple[TrainState, StepMetrics, Any]]:
+    """Returns `(state, batch) -> (state, metrics, gradients)`, pure; `make_train_step` jits it.
+
+    Choices [accumulation, MoE layers, B, T, S] as a third argument are used instead of choosing
+    (replay); the router state then stays as it is.
+    """
     schedule = learning_rate(config.optim, config.train.steps)
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics, Any]:
+    def step(
+        state: TrainState, batch: Batch, choices: jax.Array | None = None
+    ) -> tuple[TrainState, StepMetrics, Any]:
+        key_ab = sequence_keys(state.rng, state.step, batch.tokens.shape[:2])
         grads, parts, stats, total = gradients(
-            config, graph, state.params, state.router_state, batch
+            config, graph, state.params, state.router_state, Microbatch(batch, key_ab, choices)
         )
         grads = jax.lax.with_sharding_constraint(grads, tree_shardings(mesh, grads))
         grad_norm = optax.tree.norm(grads)
@@ -185,14 +237,15 @@ def train_step(
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
         router_state = state.router_state
-        if stats is not None:
-            router_state = update_router_state(router_state, stats.count_e, config.moe)
+        if stats is not None and choices is None:
+            router_state = update_router_state(router_state, stats, config.moe)
         metrics = StepMetrics(
             losses=parts,
             grad_norm=grad_norm,
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             totals=total,
             stats=stats,
+            router_state={k: v for k, v in router_state.items() if k != "table"},
             finite=_finite(parts, stats, grads, grad_norm, params),
         )
         state = TrainState(state.step + 1, params, opt_state, router_state, state.rng)

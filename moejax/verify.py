@@ -21,6 +21,7 @@ import rich.box
 from rich.console import Console
 from rich.table import Table
 
+from moejax import contract
 from moejax.config import AXES, Config, ConfigError, MeshConfig
 from moejax.corpus import load_corpus
 from moejax.data import Batch, TrainBatches, check_vocabulary
@@ -37,7 +38,12 @@ ACCUMULATION = 2
 SHORT = {"experts": "expert", "attention": "attn", "embeddings": "embed", "dropped": "drops"}
 CAPACITY_FACTOR = 1.0  # at most: low enough that assignments are dropped
 REMAT = ("none", "full")
-DISPATCH = ("dropless", "capacity", "capacity by gather")
+BUFFER_FACTOR = 1.0  # so small that dropless routing takes further rounds
+DISPATCH = tuple(
+    f"{how} by {transport}"
+    for how in ("dropless", "capacity")
+    for transport in ("gather", "all_to_all", "ragged")
+)
 
 
 class Layout(NamedTuple):
@@ -117,10 +123,9 @@ def factorisations(number: int, parts: int) -> Iterator[tuple[int, ...]]:
 
 def layouts(config: Config, num_devices: int) -> list[Layout]:
     """Returns every layout of `num_devices` devices that the config allows."""
-    dispatch = DISPATCH if config.num_moe_layers else DISPATCH[:1]
     found = []
     for mesh, accumulation, remat, how in itertools.product(
-        factorisations(num_devices, len(AXES)), (1, ACCUMULATION), REMAT, dispatch
+        factorisations(num_devices, len(AXES)), accumulations(config), REMAT, dispatches(config)
     ):
         data, fsdp, expert, tensor = mesh
         layout = Layout(data, fsdp, expert, tensor, accumulation, remat, how)
@@ -130,6 +135,24 @@ def layouts(config: Config, num_devices: int) -> list[Layout]:
             continue
         found.append(layout)
     return found
+
+
+def accumulations(config: Config) -> tuple[int, ...]:
+    """Returns the numbers of microbatches that train the same: one only, where a loss is defined
+    over a microbatch.
+    """
+    by_definition = config.moe.microbatch_balance_loss_weight > 0
+    return (1,) if config.num_moe_layers and by_definition else (1, ACCUMULATION)
+
+
+def dispatches(config: Config) -> tuple[str, ...]:
+    """Returns the entries of DISPATCH that the config's router allows."""
+    moe = config.moe
+    if not config.num_moe_layers:
+        return DISPATCH[:1]
+    if moe.router == "soft":
+        return ("dropless by all_to_all",)
+    return DISPATCH if moe.takes_capacity else DISPATCH[: len(DISPATCH) // 2]
 
 
 def covering(candidates: list[Layout]) -> list[Layout]:
@@ -157,11 +180,12 @@ def laid_out(config: Config, layout: Layout, num_devices: int) -> Config:
     """Returns the config for one layout; the batch is the smallest that every layout can split."""
     moe = config.moe
     factor = min(moe.capacity_factor or CAPACITY_FACTOR, CAPACITY_FACTOR)
-    transport = {"dropless": "auto", "capacity": "all_to_all", "capacity by gather": "gather"}
+    how, _, transport = layout.dispatch.partition(" by ")
     moe = dataclasses.replace(
         moe,
-        capacity_factor=None if layout.dispatch == "dropless" else factor,
-        transport=transport[layout.dispatch],
+        capacity_factor=None if how == "dropless" else factor,
+        transport=transport,
+        buffer_factor=BUFFER_FACTOR,
     )
     batch_size = num_devices * ACCUMULATION * moe.group_sequences
     return dataclasses.replace(
@@ -270,7 +294,7 @@ def _gradient_difference(name: str, ours: np.ndarray, theirs: np.ndarray, norm: 
 def _different_counts(ours: Any, theirs: Any) -> int:
     if theirs is None:
         return 0
-    fields = ("count_e", "dropped_e", "tokens", "padding", "sequences")
+    fields = ("count_e", "first_e", "dropped_e", "tokens", "padding", "sequences")
     return sum(int((getattr(ours, f) != getattr(theirs, f)).sum()) for f in fields)
 
 
@@ -286,10 +310,11 @@ def check(config: Config, chosen: list[Layout], num_devices: int) -> Iterator[Ro
     data = TrainBatches(corpus, config.data.sequence_length, batch_size, config.seed)
     plain = oracle(config, chosen[0], num_devices)
     optimizer = make_optimizer(config.optim, config.train.steps)
-    first = jax.device_get(initial_state(plain, single_device_mesh(), optimizer))
+    counts = corpus.token_counts(config.model.vocab_size)
+    first = jax.device_get(initial_state(plain, single_device_mesh(), optimizer, counts))
     oracles: dict[bool, Trace] = {}
     for layout in chosen:
-        drops = layout.dispatch != "dropless"
+        drops = layout.dispatch.startswith("capacity")
         if drops not in oracles:
             oracles[drops] = trace(oracle(config, layout, num_devices), data, [first])
         start = time.monotonic()
@@ -298,8 +323,13 @@ def check(config: Config, chosen: list[Layout], num_devices: int) -> Iterator[Ro
         yield compare(str(layout), ours, theirs, time.monotonic() - start)
 
 
-def verify(config: Config, all_layouts: bool, json_path: Path | None) -> int:
+def verify(config: Config, matrix: bool, json_path: Path | None, page: Path | None = None) -> int:
     """Checks the config's layouts on this machine's devices and prints a row for each.
+
+    Args:
+        matrix: also check every router, dispatch and transport on a small layer (`contract`).
+        json_path: where to write the rows, and the matrix.
+        page: where to write the matrix as Markdown.
 
     Returns:
         0, or 1 when a difference is above its tolerance.
@@ -314,13 +344,18 @@ def verify(config: Config, all_layouts: bool, json_path: Path | None) -> int:
         raise ConfigError(
             f"no layout of {num_devices} devices fits the config; use another number of devices"
         )
-    chosen = candidates if all_layouts else covering(candidates)
+    chosen = covering(candidates)
     console = Console(highlight=False)
     console.print(
         f"{len(chosen)} of {len(candidates)} layouts of {num_devices} devices, {STEPS} steps each, "
         f"against the dense oracle on one device; float32, losses to {LOSS_TOLERANCE:g}, "
         f"gradients to {GRADIENT_TOLERANCE:g}"
     )
+    if len(accumulations(config)) == 1:
+        console.print(
+            "moe.microbatch_balance_loss_weight is on: accumulation changes that loss by "
+            "definition, so one microbatch only is checked"
+        )
     rows = []
     for row in check(config, chosen, num_devices):
         rows.append(row)
@@ -337,10 +372,40 @@ def verify(config: Config, all_layouts: bool, json_path: Path | None) -> int:
             f"worst gradient: {worst.worst}, {max(worst.groups.values()):.1e} on {worst.layout}"
         )
     console.print(f"{len(rows) - len(failed)} of {len(rows)} layouts train the same")
+    cells = _check_matrix(console, num_devices, page) if matrix else []
+    passed = not failed and all(cell.passed for cell in cells)
     if json_path is not None:
         content = [dataclasses.asdict(row) | {"failures": row.failures} for row in rows]
-        json_path.write_text(json.dumps({"rows": content, "passed": not failed}) + "\n")
-    return 1 if failed else 0
+        found = {"rows": content, "passed": passed}
+        if matrix:
+            found["matrix"] = [dataclasses.asdict(cell) for cell in cells]
+        json_path.write_text(json.dumps(found) + "\n")
+    return 0 if passed else 1
+
+
+def _check_matrix(console: Console, num_devices: int, page: Path | None) -> list[contract.Cell]:
+    """Checks and prints the contract of every router; writes it to `page`."""
+    console.print(
+        f"the contract: {len(contract.CASES)} cases of a small layer by dispatch, transport and "
+        f"property, on {num_devices} devices, to {contract.TOLERANCE:g}"
+    )
+    rows = []
+    for cells in contract.check_matrix(num_devices):
+        rows.append(cells)
+        worst = max(cells, key=lambda cell: cell.worst)
+        bad = [cell for cell in cells if not cell.passed]
+        verdict = "ok  " if not bad else "FAIL"
+        console.print(
+            f"{verdict} {len(rows):3}/{len(contract.CASES)}  {cells[0].case}: {len(cells)} cells, "
+            f"worst {worst.worst:.0e} in {worst.column} ({worst.where})",
+            soft_wrap=True,
+        )
+        for cell in bad:
+            line = f"FAIL {cell.case}, {cell.column}: {cell.worst:.1e} in {cell.where}"
+            console.print(line, soft_wrap=True)
+        if page is not None:
+            page.write_text(contract.as_markdown(rows, num_devices))
+    return [cell for cells in rows for cell in cells]
 
 
 def _table(rows: list[Row]) -> Table:

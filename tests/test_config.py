@@ -16,6 +16,7 @@ from moejax.config import (
     TrainConfig,
     default_config,
 )
+from moejax.moe_config import NO_CAPACITY, NOT_CAUSAL, READ_BY, Router
 from moejax.overrides import apply_overrides
 
 
@@ -49,10 +50,6 @@ from moejax.overrides import apply_overrides
         ),
         ("moe.top_k=1", "moe.top_k=1 with moe.normalize_weights=True makes every combine weight 1"),
         (
-            "moe.capacity_factor=None moe.transport=all_to_all",
-            "moe.transport='all_to_all' has a fixed number of slots and moe.capacity_factor=None",
-        ),
-        (
             "data.sequence_length=1",
             "data.sequence_length=1 is below 2; a sequence needs a token an",
         ),
@@ -82,6 +79,254 @@ def test_an_impossible_config_is_refused_with_values_rule_and_remedy(words, mess
         apply_overrides(Config(), words.split())
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("depth_fraction=0", "moe.depth_fraction=0.0 is outside (0, 1]; it is the part of the tok"),
+        ("depth_fraction=1.5", "moe.depth_fraction=1.5 is outside (0, 1]"),
+        ("buffer_factor=0.9", "moe.buffer_factor=0.9 is below 1; balanced routing has to fit, use"),
+        ("l1_update_factor=1", "moe.l1_update_factor=1.0 must be a finite number above 1; ReMoE u"),
+        ("eval_capacity_factor=0", "moe.eval_capacity_factor=0.0 must be a finite number above 0"),
+        # Selection.
+        (
+            "top_k=11 zero_experts=1 copy_experts=1",
+            "moe.top_k=11 is larger than moe.num_experts=8 and 2 without a network; a token can "
+            "select each expert once, use top_k <= 10",
+        ),
+        (
+            "router=noisy top_k=1",
+            "moe.top_k=1 with moe.router='noisy' makes every combine weight 1, a softmax over one ",
+        ),
+        (
+            "router=gshard top_k=3",
+            "moe.router='gshard' draws the second of two experts, and moe.top_k=3; use moe.top_k=2",
+        ),
+        ("router=gshard top_k=1", "moe.router='gshard' draws the second of two experts, and moe.t"),
+        (
+            "router=hash zero_experts=1 constant_experts=2",
+            "moe.zero_experts, copy_experts and constant_experts (3 in all) are chosen by score, "
+            "and moe.router='hash'; use one of softmax, sigmoid, sqrt_softplus, cosine, sigmoid_b",
+        ),
+        (
+            "router=noisy copy_experts=1",
+            "moe.zero_experts, copy_experts and constant_experts (1 in all) are chosen by score",
+        ),
+        (
+            "shared_gate=sigmoid",
+            "moe.shared_gate='sigmoid' gates shared experts, and moe.shared_experts=0; set moe.sh",
+        ),
+        # Capacity.
+        (
+            "router=expert_choice allow_noncausal=true",
+            "moe.capacity_factor=1.25 with moe.router='expert_choice', which needs none: every "
+            "expert takes the same number of tokens already; use moe.capacity_factor=None",
+        ),
+        (
+            "router=soft",
+            "moe.capacity_factor=1.25 with moe.router='soft', which needs none: every expert has "
+            "the same number of slots already; use moe.capacity_factor=None",
+        ),
+        (
+            "router=dense",
+            "moe.capacity_factor=1.25 with moe.router='dense', which needs none: every expert "
+            "takes every token; use moe.capacity_factor=None",
+        ),
+        (
+            "router=soft capacity_factor=None transport=ragged",
+            "moe.transport='ragged' moves assigned tokens, and moe.router='soft' makes equal slots",
+        ),
+        (
+            "router=soft capacity_factor=None transport=gather",
+            "moe.transport='gather' moves assigned tokens, and moe.router='soft' makes equal slots",
+        ),
+        (
+            "num_experts=2 capacity_by_expert=1,2 capacity_factor=None",
+            "moe.capacity_by_expert is given and moe.capacity_factor=None is dropless; give a moe.",
+        ),
+        (
+            "num_experts=3 capacity_by_expert=1,2",
+            "moe.capacity_by_expert=(1.0, 2.0) needs one finite number above 0 for each of "
+            "moe.num_experts=3; 1.0 leaves the capacity as it is",
+        ),
+        (
+            "num_experts=2 capacity_by_expert=1,0",
+            "moe.capacity_by_expert=(1.0, 0.0) needs one finite number above 0",
+        ),
+        # Groups of experts.
+        (
+            "expert_groups=4",
+            "moe.expert_groups=4 and moe.groups_per_token=None go together; give both, for example",
+        ),
+        ("groups_per_token=2", "moe.expert_groups=None and moe.groups_per_token=2 go together"),
+        (
+            "expert_groups=3 groups_per_token=1",
+            "moe.expert_groups=3 does not divide moe.num_experts=8; groups have equal size, use a ",
+        ),
+        (
+            "device_groups=3 device_balance_loss_weight=0.1",
+            "moe.device_groups=3 does not divide moe.num_experts=8; groups have equal size",
+        ),
+        (
+            "expert_groups=4 groups_per_token=1 top_k=3",
+            "moe.top_k=3 is over the group limit: moe.groups_per_token=1 of moe.expert_groups=4 "
+            "groups of 2 hold 2 experts; use moe.top_k <= 2 or more moe.groups_per_token, up to 4",
+        ),
+        ("expert_groups=4 groups_per_token=5", "moe.top_k=2 is over the group limit: moe.groups_p"),
+        (
+            "expert_groups=4 groups_per_token=2 zero_experts=1",
+            "moe.expert_groups=4 limits experts that have a network; take out the 1 zero, copy an",
+        ),
+        (
+            "device_groups=4",
+            "moe.device_groups=4 and moe.device_balance_loss_weight=0.0 go together; give both, fo",
+        ),
+        (
+            "device_balance_loss_weight=0.1",
+            "moe.device_groups=None and moe.device_balance_loss_weight=0.1 go together; give both",
+        ),
+    ],
+)
+def test_an_impossible_layer_is_refused_with_values_rule_and_remedy(words, message):
+    with pytest.raises(ConfigError) as caught:
+        apply_overrides(Config(), [f"moe.{word}" for word in words.split()])
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+WHOLE = ("expert_groups", "groups_per_token", "cosine_width", "soft_slots", "gate_rank")
+NOT_NEGATIVE = ("shared_experts", "zero_experts", "copy_experts", "constant_experts")
+ABOVE_ZERO = ("weight_scale", "logit_cap", "l1_coefficient", "zero_computation_weight")
+FRACTIONS = ("jitter", "expert_dropout", "gate_dropout", "quantile_decay")
+
+
+@pytest.mark.parametrize(
+    ("names", "value", "message"),
+    [
+        (("num_experts", "group_sequences", "device_groups", *WHOLE), 0, " is below 1; use a whol"),
+        (NOT_NEGATIVE, -1, " is not a finite number of at least 0"),
+        (("bias_update_rate", "sequence_balance_loss_weight"), -0.5, " is not a finite number of"),
+        (("importance_loss_weight", "router_z_loss_weight"), float("inf"), " is not a finite numb"),
+        (ABOVE_ZERO, 0.0, " must be a finite number above 0"),
+        (ABOVE_ZERO, float("nan"), " must be a finite number above 0"),
+        (FRACTIONS, 1.0, " is outside [0, 1); use a fraction below 1"),
+        (FRACTIONS, -0.1, " is outside [0, 1); use a fraction below 1"),
+        (("l1_update_factor",), float("inf"), " must be a finite number above 1"),
+        (("buffer_factor",), float("inf"), " is below 1; balanced routing has to fit"),
+    ],
+)
+def test_numbers_of_a_layer_have_their_range(names, value, message):
+    for name in names:
+        with pytest.raises(ConfigError) as caught:
+            MoEConfig(**{name: value})
+        assert str(caught.value).startswith(f"moe.{name}={value}{message}")
+
+
+OTHER_VALUES = {
+    "top_k": 3,
+    "normalize_weights": False,
+    "logit_cap": 30.0,
+    "jitter": 0.01,
+    "expert_dropout": 0.1,
+    "gate_dropout": 0.1,
+    "bias_update_rate": 0.01,
+    "cosine_width": 8,
+    "depth_fraction": 0.25,
+    "soft_slots": 2,
+    "gate_rank": 4,
+    "l1_coefficient": 1e-4,
+    "l1_update_factor": 1.5,
+    "quantile_decay": 0.5,
+    "load_loss_weight": 0.1,
+}
+
+
+def _layer(router: str, **changes) -> MoEConfig:
+    """Returns a layer of a router, dropless where it takes no capacity."""
+    capacity = None if router in NO_CAPACITY else 1.25
+    return MoEConfig(**{"router": router, "capacity_factor": capacity, **changes})
+
+
+@pytest.mark.parametrize("router", Router.__args__)
+def test_a_router_takes_the_keys_that_it_reads_and_refuses_the_others(router):
+    """A key that would change nothing is a mistake of the user's, or of who reads the config."""
+    _layer(router)
+    for name, value in OTHER_VALUES.items():
+        if name == "top_k" and router == "gshard":
+            continue  # it has an error of its own
+        if router in READ_BY[name]:
+            assert getattr(_layer(router, **{name: value}), name) == value
+            continue
+        default = getattr(MoEConfig(), name)
+        with pytest.raises(ConfigError) as caught:
+            _layer(router, **{name: value})
+        assert str(caught.value).startswith(
+            f"moe.{name}={value} is not read by moe.router={router!r}; leave it at {default}, or "
+            f"use one of {READ_BY[name][0]}"
+        )
+
+
+def test_every_key_that_some_routers_ignore_is_tried_above():
+    assert set(OTHER_VALUES) | {"expert_groups", "groups_per_token"} == set(READ_BY)
+    with pytest.raises(
+        ConfigError, match=r"^moe.expert_groups=4 is not read by moe.router='noisy'"
+    ):
+        MoEConfig(router="noisy", expert_groups=4, groups_per_token=2)
+
+
+@pytest.mark.parametrize("router", ["expert_choice", "sinkhorn", "soft", "mixture_of_depths"])
+def test_a_decoder_refuses_a_router_that_sees_later_tokens(router):
+    """The layer alone is allowed: a model of one's own, an encoder say, may use it."""
+    moe = _layer(router)
+    message = rf"^moe.router='{router}': .*; a decoder that is trained so reads ahead, .* Use anot"
+    with pytest.raises(ConfigError, match=message):
+        Config(moe=moe)
+    assert Config(moe=dataclasses.replace(moe, allow_noncausal=True)).moe.router == router
+
+
+@pytest.mark.parametrize("priority", ["rank", "weight", "best_weight", "random"])
+def test_a_decoder_refuses_an_order_of_service_that_sees_later_tokens(priority):
+    message = rf"^moe.priority='{priority}': a later token can take the slot of an earlier one; a d"
+    with pytest.raises(ConfigError, match=message):
+        Config(moe=MoEConfig(priority=priority))
+    Config(moe=MoEConfig(priority=priority, allow_noncausal=True))
+    Config(moe=MoEConfig(priority=priority, capacity_factor=None))  # nobody is turned away
+
+
+@pytest.mark.parametrize("router", sorted(set(Router.__args__) - set(NOT_CAUSAL)))
+def test_a_decoder_takes_every_causal_router(router):
+    assert Config(moe=_layer(router)).moe.noncausal_reason is None
+
+
+def test_a_dense_model_does_not_check_a_layer_that_it_has_not():
+    assert MoEConfig(every=None, top_k=9, router="expert_choice").every is None
+
+
+def test_a_router_of_one_expert_needs_no_top_k():
+    assert _layer("dense", num_experts=1).mean_selected == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # choices, slots_per_token, mean_selected, resolved_transport
+        ({}, (8, 2, 2, "all_to_all")),
+        ({"capacity_factor": None}, (8, 2, 2, "gather")),
+        ({"capacity_factor": None, "transport": "all_to_all"}, (8, 2, 2, "all_to_all")),
+        ({"transport": "ragged"}, (8, 2, 2, "ragged")),
+        ({"zero_experts": 1, "copy_experts": 1, "constant_experts": 2}, (12, 2, 2, "all_to_all")),
+        ({"router": "soft", "capacity_factor": None}, (8, 1, 1, "all_to_all")),
+        ({"router": "dense", "capacity_factor": None}, (8, 8, 8, "gather")),
+        ({"router": "expert_choice", "capacity_factor": None}, (8, 8, 2, "gather")),
+        ({"router": "relu", "top_k": 3}, (8, 8, 3, "all_to_all")),
+        ({"router": "hash", "top_k": 1}, (8, 1, 1, "all_to_all")),
+    ],
+)
+def test_sizes_of_a_layer_by_hand(changes, expected):
+    moe = MoEConfig(**changes)
+    found = (moe.choices, moe.slots_per_token, moe.mean_selected, moe.resolved_transport)
+    assert found == expected
 
 
 @pytest.mark.parametrize(

@@ -1,34 +1,25 @@
-"""`moejax describe` against real arrays, traced collectives and arithmetic by hand."""
+"""`moejax describe` against real arrays and arithmetic by hand."""
 
 import dataclasses
 import io
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.extend.core import jaxprs_in_params
 from rich.console import Console
 
 from moejax import describe as describe_module
 from moejax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig
 from moejax.describe import (
-    buffer_rows,
     describe,
-    exchange_bytes,
     gathered_weight_bytes,
     layer_kinds,
-    local_tokens,
     placements,
     resolve_mesh,
-    slots,
-    transport,
 )
-from moejax.experts import MoEWeights
 from moejax.flops import total_parameters
 from moejax.mesh import make_mesh, mesh_config
-from moejax.moe import apply_moe
 from moejax.optim import make_optimizer
 from moejax.state import abstract_state
 
@@ -119,93 +110,16 @@ def test_layer_kinds_are_those_of_the_model():
     assert "runs/layer_1/moe/gate" in names
 
 
-def test_slots_by_hand():
-    # ceil(1.25 * 2 * 20 / 8) = ceil(6.25), and for groups of two sequences ceil(12.5).
-    assert slots(CONFIG, 1.25) == 7
-    assert slots(_moe(group_sequences=2), 1.25) == 13
-    assert slots(CONFIG, 100.0) == 20  # a token selects an expert once
-
-
-def test_exchange_bytes_by_hand():
-    # 2 ways * 16 numbers * 4 bytes * (8 experts * 7 slots / 20 tokens) * 1/2 leave the device.
-    assert exchange_bytes(CONFIG, CONFIG.mesh) == 2 * 16 * 4 * (8 * 7 / 20) / 2
-    # 16 numbers each way, and an expert and a weight for each of 2 selections, to 1 other device.
-    dropless = _moe(capacity_factor=None)
-    assert exchange_bytes(dropless, CONFIG.mesh) == 2 * 16 * 4 + 2 * 8
-    alone = MeshConfig(data=4, fsdp=1, expert=1, tensor=2)
-    assert exchange_bytes(CONFIG, alone) == exchange_bytes(dropless, alone) == 0
-
-
-def test_transport_is_what_auto_stands_for():
-    assert transport(CONFIG) == "all_to_all"
-    assert transport(_moe(capacity_factor=None)) == "gather"
-    assert transport(_moe(transport="gather")) == "gather"
-    assert transport(_moe(transport="reference")) == "reference"
-
-
-@pytest.mark.parametrize("capacity_factor", [1.25, None])
-@pytest.mark.parametrize("degree", [2, 4])
-def test_exchange_bytes_are_those_of_the_traced_collectives(capacity_factor, degree):
-    config = _moe(capacity_factor=capacity_factor)
-    mesh = make_mesh(MeshConfig(data=8 // degree, fsdp=1, expert=degree, tensor=1))
-    sizes = mesh_config(mesh)
-    received = sum(_received(equation, degree) for equation in _equations(_trace(config, mesh)))
-    assert received > 0
-    assert received == pytest.approx(exchange_bytes(config, sizes) * local_tokens(config, sizes))
-
-
-@pytest.mark.parametrize("capacity_factor", [1.25, None])
-def test_buffers_are_those_of_the_traced_layer(capacity_factor):
-    config = _moe(capacity_factor=capacity_factor)
-    mesh = make_mesh(CONFIG.mesh)
-    sizes = mesh_config(mesh)
-    equations = list(_equations(_trace(config, mesh)))
-    if capacity_factor is None:
-        rows = [e.outvars[0].aval.shape for e in equations if e.primitive.name == "gather"]
-        gathered = local_tokens(config, sizes) * 2
-        assert (buffer_rows(config, sizes) - gathered, 16) in rows
-    else:
-        shapes = [e.outvars[0].aval.shape for e in equations if e.primitive.name == "all_to_all"]
-        # [experts of a device, slots of every group of both devices, D], and the way back
-        assert buffer_rows(config, sizes) == 4 * 8 * 7
-        assert shapes == [(4, 2 * 4 * 7, 16), (8, 4 * 7, 16)]
-    assert gathered_weight_bytes(config, sizes) == 3 * 4 * (8 // 2) * 16 * (12 // 2)
-
-
-def _trace(config: Config, mesh):
-    """The jaxpr of one MoE layer on a whole microbatch."""
-    d, f, e = config.model.d_model, config.moe.expert_hidden, config.moe.num_experts
-    shapes = MoEWeights((d, e), (e, d, f), (e, d, f), (e, f, d))
-    weights = MoEWeights(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes))
-    batch, tokens = config.train.batch_size, config.data.sequence_length
-    return jax.make_jaxpr(
-        lambda w, x, mask, bias: apply_moe(w, x, mask, bias, config=config.moe, mesh=mesh)
-    )(
-        weights,
-        jax.ShapeDtypeStruct((batch, tokens, d), jnp.float32),
-        jax.ShapeDtypeStruct((batch, tokens), bool),
-        jax.ShapeDtypeStruct((e,), jnp.float32),
-    ).jaxpr
-
-
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jaxprs_in_params(equation.params):
-            yield from _equations(inner)
-
-
-def _received(equation, degree: int) -> float:
-    """Bytes that one device gets from the others of its expert group."""
-    name = equation.primitive.name
-    sizes = [v.aval.size * v.aval.dtype.itemsize for v in equation.outvars]
-    if name == "all_to_all":
-        return sum(sizes) * (degree - 1) / degree
-    if name in ("all_gather", "all_gather_invariant"):
-        return sum(sizes) * (degree - 1) / degree
-    if name == "reduce_scatter":
-        return sum(sizes) * (degree - 1)
-    return 0.0
+def test_gathered_weights_by_hand():
+    # Gate, up and down of 8 / 2 experts on a device, whole over fsdp, half of the hidden width.
+    assert gathered_weight_bytes(CONFIG, CONFIG.mesh) == 4 * 3 * (8 // 2) * 16 * (12 // 2)
+    # Without a gate matrix; with a scale [E, D] of every expert's output.
+    plain = _moe(activation="gelu", router="elementwise", capacity_factor=None)
+    assert gathered_weight_bytes(plain, CONFIG.mesh) == 4 * (2 * 4 * 16 * 6 + 4 * 16)
+    # A router and shared experts are no part of it, and the oracle gathers nothing.
+    shared = _moe(shared_experts=2)
+    assert gathered_weight_bytes(shared, CONFIG.mesh) == 4 * 3 * 4 * 16 * 6
+    assert gathered_weight_bytes(_moe(transport="reference"), CONFIG.mesh) == 0
 
 
 # What is printed
@@ -231,6 +145,75 @@ def test_it_prints_the_numbers_plainly():
 def test_a_dense_model_and_a_dropless_one_are_described():
     assert "MoE" not in _shown(_moe(every=None))
     assert "dropless" in _shown(_moe(capacity_factor=None))
+
+
+def _rows(text: str, title: str) -> list[list[str]]:
+    """Returns the cells of the table under a title."""
+    lines = text.partition(title)[2].partition("\n\n")[0].splitlines()
+    bar = str.maketrans("│┃", "||")
+    cells = [line.translate(bar).split("|")[1:-1] for line in lines]
+    return [[cell.strip() for cell in row] for row in cells if row]
+
+
+def test_every_transport_is_priced_and_the_own_one_marked():
+    rows = _rows(_shown(_moe(capacity_factor=None)), "transports, bytes")
+    assert [row[0] for row in rows[1:]] == ["all_to_all", "ragged", "gather *"]
+    # 2 * 16 * 4 + 8 * 2 bytes for each of 80 tokens; buffers of 2 * 80 + 240 rows of 16 * 4 bytes.
+    assert rows[3] == [
+        "gather *",
+        "144",
+        "11.2 KiB",
+        "25.0 KiB",
+        "(2 * D * b + 8 * S) * (Z - 1)",
+    ]
+    text = _shown(_moe(transport="reference"))
+    assert [row[0] for row in _rows(text, "transports, bytes")[1:]] == ["reference *"]
+    soft = _moe(router="soft", capacity_factor=None, allow_noncausal=True)
+    assert [row[0] for row in _rows(_shown(soft), "transports, bytes")[1:]] == ["all_to_all *"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({}, {"router": "sigmoid_bias, 2 of 8 experts a token"}),
+        (
+            {"router": "dense", "capacity_factor": None},
+            {"router": "dense, 8 of 8 experts a token on average", "capacity": "dropless"},
+        ),
+        (
+            {"router": "relu", "capacity_factor": None},
+            {"router": "relu, 2 of 8 experts a token on average"},
+        ),
+        (
+            # Networks are 8 * 3/4 parts of 8 * 3/4 + 6.
+            {"zero_experts": 1, "copy_experts": 2, "constant_experts": 3},
+            {
+                "router": "sigmoid_bias, 1 of 8 experts a token on average",
+                "experts without a network": "1 zero, 2 copy, 3 constant",
+            },
+        ),
+        (
+            {"shared_experts": 2, "shared_gate": "sigmoid"},
+            {"shared experts": "2, gate sigmoid"},
+        ),
+        (
+            {"capacity_by_expert": (1.0,) * 7 + (2.0,)},
+            {
+                "capacity": "up to 13 slots per expert and group of 1 x 20 tokens: "
+                "ceil(1.25 * 2 * 2 * 20 / 8), at most 20",
+                "capacity in the second evaluation": "up to 20 slots per expert and group of 1 x "
+                "20 tokens: ceil(2 * 2 * 2 * 20 / 8), at most 20",
+            },
+        ),
+    ],
+)
+def test_facts_of_a_layer(changes, facts):
+    shown = {row[0]: row[1] for row in _rows(_shown(_moe(**changes)), "MoE layers")}
+    assert facts.items() <= shown.items()
+    optional = {"experts without a network", "shared experts"}
+    assert optional & set(shown) == optional & set(facts)
+    has_second = "capacity in the second evaluation" in shown
+    assert has_second == (changes.get("router") != "dense")
 
 
 def test_a_free_axis_takes_what_is_left():

@@ -1,21 +1,31 @@
-"""The expert networks and the grouped matmul, against loops over experts."""
+"""The expert networks, against a plain loop over experts in value and in every gradient."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
 
+from moejax import experts
+from moejax.dispatch import sort_by_expert
 from moejax.experts import (
-    block_rows,
+    Weights,
     capacity_experts,
-    grouped_experts,
-    grouped_matmul,
+    dropless_experts,
+    dropless_modules,
     swiglu,
 )
 
-D, F, BLOCK = 6, 10, 8
+D, F, R = 6, 10, 3
+PLAIN = {
+    "gelu": lambda h: jax.nn.gelu(h),
+    "relu": lambda h: jnp.maximum(h, 0),
+    "squared_relu": lambda h: jnp.maximum(h, 0) ** 2,
+}
 
 
 def _random(seed, *shapes):
@@ -23,109 +33,296 @@ def _random(seed, *shapes):
     return [random.normal(size=shape).astype(np.float32) for shape in shapes]
 
 
-def _value_and_gradients(matmul, x_rd, w_edf, group_size_e, grad_rf):
-    out_rf, transpose = jax.vjp(lambda x, w: matmul(x, w, group_size_e), x_rd, w_edf)
-    return out_rf, *transpose(grad_rf)
+def _weights(num_experts, activation="swiglu", scale=None, seed=0):
+    shapes: dict[str, tuple[int, ...]] = {}
+    shapes |= {"up": (num_experts, D, F), "down": (num_experts, F, D)}
+    if activation in ("swiglu", "geglu"):
+        shapes["gate"] = (num_experts, D, F)
+    if scale == "output_scale":
+        shapes["output_scale"] = (num_experts, D)
+    if scale == "scale_out":
+        shapes |= {"scale_in": (D, R), "scale_out": (num_experts, R, D)}
+    return dict(zip(shapes, _random(seed, *shapes.values()), strict=True))
 
 
-_grouped = jax.jit(
-    functools.partial(_value_and_gradients, functools.partial(grouped_matmul, block=BLOCK))
-)
-_ragged = jax.jit(functools.partial(_value_and_gradients, jax.lax.ragged_dot))
+def _one_expert(weights: Weights, x_td, activation):
+    """One expert's network, its weights without E (but `scale_in`), on every token."""
+    up_tf = x_td @ weights["up"]
+    if activation == "swiglu":
+        gate_tf = x_td @ weights["gate"]
+        hidden_tf = gate_tf / (1 + jnp.exp(-gate_tf)) * up_tf
+    elif activation == "geglu":
+        hidden_tf = jax.nn.gelu(x_td @ weights["gate"]) * up_tf
+    else:
+        hidden_tf = PLAIN[activation](up_tf)
+    out_td = hidden_tf @ weights["down"]
+    if "output_scale" in weights:
+        out_td *= weights["output_scale"][None]
+    if "scale_out" in weights:
+        out_td *= jax.nn.sigmoid(x_td @ weights["scale_in"] @ weights["scale_out"])
+    return out_td
 
 
-def _loop(x_rd, w_edf, group_size_e, grad_rf):
-    """The product and its two gradients, group by group in float64; 0 after the last group."""
-    x_rd, w_edf, grad_rf = (np.asarray(a, np.float64) for a in (x_rd, w_edf, grad_rf))
-    out_rf, by_x, by_w = np.zeros_like(grad_rf), np.zeros_like(x_rd), np.zeros_like(w_edf)
-    start = 0
-    for e, size in enumerate(group_size_e):
-        rows = slice(start, start + size)
-        out_rf[rows] = x_rd[rows] @ w_edf[e]
-        by_x[rows] = grad_rf[rows] @ w_edf[e].T
-        by_w[e] = x_rd[rows].T @ grad_rf[rows]
-        start += size
-    return out_rf, by_x, by_w
+def _per_expert(weights):
+    return ({name: None if name == "scale_in" else 0 for name in weights},)
 
 
-GROUPS = {
-    "two empty groups": [8, 0, 16, 0],
-    "first group empty": [0, 8, 8, 8],
-    "one group has all": [0, 0, 40, 0],
-    "nothing at all": [0, 0, 0, 0],
-    "every row is used": [16, 8, 8, 8],
-    "one expert": [24],
-    "64 experts, most empty": [8 if e in (3, 11, 12, 63) else 0 for e in range(64)],
+def _loop(x_td, expert_ts, weight_ts, weights, activation="swiglu"):
+    """Expert after expert on every token, weighted by how the token chose it: 0 where not."""
+    num_experts = weights["up"].shape[0]
+    run = functools.partial(_one_expert, x_td=x_td, activation=activation)
+    out_etd = jax.vmap(run, _per_expert(weights))(weights)
+    chosen_ets = expert_ts[None] == jnp.arange(num_experts)[:, None, None]
+    weight_et = jnp.where(chosen_ets, weight_ts[None], 0).sum(-1)
+    return (weight_et[..., None] * out_etd).sum(0)
+
+
+def _value_and_gradients(run, x_td, expert_ts, weight_ts, weights, dy_td):
+    y_td, transpose = jax.vjp(lambda x, w, p: run(x, expert_ts, w, p), x_td, weight_ts, weights)
+    return y_td, *transpose(dy_td)
+
+
+def _compare(actual, expected, scale=1e-5):
+    for (path, a), e in zip(
+        jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True
+    ):
+        atol = scale * max(1.0, float(np.abs(e).max()))
+        np.testing.assert_allclose(a, e, rtol=0, atol=atol, err_msg=str(path))
+
+
+def _routing(tokens, top_k, num_experts, seed=0):
+    random = np.random.default_rng(seed)
+    return np.stack([random.permutation(num_experts)[:top_k] for _ in range(tokens)]).astype(
+        np.int32
+    )
+
+
+def _with_padding(expert_ts, num_experts):
+    expert_ts = expert_ts.copy()
+    expert_ts[::3] = num_experts
+    expert_ts[1, 0] = num_experts
+    return expert_ts
+
+
+ROUTINGS = {  # name: expert_ts, number of experts
+    "balanced": (_routing(40, 2, 4), 4),
+    "a third is padding": (_with_padding(_routing(40, 2, 4), 4), 4),
+    "one expert has all": (np.full((50, 1), 2, np.int32), 4),
+    "last expert and padding": (np.where(np.arange(50)[:, None] % 2, 3, 4).astype(np.int32), 4),
+    "nothing at all": (np.full((9, 2), 3, np.int32), 3),
+    "one expert": (np.zeros((7, 1), np.int32), 1),
+    "every token chooses every expert": (_routing(9, 5, 5), 5),
+    "256 experts, most empty": (_routing(6, 2, 256), 256),
+    "one token": (_routing(1, 2, 8), 8),
 }
 
 
-@pytest.mark.parametrize("group_size_e", GROUPS.values(), ids=GROUPS)
-def test_grouped_matmul_is_a_loop_over_groups(group_size_e):
-    """Value and both gradients; rows after the last group hold NaN, in x and in the gradient."""
-    rows, used = 40, sum(group_size_e)
-    x_rd, grad_rf, w_edf = _random(0, (rows, D), (rows, F), (len(group_size_e), D, F))
-    x_rd[used:] = grad_rf[used:] = np.nan
-    expected = _loop(x_rd, w_edf, group_size_e, grad_rf)
-    out_rf, by_x, by_w = _grouped(x_rd, w_edf, np.array(group_size_e, np.int32), grad_rf)
-    np.testing.assert_allclose(out_rf[:used], expected[0][:used], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(by_x[:used], expected[1][:used], rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(by_w, expected[2], rtol=1e-4, atol=1e-5)
-    for e, size in enumerate(group_size_e):
-        assert np.any(np.asarray(by_w[e])) == (size > 0)
+def _elsewhere(monkeypatch):
+    """Takes the branch of platforms other than a CPU; rows that no expert owns become NaN there."""
+
+    @jax.custom_vjp
+    def poisoned(x_rd, w_edf, group_sizes):
+        return _poison(lax.ragged_dot(x_rd, w_edf, group_sizes), group_sizes)
+
+    def forward(x_rd, w_edf, group_sizes):
+        return poisoned(x_rd, w_edf, group_sizes), (x_rd, w_edf, group_sizes)
+
+    def backward(saved, dy_rf):
+        x_rd, w_edf, group_sizes = saved
+        _, transpose = jax.vjp(lambda x, w: lax.ragged_dot(x, w, group_sizes), x_rd, w_edf)
+        unpoisoned = jnp.where(_owned(dy_rf, group_sizes), dy_rf, 0)  # an undefined row is not read
+        dx_rd, dw_edf = transpose(unpoisoned)
+        return _poison(dx_rd, group_sizes), dw_edf, None
+
+    poisoned.defvjp(forward, backward)
+
+    def choose(*operands, default, **branches):
+        assert set(branches) == {"cpu", "cuda", "rocm"}
+        return functools.partial(default.func, *default.args[:2], poisoned)(*operands)
+
+    monkeypatch.setattr(lax, "platform_dependent", choose)
 
 
-def test_grouped_matmul_is_ragged_dot():
-    """On a CPU the two differ: a loop over blocks here, a dense product of all experts there."""
-    x_rd, grad_rf, w_edf = _random(1, (40, D), (40, F), (4, D, F))
-    group_size_e = np.array([8, 0, 16, 8], np.int32)
-    x_rd[32:] = grad_rf[32:] = 0
-    ours = _grouped(x_rd, w_edf, group_size_e, grad_rf)
-    theirs = _ragged(x_rd, w_edf, group_size_e, grad_rf)
-    for actual, expected in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-    lowered = _grouped.lower(x_rd, w_edf, group_size_e, grad_rf).as_text()
-    assert "stablehlo.while" in lowered
+def _owned(x_rd, group_sizes):
+    return jnp.arange(x_rd.shape[0])[:, None] < group_sizes.sum()
 
 
-def test_grouped_matmul_in_bfloat16():
-    """A weight's gradient over many blocks is summed in float32 before it is rounded.
-
-    The last expert's 2048 rows of ones: a sum in bfloat16 would stop growing at 256.
-    """
-    rows = 2056
-    x_rd, grad_rf, w_edf = _random(2, (rows, D), (rows, F), (2, D, F))
-    x_rd[8:], grad_rf[8:] = 1, 1
-    arguments = [jnp.asarray(a, jnp.bfloat16) for a in (x_rd, w_edf, grad_rf)]
-    x_rd, w_edf, grad_rf = (np.asarray(a.astype(jnp.float32)) for a in arguments)
-    group_size_e = [8, 2048]
-    actual = _grouped(arguments[0], arguments[1], np.array(group_size_e, np.int32), arguments[2])
-    for ours, expected in zip(actual, _loop(x_rd, w_edf, group_size_e, grad_rf), strict=True):
-        assert ours.dtype == jnp.bfloat16
-        scale = np.abs(expected).max()
-        np.testing.assert_allclose(ours.astype(jnp.float32), expected, atol=0.01 * scale)
-    np.testing.assert_array_equal(actual[2][1].astype(jnp.float32), np.full((D, F), 2048.0))
+def _poison(x_rd, group_sizes):
+    return jnp.where(_owned(x_rd, group_sizes), x_rd, jnp.nan)
 
 
-def test_capacity_experts_run_each_network_on_its_rows():
-    buf_ecd, gate_edf, up_edf, down_efd = _random(3, (3, 5, D), (3, D, F), (3, D, F), (3, F, D))
-    out_ecd = jax.jit(capacity_experts)(buf_ecd, gate_edf, up_edf, down_efd)
-    for e in range(3):
-        hidden = buf_ecd[e] @ gate_edf[e]
-        hidden = hidden / (1 + np.exp(-hidden)) * (buf_ecd[e] @ up_edf[e])
-        np.testing.assert_allclose(out_ecd[e], hidden @ down_efd[e], rtol=1e-4, atol=1e-4)
+def _check(routing, num_experts, activation, scale, monkeypatch, **options):
+    """Both platforms against the loop. Tokens with no assignment hold NaN, and so does dy."""
+    x_td, dy_td, weight_ts = _random(1, *[(routing.shape[0], D)] * 2, routing.shape)
+    weights = _weights(num_experts, activation, scale)
+    loop = functools.partial(_value_and_gradients, functools.partial(_loop, activation=activation))
+    expected = jax.jit(loop)(x_td, routing, weight_ts, weights, dy_td)
+    alone_t1 = (routing == num_experts).all(1, keepdims=True)
+    x_td, dy_td = (np.where(alone_t1, np.float32(np.nan), a) for a in (x_td, dy_td))
+    run = functools.partial(dropless_experts, activation=activation, **options)
+    count_e = np.bincount(routing.reshape(-1), minlength=num_experts + 1)[:num_experts]
+    for platform in ("cpu", "elsewhere"):
+        with monkeypatch.context() as patch:
+            if platform == "elsewhere":
+                _elsewhere(patch)
+            gradients = jax.jit(functools.partial(_value_and_gradients, run))
+            actual = gradients(x_td, routing, weight_ts, weights, dy_td)
+        _compare(actual, expected)
+        used_e = np.any(np.asarray(actual[3]["down"]), axis=(1, 2))
+        np.testing.assert_array_equal(used_e, count_e > 0)
 
 
-def test_grouped_experts_run_each_network_on_its_group():
-    x_rd, gate_edf, up_edf, down_efd = _random(4, (24, D), (3, D, F), (3, D, F), (3, F, D))
-    run = jax.jit(functools.partial(grouped_experts, block=BLOCK))
-    out_rd = run(x_rd, gate_edf, up_edf, down_efd, np.array([16, 0, 8], np.int32))
-    first = swiglu(x_rd[:16], gate_edf[0], up_edf[0], down_efd[0])
-    last = swiglu(x_rd[16:], gate_edf[2], up_edf[2], down_efd[2])
-    np.testing.assert_allclose(out_rd, np.concatenate([first, last]), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize(("expert_ts", "num_experts"), ROUTINGS.values(), ids=ROUTINGS)
+def test_dropless_experts_are_a_loop_over_experts(expert_ts, num_experts, monkeypatch):
+    rows = max(1, int((expert_ts < num_experts).sum()))
+    _check(expert_ts, num_experts, "swiglu", None, monkeypatch, rows=rows)
 
 
-def test_block_rows_follow_the_average_group():
-    assert block_rows(assignments=64, num_experts=64) == 8  # the smallest
-    assert block_rows(assignments=8 * 40, num_experts=8) == 32
-    assert block_rows(assignments=8 * 64, num_experts=8) == 64
-    assert block_rows(assignments=10**6, num_experts=8) == 128  # the largest
+VARIANTS = [(name, None) for name in ("geglu", "gelu", "relu", "squared_relu")]
+VARIANTS += [("swiglu", "output_scale"), ("swiglu", "scale_out")]
+
+
+@pytest.mark.parametrize(("activation", "scale"), VARIANTS)
+def test_every_activation_and_scale(activation, scale, monkeypatch):
+    """16 of 40 assignments go to expert 0 and the head has 8 rows: the CPU's tail is used too."""
+    expert_ts = np.stack([np.arange(20) % 5 // 4, 1 + np.arange(20) % 3], 1).astype(np.int32)
+    expert_ts[4::5, 1] = 3
+    assert experts._plan(20, 4, 16, 1).head == 8
+    _check(expert_ts, 4, activation, scale, monkeypatch, rows=40, expected_rows=16)
+
+
+@pytest.mark.parametrize("scale", [None, "output_scale", "scale_out"])
+def test_capacity_experts_run_each_network_on_its_rows(scale):
+    buf_ecd, dy_ecd = _random(3, (3, 5, D), (3, 5, D))
+    weights = _weights(3, "swiglu", scale)
+
+    def loop(buf_ecd, weights):
+        run = functools.partial(_one_expert, activation="swiglu")
+        return jax.vmap(run, (*_per_expert(weights), 0))(weights, buf_ecd)
+
+    run = functools.partial(capacity_experts, activation="swiglu")
+    for actual, expected in zip(
+        *(_jit_vjp(f)(buf_ecd, weights, dy_ecd) for f in (run, loop)), strict=True
+    ):
+        _compare(actual, expected)
+
+
+def _jit_vjp(function):
+    def value_and_gradients(x, weights, dy):
+        y, transpose = jax.vjp(function, x, weights)
+        return y, *transpose(dy)
+
+    return jax.jit(value_and_gradients)
+
+
+def test_modules_of_ones_own_are_a_loop_over_experts():
+    """SwiGLU written as somebody's own expert, on the routing that fills the tail."""
+    expert_ts = np.full((50, 1), 2, np.int32)
+    x_td, dy_td, weight_ts = _random(4, (50, D), (50, D), (50, 1))
+    weights = _weights(4)
+
+    def run(x_td, expert_ts, weight_ts, weights):
+        def apply_one(params, x_rd):
+            return swiglu(x_rd, **params)
+
+        return dropless_modules(x_td, expert_ts, weight_ts, weights, apply_one, rows=50)
+
+    arguments = (x_td, expert_ts, weight_ts, weights, dy_td)
+    actual = jax.jit(functools.partial(_value_and_gradients, run))(*arguments)
+    _compare(actual, jax.jit(functools.partial(_value_and_gradients, _loop))(*arguments))
+
+
+def _dropless(x_td, expert_ts, weight_ts, weights):
+    return dropless_experts(x_td, expert_ts, weight_ts, weights, activation="swiglu", rows=40)
+
+
+def test_the_weight_gradient_is_summed_in_float32():
+    """600 rows of ones to one expert, most of them in the tail: in bfloat16 a sum stops at 256."""
+    weights = {"up": np.stack([np.eye(D)] * 2), "down": np.ones((2, D, D))}
+    weights = {name: jnp.asarray(w, jnp.bfloat16) for name, w in weights.items()}
+    x_td = jnp.ones((600, D), jnp.bfloat16)
+    expert_ts, weight_ts = np.ones((600, 1), np.int32), np.ones((600, 1), np.float32)
+    run = functools.partial(dropless_experts, activation="relu", rows=600)
+    y_td, dx_td, _, dweights = jax.jit(functools.partial(_value_and_gradients, run))(
+        x_td, expert_ts, weight_ts, weights, x_td
+    )
+    assert y_td.dtype == dx_td.dtype == dweights["down"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y_td.astype(jnp.float32), np.full((600, D), D))
+    np.testing.assert_array_equal(dweights["down"][0].astype(jnp.float32), np.zeros((D, D)))
+    np.testing.assert_array_equal(dweights["down"][1].astype(jnp.float32), np.full((D, D), 600))
+
+
+def test_dropless_experts_under_vmap_scan_and_checkpoint():
+    """Two seeds side by side give what each gives alone; so do scan and checkpoint around it."""
+    expert_nts = np.stack([_routing(20, 2, 4), np.full((20, 2), 4)]).astype(np.int32)
+    expert_nts[1, :, 0] = 3
+    x_ntd, dy_ntd, weight_nts = _random(5, (2, 20, D), (2, 20, D), (2, 20, 2))
+    weights = jax.tree.map(lambda a, b: np.stack([a, b]), _weights(4), _weights(4, seed=6))
+    run = functools.partial(_value_and_gradients, _dropless)
+    again = functools.partial(_value_and_gradients, jax.checkpoint(_dropless))
+    arguments = (x_ntd, expert_nts, weight_nts, weights, dy_ntd)
+    both = jax.jit(jax.vmap(run))(*arguments)
+    scanned = jax.jit(lambda *a: lax.scan(lambda _, x: (None, again(*x)), None, a)[1])(*arguments)
+    for seed in range(2):
+        alone = jax.jit(run)(*(jax.tree.map(lambda a, n=seed: a[n], arguments)))
+        _compare(jax.tree.map(lambda a, n=seed: a[n], both), alone)
+        _compare(jax.tree.map(lambda a, n=seed: a[n], scanned), alone)
+
+
+def test_dropless_experts_inside_shard_map(mesh_of):
+    """Tokens differ over `data` and weights do not: the gradients of the weights are summed."""
+    mesh = mesh_of(2, 1, 1, 1)
+    expert_ts = _routing(40, 2, 4)
+    x_td, dy_td, weight_ts = _random(7, (40, D), (40, D), (40, 2))
+    tokens = P("data")
+    sharded = jax.shard_map(
+        _dropless, mesh=mesh, in_specs=(tokens, tokens, tokens, P()), out_specs=tokens
+    )
+    arguments = (x_td, expert_ts, weight_ts, _weights(4), dy_td)
+    actual = jax.jit(functools.partial(_value_and_gradients, sharded))(*arguments)
+    _compare(actual, jax.jit(functools.partial(_value_and_gradients, _loop))(*arguments))
+
+
+def test_the_tail_has_the_blocks_that_the_routing_needs():
+    """Of 8 experts expert 5 has 20 assignments and expert 6 has 9; 8 of each are in the head."""
+    expert_ts = np.array([5] * 20 + [6] * 9, np.int32)[:, None]
+    groups = sort_by_expert(jnp.asarray(expert_ts), 8)
+    plan = experts._Plan(head=8, block=8, chunks=1)
+    np.testing.assert_array_equal(experts._tail_blocks(groups, plan), [0, 0, 0, 0, 0, 2, 1, 0])
+    expected = [(5, range(8, 16)), (5, [*range(16, 20), *[29] * 4]), (6, [28, *[29] * 7])]
+    for n, (expert, assignments) in enumerate(expected):
+        assignment_1b, e = experts._tail_block(groups, plan, n, 29)
+        assert int(e) == expert
+        np.testing.assert_array_equal(assignment_1b[0], list(assignments))
+
+
+def test_the_head_follows_the_expected_load():
+    """512 rows an expert need 512 + 2 * 22.6, 32 need 32 + 2 * 5.7; 1 has no head."""
+    row_bytes = 4 * (512 + 1024)
+    assert experts._plan(2048, 8, 4096, row_bytes).head == 560
+    assert experts._plan(2048, 128, 4096, row_bytes) == experts._Plan(48, 8, 1)
+    assert experts._plan(1, 8, 2, row_bytes) == experts._Plan(0, 8, 1)
+    assert experts._plan(20, 8, 400, row_bytes).head == 20  # no expert has more rows than tokens
+    assert experts._plan(2048, 64, 2**15, 4 * (512 + 128)).chunks > 1
+
+
+def test_chunks_of_the_head_change_nothing(monkeypatch):
+    monkeypatch.setattr(experts, "CHUNK_ROWS", 1)
+    monkeypatch.setattr(experts, "CHUNK_BYTES", 1000)
+    x_td, dy_td, weight_ts = _random(8, (20, D), (20, D), (20, 2))
+    arguments = (x_td, _routing(20, 2, 4), weight_ts, _weights(4), dy_td)
+    assert experts._plan(20, 4, 40, 4 * (D + F)).chunks == 4
+    actual = jax.jit(functools.partial(_value_and_gradients, _dropless))(*arguments)
+    _compare(actual, jax.jit(functools.partial(_value_and_gradients, _loop))(*arguments))
+
+
+def test_a_gpu_without_tokamax_is_warned_once(monkeypatch, caplog):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    experts._tokamax_ragged_dot.cache_clear()
+    x_rd, w_edf = _random(9, (8, D), (2, D, F))
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            out_rf = experts._gpu_grouped_matmul(x_rd, w_edf, np.array([8, 0], np.int32))
+    np.testing.assert_allclose(out_rf, x_rd @ w_edf[0], rtol=1e-4, atol=1e-5)
+    assert [record.message for record in caplog.records] == [experts.NO_TOKAMAX]
+    experts._tokamax_ragged_dot.cache_clear()

@@ -1,12 +1,15 @@
 """Parameter counts and FLOPs against arithmetic by hand and against published models."""
 
 import dataclasses
+from fractions import Fraction
 
 import pytest
 
 from moejax.config import Config, DataConfig, ModelConfig, MoEConfig
 from moejax.flops import (
     KINDS,
+    active_counts,
+    active_experts,
     active_parameters,
     flops_per_token,
     model_flops_utilization,
@@ -57,6 +60,17 @@ QWEN3_30B_A3B = Config(
     model=_model(48, 2048, 32, 4, 128, 151_936, qk_norm=True),
     moe=MoEConfig(num_experts=128, top_k=8, expert_hidden=768),
 )
+QWEN_MOE_A2_7B = Config(
+    model=_model(24, 2048, 16, 16, 128, 151_936),
+    moe=MoEConfig(
+        num_experts=60,
+        top_k=4,
+        expert_hidden=1408,
+        shared_experts=4,
+        shared_gate="sigmoid",
+        normalize_weights=False,
+    ),
+)
 
 
 def test_counts_by_hand():
@@ -67,6 +81,7 @@ def test_counts_by_hand():
         "dense": 10 * 7 + 10 * 7 + 7 * 10,
         "router": 2 * 10 * 5,
         "experts": 2 * 5 * (10 * 3 + 10 * 3 + 3 * 10),
+        "shared": 0,
         "norms": 3 * (10 + 6 + 6 + 10) + 10,
     }
     assert tuple(parameter_counts(TINY)) == KINDS
@@ -85,7 +100,7 @@ def test_tied_embeddings_and_plain_heads_are_smaller():
 def test_dense_model_has_no_router_and_all_parameters_are_active():
     dense = dataclasses.replace(TINY, moe=dataclasses.replace(TINY.moe, every=None, first_dense=0))
     counts = parameter_counts(dense)
-    assert counts["router"] == counts["experts"] == 0
+    assert counts["router"] == counts["experts"] == counts["shared"] == 0
     assert counts["dense"] == 3 * 210
     assert active_parameters(dense) == total_parameters(dense)
 
@@ -95,6 +110,59 @@ def test_flops_by_hand():
     # each of two layers 2 * 2 * 90, unembedding 110. Attention: 6 * 3 layers * 4 heads * 6 * 8
     # tokens.
     assert flops_per_token(TINY) == 6 * (2160 + 210 + 100 + 360 + 110) + 6 * 3 * 4 * 6 * 8
+
+
+SHARED = {"shared_experts": 2, "shared_gate": "sigmoid"}
+FREE = {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2}
+# What differs from TINY, all of it with D=10, E=5, k=2, F=3, T=8 and in two layers; a network of
+# one expert is 90 parameters.
+LAYERS = {
+    # A network of two experts' width, and its gate [D]; all of it for every token.
+    "shared experts": (SHARED, {"shared": 2 * 180, "router": 2 * (50 + 10)}, 2),
+    # Logits of 9 choices; constant experts with v [D] and a gate [D, 2] each. With weight 3/4 in
+    # the loss, balance is 5 * 3/4 parts networks to 4 parts others.
+    "free experts": (FREE, {"router": 2 * (10 * 9 + 2 * 10 + 2 * 20)}, Fraction(2 * 15, 15 + 16)),
+    "no gate matrix": ({"activation": "gelu"}, {"experts": 2 * 5 * 60}, 2),
+    # Angles of width 4, and a temperature.
+    "cosine": ({"router": "cosine", "cosine_width": 4}, {"router": 2 * (40 + 20 + 1)}, 2),
+    "noisy": ({"router": "noisy"}, {"router": 2 * 100}, 2),
+    "hash": ({"router": "hash"}, {"router": 0}, 2),
+    "dense": ({"router": "dense"}, {"router": 2 * 55}, 5),
+    # Rank 3: [D, R] for all experts, [E, R, D].
+    "elementwise input": (
+        {"router": "elementwise_input", "gate_rank": 3},
+        {"router": 2 * 30, "experts": 2 * (450 + 150)},
+        5,
+    ),
+    "elementwise": ({"router": "elementwise"}, {"router": 0, "experts": 2 * (450 + 50)}, 5),
+    "relu": ({"router": "relu"}, {}, 2),
+    # A quarter of the tokens; a second router [D].
+    "mixture of depths": (
+        {"router": "mixture_of_depths", "depth_fraction": 0.25},
+        {"router": 2 * 60},
+        Fraction(1, 2),
+    ),
+    # 5 experts with 3 slots for a group of 2 * 8 tokens; [D, 15] and a scale.
+    "soft": (
+        {"router": "soft", "soft_slots": 3, "group_sequences": 2},
+        {"router": 2 * 151},
+        Fraction(15, 16),
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "counts", "experts"), LAYERS.values(), ids=LAYERS)
+def test_counts_and_flops_of_every_kind_of_layer_by_hand(changes, counts, experts):
+    changes = {"capacity_factor": None, "allow_noncausal": True, **changes}
+    config = dataclasses.replace(TINY, moe=dataclasses.replace(TINY.moe, **changes))
+    expected = parameter_counts(TINY) | counts
+    assert parameter_counts(config) == expected
+    assert active_experts(config) == experts
+    active = expected | {"experts": round(expected["experts"] * experts / 5)}
+    assert active_counts(config) == active
+    assert active_parameters(config) == sum(active.values())
+    weights = sum(active[k] for k in ("attention", "dense", "router", "experts", "shared")) + 110
+    assert flops_per_token(config) == 6 * weights + 6 * 3 * 4 * 6 * 8
 
 
 def test_flops_do_not_change_with_tying_or_capacity():
@@ -113,8 +181,11 @@ def test_flops_do_not_change_with_tying_or_capacity():
         (OLMOE_1B_7B, 6_919_161_856, 16 * 2 * (2048 - 128)),
         # `general.parameter_count` of Qwen/Qwen3-30B-A3B in GGUF.
         (QWEN3_30B_A3B, 30_532_122_624, 0),
+        # Hugging Face's count of Qwen/Qwen1.5-MoE-A2.7B (safetensors header): four shared experts
+        # behind a gate. Its q, k and v have biases, ours none: 24 layers * 3 * 2048 more.
+        (QWEN_MOE_A2_7B, 14_315_784_192, 24 * 3 * 2048),
     ],
-    ids=["mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b"],
+    ids=["mixtral-8x7b", "olmoe-1b-7b", "qwen3-30b-a3b", "qwen1.5-moe-a2.7b"],
 )
 def test_published_totals_are_met_exactly(config, total, difference):
     assert total_parameters(config) == total - difference
@@ -128,8 +199,10 @@ def test_published_totals_are_met_exactly(config, total, difference):
         (MIXTRAL_8X7B, 12.9, 1),
         # OLMoE (arXiv:2409.02060), table 1: 1.3B active, 6.9B total.
         (OLMOE_1B_7B, 1.3, 1),
+        # qwenlm.github.io/blog/qwen-moe: 14.3B in total, 2.7B activated.
+        (QWEN_MOE_A2_7B, 2.7, 1),
     ],
-    ids=["mixtral-8x7b", "olmoe-1b-7b"],
+    ids=["mixtral-8x7b", "olmoe-1b-7b", "qwen1.5-moe-a2.7b"],
 )
 def test_published_active_counts(config, billions, digits):
     assert round(active_parameters(config) / 1e9, digits) == billions

@@ -11,15 +11,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moejax.config import ConfigError
+from moejax.config import ConfigError, MoEConfig
 from moejax.metrics import (
     FIELDS,
     MetricWriter,
+    cell_image,
     encode_record,
     layer_summary,
     load_image,
+    loss_record,
     read_metrics,
+    routing_record,
+    state_record,
 )
+from moejax.router_stats import RouterStats
 
 
 def _train(step, **fields):
@@ -70,6 +75,106 @@ def test_layer_summary_does_not_round_large_counts():
 def test_layer_summary_refuses_what_is_not_counts(counts):
     with pytest.raises(ValueError, match="give one row for each MoE layer"):
         layer_summary(np.array(counts))
+
+
+# From the sums of a step to a record.
+
+# Two layers of three experts, 5 real tokens, 2 choices each; one assignment found no slot.
+STATS = RouterStats(
+    count_e=np.array([[5, 3, 2], [10, 0, 0]], np.int32),
+    first_e=np.array([[3, 2, 0], [5, 0, 0]], np.int32),
+    dropped_e=np.array([[1, 0, 0], [0, 0, 0]], np.int32),
+    tokens=np.array([5, 5], np.int32),
+    padding=np.array([3, 3], np.int32),
+    probability_e=np.ones((2, 3), np.float32),
+    importance_e=np.ones((2, 3), np.float32),
+    load_e=np.zeros((2, 3), np.float32),
+    z=np.ones(2, np.float32),
+    entropy=np.array([5.0, 2.5], np.float32),
+    sequence_balance=np.ones(2, np.float32),
+    sequences=np.array([1, 1], np.int32),
+    level_eb=np.zeros((2, 3, 0), np.int32),
+    overflow_rounds=np.array([0, 2], np.int32),
+)
+
+
+def test_routing_record_by_hand():
+    assert routing_record(STATS, 8, 5, MoEConfig()) == {
+        "routed": 20,
+        "dropped": 1,
+        "padding": 3,
+        "drop_fraction": 1 / 20,
+        "expert_load": [pytest.approx([0.5, 0.3, 0.2]), [1.0, 0.0, 0.0]],
+        "max_violation": [pytest.approx(0.5), 2.0],
+        "router_entropy": [1.0, 0.5],
+        "dead_experts": [0, 2],
+        "overflow_rounds": [0, 2],
+    }
+
+
+def test_counts_of_a_large_step_do_not_overflow():
+    stats = STATS._replace(count_e=np.full((2, 3), 2**30, np.int32))
+    assert routing_record(stats, 8, 5, MoEConfig())["routed"] == 6 * 2**30
+
+
+def test_a_dense_model_and_a_step_of_padding_have_no_routing():
+    assert routing_record(None, 8, 5, MoEConfig(every=None)) == {
+        "routed": 0,
+        "dropped": 0,
+        "padding": 3,
+        "drop_fraction": 0.0,
+        **{n: [] for n in ("expert_load", "max_violation", "router_entropy", "dead_experts")},
+        "overflow_rounds": [],
+    }
+    nothing = RouterStats(*map(np.zeros_like, STATS))
+    record = routing_record(nothing, 8, 0, MoEConfig())
+    assert (record["padding"], record["drop_fraction"]) == (8, 0.0)
+    assert record["router_entropy"] == record["max_violation"] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("router", ["random", "balanced"])
+def test_a_router_that_is_for_benchmarks_is_named_in_every_record(router):
+    assert routing_record(STATS, 8, 5, MoEConfig(router=router))["forced_routing"] == router
+
+
+def test_loss_record_by_hand():
+    terms = {
+        "balance": np.array([1.0, 1.5], np.float32),
+        "z": np.array([0.25, 0.5], np.float32),
+        "importance": np.array([2.0, 0.0], np.float32),
+    }
+    assert loss_record(terms) == {
+        "balance_loss": 2.5,
+        "router_z_loss": 0.75,
+        "router_losses": {"balance": [1.0, 1.5], "z": [0.25, 0.5], "importance": [2.0, 0.0]},
+    }
+    nothing = loss_record({})
+    assert nothing == {"balance_loss": 0.0, "router_z_loss": 0.0, "router_losses": {}}
+    assert type(nothing["balance_loss"]) is float
+
+
+def test_state_record_by_hand():
+    assert state_record({}) == {}
+    assert state_record({"bias": np.array([[3.0, -4.0], [0.0, 0.0]], np.float32)}) == {
+        "router_bias": [[3.0, -4.0], [0.0, 0.0]],
+        "router_bias_norm": [5.0, 0.0],
+    }
+    threshold = np.array([[0.5, 0.25]], np.float32)
+    assert state_record({"threshold": threshold}) == {"router_threshold": [[0.5, 0.25]]}
+    assert state_record({"l1": np.array([1.0, 3.0], np.float32)}) == {"l1_coefficient": 2.0}
+
+
+def test_what_a_step_gives_is_a_record():
+    """Names, splits and types: `encode_record` refuses a field that FIELDS does not have."""
+    routing = routing_record(STATS, 8, 5, MoEConfig(router="random"))
+    terms = {"balance": np.ones(2, np.float32)}
+    line = encode_record(_train(1) | routing | loss_record(terms))
+    assert _strict(line)["router_losses"] == {"balance": [1.0, 1.0]}
+    for state in ({"bias": np.ones((2, 3))}, {"threshold": np.ones((2, 3))}, {"l1": np.ones(2)}):
+        record = state_record(state)
+        assert set(_strict(encode_record(_train(1, **record)))) > set(record)
+        with pytest.raises(ValueError, match="which the other split holds"):
+            encode_record({"step": 1, "split": "eval"} | record)
 
 
 # Records.
@@ -281,6 +386,7 @@ def test_tensorboard_has_scalars_layers_domains_and_text(tmp_path):
     with MetricWriter(tmp_path, 0) as writer:
         writer.write_text("config", "model.num_layers: 4")
         writer.write(_train(1, mfu=None, max_violation=[0.5, math.nan, 0.25]))
+        writer.write(_train(3, router_losses={"z": [4.0, math.inf], "balance": [1.25, 1.5]}))
         domains = {"code": {"loss": 2.5, "tokens": 7, "bits_per_byte": None}}
         writer.write({"step": 2, "split": "eval", "loss": 3.0, "domains": domains})
     values = _values(tmp_path)
@@ -291,6 +397,10 @@ def test_tensorboard_has_scalars_layers_domains_and_text(tmp_path):
         ("train/loss", 1): 1.5,
         ("train/max_violation/layer_00", 1): 0.5,
         ("train/max_violation/layer_02", 1): 0.25,
+        ("train/loss", 3): 1.5,
+        ("train/router_losses/z/layer_00", 3): 4.0,
+        ("train/router_losses/balance/layer_00", 3): 1.25,
+        ("train/router_losses/balance/layer_01", 3): 1.5,
         ("eval/loss", 2): 3.0,
         ("eval/domains/code/loss", 2): 2.5,
         ("eval/domains/code/tokens", 2): 7.0,
@@ -314,6 +424,18 @@ def test_tensorboard_images_at_each_evaluation_and_every_nth_record(tmp_path):
     }
     picture = Image.open(io.BytesIO(images["train/expert_load", 10].encoded_image_string))
     np.testing.assert_array_equal(np.asarray(picture), load_image(load))
+
+
+def test_tensorboard_shows_the_router_s_bias_as_an_image(tmp_path):
+    """White is 0, full red the largest entry; an entry that is not finite is grey, not fatal."""
+    with MetricWriter(tmp_path, 0, image_every=1) as writer:
+        writer.write(_train(1, router_bias=[[0.5, -0.25, 0.0, math.nan]]))
+        writer.write(_train(2, router_bias=[[0.0, 0.0]]))
+    images = {key: value.image for key, value in _values(tmp_path).items()}
+    picture = np.asarray(
+        Image.open(io.BytesIO(images["train/router_bias", 1].encoded_image_string))
+    )
+    np.testing.assert_array_equal(picture, cell_image(np.array([[2.0, 0.5, 1.0, math.nan]])))
 
 
 def test_tensorboard_forgets_the_steps_that_a_resume_repeats(tmp_path):

@@ -1,0 +1,53 @@
+"""What the user asked for cannot be: the error, and the checks that raise it. No JAX."""
+
+import math
+
+
+class ConfigError(ValueError):
+    """What the user asked for cannot be: the message is one line with values, rule and remedy."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def require_positive(section: str, config: object, *names: str) -> None:
+    """Checks that each named field is None or at least 1."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            value is None or value >= 1,
+            f"{section}.{name}={value} is below 1; use a whole number of at least 1",
+        )
+
+
+def require_finite(section: str, config: object, *names: str) -> None:
+    """Checks that each named field is None or a finite number of at least 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            value is None or (math.isfinite(value) and value >= 0),
+            f"{section}.{name}={value} is not a finite number of at least 0; give one, for "
+            "example 0.1",
+        )
+
+
+def require_above_zero(section: str, config: object, *names: str) -> None:
+    """Checks that each named field is None or a finite number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            value is None or (math.isfinite(value) and value > 0),
+            f"{section}.{name}={value} must be a finite number above 0",
+        )
+
+
+def require_fraction(section: str, config: object, *names: str) -> None:
+    """Checks that each named field is in [0, 1)."""
+    for name in names:
+        value = getattr(config, name)
+        require(
+            0 <= value < 1, f"{section}.{name}={value} is outside [0, 1); use a fraction below 1"
+        )

@@ -1,0 +1,121 @@
+"""What each transport moves over the expert axis and holds on a device, by formula.
+
+Z devices on the expert axis, T tokens of a microbatch on a device, b bytes a number in the compute
+dtype, S = k selected experts a token. Forward; the backward pass moves the same rows again.
+Collectives over fsdp and tensor are not counted.
+"""
+
+import math
+from fractions import Fraction
+
+from moejax.config import Config, MeshConfig
+from moejax.dispatch import expert_capacity
+
+TRANSPORTS = ("all_to_all", "ragged", "gather")
+FORMULAS = {
+    "slots": "2 * D * b * E * C / group tokens * (1 - 1/Z)",
+    "soft": "2 * D * b * E * slots / group tokens * (1 - 1/Z)",
+    "padded": "(2 * D * b + 4) * Z * ceil(buffer_factor * T * k / Z) / T * (1 - 1/Z)",
+    "ragged": "(2 * D * b + 4) * k * (1 - 1/Z)",
+    "gather": "(2 * D * b + 8 * S) * (Z - 1)",
+    "reference": "every device computes every expert",
+}
+
+
+def formula(config: Config, how: str) -> str:
+    """Returns which entry of FORMULAS holds for the transport `how`."""
+    if how != "all_to_all":
+        return how
+    if config.moe.router == "soft":
+        return "soft"
+    return "padded" if config.moe.capacity_factor is None else "slots"
+
+
+def group_tokens(config: Config) -> int:
+    """Returns the positions of one capacity group."""
+    return config.moe.group_sequences * config.data.sequence_length
+
+
+def slots(config: Config, capacity_factor: float) -> int:
+    """Returns the slots of an expert in a group without padding.
+
+    With `capacity_by_expert` those of the largest, which is what every expert's buffer holds.
+    """
+    moe = config.moe
+    largest = Fraction(str(max(moe.capacity_by_expert or (1.0,))))
+    factor = Fraction(str(capacity_factor)) * largest
+    return expert_capacity(group_tokens(config), moe.num_experts, moe.mean_selected, factor)
+
+
+def local_tokens(config: Config, sizes: MeshConfig) -> int:
+    """Returns the positions of a microbatch on one device."""
+    microbatch = config.train.batch_size // config.train.accumulation
+    return microbatch // sizes.token_shards * config.data.sequence_length
+
+
+def part_rows(config: Config, sizes: MeshConfig) -> int:
+    """Returns the rows that a device sends to each other one in the padded dropless exchange."""
+    assert sizes.expert is not None
+    tokens = local_tokens(config, sizes)
+    balanced = int(config.moe.buffer_factor * tokens * config.moe.mean_selected)
+    return min(math.ceil(balanced / sizes.expert), tokens * config.moe.slots_per_token)
+
+
+def exchange_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
+    """Returns the bytes that a token costs its device in one MoE layer, forward, over `expert`.
+
+    See FORMULAS; `ragged` is the mean of a balanced routing, the others are exact. Empty slots are
+    sent too. 4 bytes a row say which expert it is for; `gather` sends 8 bytes a selection, expert
+    and weight.
+    """
+    moe, degree = config.moe, sizes.expert
+    assert degree is not None
+    both_ways = 2 * config.model.d_model * itemsize(config)
+    away = 1 - 1 / degree
+    kind = formula(config, how)
+    if kind == "gather":
+        return float((both_ways + 8 * moe.slots_per_token) * (degree - 1))
+    if kind == "ragged":
+        return (both_ways + 4) * moe.mean_selected * away
+    if kind == "padded":
+        rows = degree * part_rows(config, sizes) / local_tokens(config, sizes)
+        return (both_ways + 4) * rows * away
+    if kind == "soft":
+        return both_ways * moe.num_experts * moe.soft_slots / group_tokens(config) * away
+    if kind == "slots":
+        assert moe.capacity_factor is not None
+        rows = moe.num_experts * slots(config, moe.capacity_factor) / group_tokens(config)
+        return both_ways * rows * away
+    return 0.0
+
+
+def buffer_rows(config: Config, sizes: MeshConfig, how: str) -> int:
+    """Returns the rows [D] that one device holds between dispatch and combine, in one MoE layer.
+
+    all_to_all: the buffers before and after the exchange, of equal size. ragged: the sent
+    assignments and the receive buffer. gather: the tokens of the expert group, and their rows by
+    expert. reference: 0, no buffer. On one device nothing is sent.
+    """
+    moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
+    assert degree is not None
+    sent = tokens * moe.slots_per_token
+    received = min(int(moe.buffer_factor * tokens * moe.mean_selected), degree * sent)
+    kind = formula(config, how)
+    if kind == "slots":
+        assert moe.capacity_factor is not None
+        groups = tokens // group_tokens(config)
+        return groups * moe.num_experts * slots(config, moe.capacity_factor)
+    if kind == "soft":
+        return tokens // group_tokens(config) * moe.num_experts * moe.soft_slots
+    if kind == "reference":
+        return 0
+    if degree == 1:
+        return received
+    if kind == "padded":
+        return 2 * degree * part_rows(config, sizes)
+    return sent + received if kind == "ragged" else tokens * degree + received
+
+
+def itemsize(config: Config) -> int:
+    """Returns the bytes of a number in the compute dtype."""
+    return {"float32": 4, "bfloat16": 2}[config.model.dtype]

@@ -1,0 +1,243 @@
+"""The ways of a token to its experts and back: one function for each transport.
+
+All are called inside the layer's `shard_map`, with one device's tokens. `by_slots` and `by_mixing`
+move equal buffers; the others move assignments, and drop none of those that they are given.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from jax import lax
+
+from moejax import exchange
+from moejax.dispatch import Slots, combine, dispatch, grouped_slots, rank_in_expert, rows_of_slots
+from moejax.moe_config import MoEConfig
+from moejax.rounds import sum_rounds
+from moejax.routing import SoftMixing
+from moejax.sharding import BATCH_AXES, vary_like
+
+
+class Experts(NamedTuple):
+    """The expert networks of one device.
+
+    Attributes:
+        weights: leading dim E/Z; whole over fsdp, in the compute dtype.
+        on_slots: (buf [E/Z, C, D], weights) -> [E/Z, C, D].
+        on_rows: `experts.dropless_experts` or `dropless_modules` with all but arrays bound.
+    """
+
+    weights: Any
+    on_slots: Callable
+    on_rows: Callable
+
+
+def by_slots(experts: Experts, x_gtd, weight_gts, slots: Slots, num_experts: int):
+    """Capacity: equal buffers [G, E, C, D], an all-to-all to the experts and one back."""
+    with jax.named_scope("dispatch"):
+        buf_grd = jax.vmap(dispatch)(x_gtd, slots)
+        buf_gecd = rearrange(buf_grd, "g (e c) d -> g e c d", e=num_experts)
+    out_gecd = _to_experts_and_back(experts, buf_gecd)
+    with jax.named_scope("combine"):
+        out_grd = rearrange(out_gecd, "g e c d -> g (e c) d")
+        return jax.vmap(combine)(out_grd, weight_gts, slots)
+
+
+def by_mixing(experts: Experts, x_gtd, mixing: SoftMixing):
+    """Soft MoE: every slot is a mean of a group's tokens, every output a mean of its slots."""
+    with jax.named_scope("dispatch"):
+        mix_gtep = mixing.dispatch_gtep.astype(x_gtd.dtype)
+        buf_gepd = jnp.einsum("gtd,gtep->gepd", x_gtd, mix_gtep)
+    out_gepd = _to_experts_and_back(experts, buf_gepd)
+    with jax.named_scope("combine"):
+        mix_gtep = mixing.combine_gtep.astype(x_gtd.dtype)
+        return jnp.einsum("gepd,gtep->gtd", *vary_like(out_gepd, mix_gtep))
+
+
+def _to_experts_and_back(experts: Experts, buf_gecd):
+    with jax.named_scope("exchange"):
+        buf_ecd = exchange.slots_to_experts(exchange.groups_to_slots(buf_gecd))
+    with jax.named_scope("experts"):
+        buf_ecd = experts.on_slots(buf_ecd, experts.weights)
+    with jax.named_scope("exchange_back"):
+        buf_ecd = exchange.slots_to_tokens(buf_ecd)
+        return exchange.slots_to_groups(buf_ecd, buf_gecd.shape[0])
+
+
+def by_assignments(
+    experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Moves assignments by `config.resolved_transport`; none is dropped.
+
+    Args:
+        expert_ts: int32 [T, S]; num_experts marks no assignment.
+
+    Returns:
+        y [T, D], partial over the tensor axis, and int32: rounds after the first over the receive
+        buffer, the most of any device.
+    """
+    way = {"all_to_all": _by_peers, "ragged": _by_ragged, "gather": _by_gather}
+    if exchange.expert_degree() == 1:
+        run = _at_home
+    else:
+        run = way[config.resolved_transport]
+    return run(experts, x_td, expert_ts, weight_ts, config)
+
+
+def balanced_rows(tokens: int, config: MoEConfig) -> int:
+    """Returns `buffer_factor` times the balanced load of a device with that many tokens."""
+    return int(config.buffer_factor * tokens * config.mean_selected)
+
+
+def _in_rounds(run: Callable, operands, fixed, rounds, most: int):
+    """Returns `sum_rounds` and the rounds after the first; a plain call where one always fits."""
+    if most <= 1:
+        return run(0, operands, fixed), jnp.zeros((), jnp.int32)
+    rounds = jnp.maximum(rounds, 1)
+    y = sum_rounds(run, operands, fixed, rounds)
+    varies = jax.typeof(rounds).manual_axis_type.varying
+    return y, lax.pmax(rounds - 1, BATCH_AXES) if varies else rounds - 1
+
+
+def _window(expert_ts: jax.Array, index, rows: int, none: int) -> jax.Array:
+    """Returns `expert_ts` with `none` for all assignments but those of round `index`."""
+    real_a = (expert_ts < none).reshape(-1)
+    position_a = jnp.cumsum(real_a, dtype=jnp.int32) - 1
+    inside_a = real_a & (position_a // rows == index)
+    return jnp.where(inside_a.reshape(expert_ts.shape), expert_ts, none)
+
+
+def _local_rounds(experts: Experts, x_td, expert_ts, weight_ts, local: int, rows: int, config):
+    """Runs this device's `local` experts on tokens that are here, `rows` assignments at once."""
+
+    def run(index, operands, expert_ts):
+        weights, x_td, weight_ts = operands
+        chosen_ts = _window(expert_ts, index, rows, local) if most > 1 else expert_ts
+        expected = min(rows, int(rows / config.buffer_factor) + 1)
+        return experts.on_rows(
+            x_td, chosen_ts, weight_ts, weights, rows=rows, expected_rows=expected
+        )
+
+    most = -(-expert_ts.shape[0] * min(expert_ts.shape[1], local) // rows)
+    count = (expert_ts < local).sum(dtype=jnp.int32)
+    operands = vary_tree((experts.weights, x_td, weight_ts), expert_ts)
+    return _in_rounds(run, operands, expert_ts, -(-count // rows), most)
+
+
+def vary_tree(tree: Any, like: jax.Array) -> Any:
+    """Marks every array of a tree as varying over the axes that any of them or `like` varies over.
+
+    A loop over rounds adds up gradients in a carry of one type.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, vary_like(*leaves, like)[:-1])
+
+
+def _at_home(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
+    """One device holds all experts: nothing is exchanged."""
+    rows = min(balanced_rows(expert_ts.shape[0], config), expert_ts.size)
+    return _local_rounds(experts, x_td, expert_ts, weight_ts, config.num_experts, rows, config)
+
+
+def _by_gather(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
+    """The expert group's tokens come to every device, which runs its experts on them."""
+    with jax.named_scope("exchange"):
+        x_td, expert_ts, weight_ts = jax.tree.map(
+            exchange.gather_tokens, (x_td, expert_ts, weight_ts)
+        )
+        expert_ts = exchange.local_experts(expert_ts, config.num_experts)
+    degree = exchange.expert_degree()
+    local = config.num_experts // degree
+    rows = min(balanced_rows(expert_ts.shape[0] // degree, config), expert_ts.size)
+    y_td, further = _local_rounds(experts, x_td, expert_ts, weight_ts, local, rows, config)
+    with jax.named_scope("exchange_back"):
+        return exchange.scatter_results(y_td), further
+
+
+def _run_received(experts: Experts, weights: Any, x_rd, expert_r, config: MoEConfig):
+    """Runs this device's experts on rows that were received, each for one expert."""
+    rows = x_rd.shape[0]
+    one_r1 = jnp.ones((rows, 1), jnp.float32)
+    expected = min(rows, int(rows / config.buffer_factor) + 1)
+    return experts.on_rows(
+        x_rd, expert_r[:, None], one_r1, weights, rows=rows, expected_rows=expected
+    )
+
+
+def _by_peers(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
+    """A padded all-to-all: every device has the same number of rows for every other one."""
+    degree, none = exchange.expert_degree(), config.num_experts
+    local, assignments = none // degree, expert_ts.size
+    part = min(-(-balanced_rows(expert_ts.shape[0], config) // degree), assignments)
+    rows = part * degree
+    with jax.named_scope("assign"):
+        peer_a = jnp.where(expert_ts < none, expert_ts // local, degree).reshape(-1)
+        rank_a, by_peer = rank_in_expert(peer_a, degree)
+        rounds = lax.pmax(-(-by_peer.count_e.max() // part), BATCH_AXES)
+
+    def run(index, operands, fixed):
+        weights, x_td, weight_ts = operands
+        expert_ts, peer_a, rank_a = fixed
+        with jax.named_scope("assign"):
+            inside_a = (rank_a // part == index) & (peer_a < degree)
+            slot_a = jnp.where(inside_a, peer_a * part + rank_a - index * part, rows)
+            slots = rows_of_slots(slot_a.reshape(expert_ts.shape), rows)
+            expert_r = _row_experts(expert_ts, slots, local)
+        with jax.named_scope("dispatch"):
+            x_rd = dispatch(x_td, slots)
+        with jax.named_scope("exchange"):
+            x_rd, expert_r = exchange.peers_exchange(x_rd), exchange.peers_exchange(expert_r)
+        y_rd = _run_received(experts, weights, x_rd, expert_r, config)
+        with jax.named_scope("exchange_back"):
+            y_rd = exchange.peers_exchange(y_rd)
+        with jax.named_scope("combine"):
+            return combine(y_rd, weight_ts, slots)
+
+    most = -(-assignments // part)
+    operands = vary_tree((experts.weights, x_td, weight_ts), expert_ts)
+    return _in_rounds(run, operands, (expert_ts, peer_a, rank_a), rounds, most)
+
+
+def _row_experts(expert_ts: jax.Array, slots: Slots, local: int) -> jax.Array:
+    """Returns int32 [R]: each row's expert by its number on its device, `local` for no row."""
+    expert_a = expert_ts.reshape(-1)
+    return (expert_a % local).at[slots.assignment_r].get(mode="fill", fill_value=local)
+
+
+def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
+    """A ragged all-to-all: every device sends each other one exactly the rows that are for it.
+
+    The send buffer holds every assignment that a device can make: T * k rows, and T * E where a
+    router may choose any number of experts.
+    """
+    degree, none = exchange.expert_degree(), config.num_experts
+    local, send = none // degree, expert_ts.size
+    rows = min(balanced_rows(expert_ts.shape[0], config), degree * send)
+    with jax.named_scope("assign"):
+        slots = grouped_slots(expert_ts, num_experts=none, rows=send)
+        count_z = slots.group_size_e.reshape(degree, local).sum(1)
+        count_zz = exchange.gather_counts(count_z)
+        rounds = lax.pmax(-(-count_zz.sum(0).max() // rows), BATCH_AXES)
+
+    def run(index, operands, fixed):
+        weights, x_td, weight_ts = operands
+        expert_ts, slots, count_zz = fixed
+        with jax.named_scope("dispatch"):
+            x_nd = dispatch(x_td, slots)
+            expert_n = _row_experts(expert_ts, slots, local)
+        with jax.named_scope("exchange"):
+            plan = exchange.ragged_window(count_zz, index, rows)
+            x_rd = exchange.ragged_exchange(x_nd, plan, rows)
+            number_r = exchange.ragged_exchange(expert_n + 1, plan, rows)
+            expert_r = jnp.where(number_r > 0, number_r - 1, local)
+        y_rd = _run_received(experts, weights, x_rd, expert_r, config)
+        with jax.named_scope("exchange_back"):
+            y_nd = exchange.ragged_exchange(y_rd, plan.back, send)
+        with jax.named_scope("combine"):
+            return combine(y_nd, weight_ts, slots)
+
+    most = -(-degree * send // rows)
+    operands = vary_tree((experts.weights, x_td, weight_ts), expert_ts)
+    return _in_rounds(run, operands, (expert_ts, slots, count_zz), rounds, most)
