@@ -122,6 +122,7 @@ class TrainConfig:
     steps: int = 1000
     batch_size: int = 16
     accumulation: int = 1
+    replay: str | None = None  # workdir of a run whose choices of experts are used again
 
     def __post_init__(self):
         require_positive("train", self, "steps", "batch_size", "accumulation")
@@ -211,9 +212,10 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """Write a line of metrics every `every` steps."""
+    """Write a line of metrics every `every` steps; `choices` also writes what `replay` reads."""
 
     every: int = 10
+    choices: bool = False  # the experts of every token of every step, compressed
 
     def __post_init__(self):
         require_positive("logging", self, "every")

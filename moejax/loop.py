@@ -27,6 +27,7 @@ from moejax.optim import make_optimizer
 from moejax.overrides import config_to_dict, config_to_json
 from moejax.plots import plot_expert_load, plot_loss
 from moejax.progress import TrainProgress, show_summary
+from moejax.replay import load_choices, save_choices
 from moejax.sharding import place_batch
 from moejax.state import initial_state
 from moejax.step import StepMetrics, make_train_step
@@ -99,6 +100,7 @@ class Training:
     ):
         self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
         self.evaluator, self.checkpoints = evaluator, checkpoints
+        self._choices_to_replay(1)  # refused before anything is compiled
         self.step_function, abstract = make_train_step(config, mesh)
         self.counters = {"tokens_seen": 0, "routed_seen": 0, "dropped_seen": 0}
         if checkpoints.steps:
@@ -152,7 +154,8 @@ class Training:
             Prefetch(self._batch, self.start) as batches,
         ):
             for step in range(self.start + 1, config.train.steps + 1):
-                self.state, metrics = self.step_function(self.state, next(batches))
+                choices = self._choices_to_replay(step)
+                self.state, metrics = self.step_function(self.state, next(batches), choices)
                 late.push(step, metrics)
                 self._hooks(step, late)
             late.flush()
@@ -167,6 +170,10 @@ class Training:
 
         train = self.config.train
         return place_batch(self.mesh, rows, train.batch_size, train.accumulation)
+
+    def _choices_to_replay(self, step: int) -> jax.Array | None:
+        replays = self.config.train.replay is not None and self.config.num_moe_layers > 0
+        return load_choices(self.config, self.mesh, step) if replays else None
 
     def _hooks(self, step: int, late: "LateMetrics") -> None:
         config, last = self.config, step == self.config.train.steps
@@ -210,6 +217,8 @@ class Training:
         routing = routing_record(
             metrics.stats, positions, int(metrics.totals.tokens), self.config.moe
         )
+        if metrics.choice_albts is not None and self.main_process:
+            save_choices(self.workdir, step, np.asarray(metrics.choice_albts))
         self.counters["tokens_seen"] += int(metrics.totals.targets)
         self.counters["routed_seen"] += routing["routed"]
         self.counters["dropped_seen"] += routing["dropped"]

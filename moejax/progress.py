@@ -60,6 +60,8 @@ def status_line(record: Record) -> str:
         layer, value = worst
         parts.append(f"drop {_percent(record.get('drop_fraction'))}")
         parts.append(f"MaxVio {value:.2f} (layer {layer})")
+    if forced := record.get("forced_routing"):
+        parts.append(f"FORCED ROUTING ({forced})")  # a benchmark, not a training
     return "  ".join(parts)
 
 

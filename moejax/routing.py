@@ -206,9 +206,12 @@ def _noisy(x_btd, weights, state, inputs, config) -> Routing:
         noisy_bte = logits.used + noise_bte * deviation_bte
         load_bte = _load(logits, noisy_bte, deviation_bte, config.top_k)
     expert_bts = _choices(top_experts(noisy_bte, config.top_k), inputs, config)
-    absent_bts = expert_bts == config.choices
-    chosen_bts = jnp.where(absent_bts, -jnp.inf, _pick(noisy_bte, expert_bts))
-    chosen_bts = jnp.where(absent_bts.all(-1, keepdims=True), 0, chosen_bts)
+    chosen_bts = _pick(noisy_bte, expert_bts)
+    # A replay may name an expert that dropout has closed: its weight is 0, as that of none.
+    absent_bts = (expert_bts == config.choices) | jnp.isneginf(chosen_bts)
+    all_absent_bt1 = absent_bts.all(-1, keepdims=True)
+    chosen_bts = jnp.where(absent_bts & ~all_absent_bt1, -jnp.inf, chosen_bts)
+    chosen_bts = jnp.where(all_absent_bt1, 0, chosen_bts)
     weight_bts = jnp.where(absent_bts, 0, jax.nn.softmax(chosen_bts))
     return Routing(
         expert_bts, weight_bts, jax.nn.softmax(logits.used), logits.clean, load_bte=load_bte

@@ -10,7 +10,7 @@ from einops import rearrange
 
 from moejax.sharding import vary_like
 
-SINKHORN_ITERATIONS = 20  # column sums are exact and rows within 1e-3 of 1 long before
+SINKHORN_ITERATIONS = 20  # tests/test_routing.py: sums within 1e-4 on logits skewed by 3 deviations
 
 
 def top_experts(score_bte: jax.Array, top_k: int) -> jax.Array:

@@ -57,6 +57,8 @@ class StepMetrics(NamedTuple):
         learning_rate: of this step.
         totals: counts of the step.
         stats: routing sums [layers, ...]; None for a dense model.
+        choice_albts: int32 [accumulation, MoE layers, B, T, S]; the experts that tokens chose, with
+            `logging.choices`, else None.
         router_state: after the step, [layers, ...], without the table of router `hash`.
         finite: by quantity, in the order of the computation: whether it is finite everywhere.
     """
@@ -66,6 +68,7 @@ class StepMetrics(NamedTuple):
     learning_rate: jax.Array
     totals: Totals
     stats: RouterStats | None
+    choice_albts: jax.Array | None
     router_state: dict[str, jax.Array]
     finite: OrderedDict[str, jax.Array]
 
@@ -142,8 +145,10 @@ def gradients(
     params: Any,
     router_state: dict[str, jax.Array],
     parts: Microbatch,
-) -> tuple[Any, Losses, RouterStats | None, Totals]:
-    """Returns the step's gradients, losses and routing: of one large batch, however it is split.
+) -> tuple[Any, Losses, RouterStats | None, Totals, jax.Array | None]:
+    """Returns the step's gradients, losses, routing, totals and, if they are logged, choices.
+
+    They are those of one large batch, however it is split.
 
     Args:
         graph: of `model_graph`.
@@ -168,19 +173,24 @@ def gradients(
                 if moe.microbatch_balance_loss_weight:
                     level = microbatch_balance(out.stats, total, moe)
                     objective_loss += moe.microbatch_balance_loss_weight * level.sum()
-        return objective_loss, (loss, level, out.stats)
+        choices = out.choice_lbts if config.logging.choices else None
+        return objective_loss, ((loss, level, out.stats), choices)
 
     gradient = jax.grad(objective, has_aux=True)
     if batch.tokens.shape[0] == 1:
-        grads, (loss, level, stats) = gradient(params, _first(parts))
+        grads, ((loss, level, stats), choices) = gradient(params, _first(parts))
+        choices = jax.tree.map(lambda leaf: leaf[None], choices)
     else:
-        shapes = jax.eval_shape(gradient, params, _first(parts))
-        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf)), shapes)
-        (grads, (loss, level, stats)), _ = jax.lax.scan(
-            lambda sums, part: (_add(sums, gradient(params, part)), None), start, parts
-        )
+
+        def accumulate(sums, part: Microbatch):
+            grads, (values, choices) = gradient(params, part)
+            return _add(sums, (grads, values)), choices
+
+        grads, (values, _) = jax.eval_shape(gradient, params, _first(parts))
+        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf)), (grads, values))
+        (grads, (loss, level, stats)), choices = jax.lax.scan(accumulate, start, parts)
         grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    return grads, whole_losses(loss, level, stats, l1_l, moe), stats, total
+    return grads, whole_losses(loss, level, stats, l1_l, moe), stats, total, choices
 
 
 def _sum_dtype(leaf: Any):
@@ -228,7 +238,7 @@ def train_step(
         state: TrainState, batch: Batch, choices: jax.Array | None = None
     ) -> tuple[TrainState, StepMetrics, Any]:
         key_ab = sequence_keys(state.rng, state.step, batch.tokens.shape[:2])
-        grads, parts, stats, total = gradients(
+        grads, parts, stats, total, chosen = gradients(
             config, graph, state.params, state.router_state, Microbatch(batch, key_ab, choices)
         )
         grads = jax.lax.with_sharding_constraint(grads, tree_shardings(mesh, grads))
@@ -245,6 +255,7 @@ def train_step(
             learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
             totals=total,
             stats=stats,
+            choice_albts=chosen,
             router_state={k: v for k, v in router_state.items() if k != "table"},
             finite=_finite(parts, stats, grads, grad_norm, params),
         )
@@ -254,7 +265,7 @@ def train_step(
     return step
 
 
-Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+Step = Callable[..., tuple[TrainState, StepMetrics]]  # of state, batch and choices to replay
 
 
 def make_train_step(config: Config, mesh: Mesh) -> tuple[Step, TrainState]:
@@ -264,8 +275,10 @@ def make_train_step(config: Config, mesh: Mesh) -> tuple[Step, TrainState]:
     abstract = abstract_state(config, mesh, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
-    def without_gradients(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        return step(state, batch)[:2]
+    def without_gradients(
+        state: TrainState, batch: Batch, choices: jax.Array | None = None
+    ) -> tuple[TrainState, StepMetrics]:
+        return step(state, batch, choices)[:2]
 
     jitted = jax.jit(
         without_gradients, donate_argnums=0, out_shardings=(shardings, replicated(mesh))

@@ -1,0 +1,75 @@
+"""Router replay: the experts that tokens chose in one run, used in another.
+
+`logging.choices=True` writes the choices of every step to `<workdir>/choices`; `train.replay=DIR`
+reads those of another run. Weights are computed anew from the router's scores, with gradient, and
+the router state stays as it is.
+"""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from moejax.config import Config
+from moejax.errors import ConfigError
+from moejax.sharding import BATCH_AXES
+
+FOLDER = "choices"
+
+
+def _file(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step_{step:08d}.npz"
+
+
+def save_choices(workdir: Path, step: int, choice_albts: np.ndarray) -> None:
+    """Writes the choices of a finished step, in the order of the batch's rows.
+
+    Args:
+        choice_albts: int32 [accumulation, MoE layers, B, T, S].
+    """
+    choice_lbts = np.concatenate(list(choice_albts), axis=1)
+    file = _file(workdir, step)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.name}")
+    with open(partial, "wb") as stream:
+        np.savez_compressed(stream, choice_lbts=choice_lbts.astype(np.int16))
+    partial.replace(file)
+
+
+def load_choices(config: Config, mesh: Mesh, step: int) -> jax.Array:
+    """Returns the recorded choices [accumulation, MoE layers, B, T, S] of `train.replay`.
+
+    Raises:
+        ConfigError: the run has no choices of that step, or they are of another shape.
+    """
+    assert config.train.replay is not None
+    run = Path(config.train.replay)
+    file = _file(run, step)
+    try:
+        choice_lbts = np.load(file)["choice_lbts"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"train.replay={run} has no readable choices of step {step} ({error}); record them "
+            "with logging.choices=True in a run of at least as many steps"
+        ) from None
+    train, moe = config.train, config.moe
+    wanted = (
+        config.num_moe_layers,
+        train.batch_size,
+        config.data.sequence_length,
+        moe.slots_per_token,
+    )
+    if choice_lbts.shape != wanted:
+        raise ConfigError(
+            f"train.replay={run} has choices of shape {choice_lbts.shape} at step {step} and this "
+            f"config needs [MoE layers, sequences, tokens, choices] = {wanted}; use the same "
+            "model.num_layers, train.batch_size, data.sequence_length and moe.top_k"
+        )
+    micro = train.batch_size // train.accumulation
+    shape = (train.accumulation, wanted[0], micro, *wanted[2:])
+    split = choice_lbts.astype(np.int32).reshape(wanted[0], train.accumulation, micro, *wanted[2:])
+    choices = np.ascontiguousarray(split.swapaxes(0, 1))
+    sharding = NamedSharding(mesh, P(None, None, BATCH_AXES))
+    return jax.make_array_from_callback(shape, sharding, lambda index: choices[index])
