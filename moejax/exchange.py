@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
-from moejax.sharding import vary_like
+from moejax.sharding import vary_like, varying_axes
 
 EXPERT_AXIS = "expert"
 FSDP_AXIS = "fsdp"
@@ -175,7 +175,13 @@ def gather_weights(w: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.
 
 def sum_tensor(y: jax.Array) -> jax.Array:
     """Sums the partial products of the experts' hidden dim over the tensor axis."""
-    return lax.psum(y, TENSOR_AXIS)
+    return y if lax.axis_size(TENSOR_AXIS) == 1 else lax.psum(y, TENSOR_AXIS)
+
+
+def most(count: jax.Array) -> jax.Array:
+    """Returns the largest of all devices' counts."""
+    axes = varying_axes(count)
+    return lax.pmax(count, axes) if axes else count
 
 
 def groups_to_slots(buf_gecd: jax.Array) -> jax.Array:

@@ -25,7 +25,14 @@ from moejax.moe_config import MoEConfig
 from moejax.parameters import kind_of, moe_parameters
 from moejax.router_stats import RouterStats, router_stats
 from moejax.routing import RouterInputs, Routing, route, soft_mixing
-from moejax.sharding import BATCH_AXES, parameter_spec, vary_like
+from moejax.sharding import (
+    BATCH_AXES,
+    parameter_spec,
+    split_spec,
+    vary_like,
+    vary_tree,
+    varying_axes,
+)
 from moejax.transport import Experts, by_assignments, by_mixing, by_slots
 
 Weights = Mapping[str, Any]  # arrays; under "expert" a pytree of one's own experts
@@ -187,7 +194,8 @@ def apply_moe(
         n: P("expert") if n == "expert" else parameter_spec(f"moe/{n}", w.ndim)
         for n, w in routed.items()
     }
-    tokens = P(BATCH_AXES)
+    specs = {name: split_spec(spec, mesh) for name, spec in specs.items()}
+    tokens = split_spec(P(BATCH_AXES), mesh)
     run = jax.shard_map(
         functools.partial(_moe_local, config=config, apply_one=apply_one),
         mesh=mesh,
@@ -250,7 +258,9 @@ def _moe_local(weights, x_btd, inputs: RouterInputs, state, *, config: MoEConfig
     if config.free_experts:
         with jax.named_scope("free_experts"):
             y_btd += free_outputs(weights, x_btd, kept_bts, routing.weight_bts, config)
-    stats = jax.lax.psum(router_stats(routing, kept_bts, inputs.mask_bt, config), BATCH_AXES)
+    stats = router_stats(routing, kept_bts, inputs.mask_bt, config)
+    if axes := varying_axes(x_btd):
+        stats = jax.lax.psum(vary_tree(stats, x_btd), axes)
     return y_btd, stats._replace(overflow_rounds=further), routing.expert_bts
 
 
@@ -293,7 +303,8 @@ def _run_experts(
     if config.capacity_factor is not None:
         slots = _assign(expert_bts, inputs, routing, config, group)
         kept_bts = kept_experts(group(expert_bts), slots, none).reshape(expert_bts.shape)
-    if slots is not None and config.resolved_transport == "all_to_all":
+    # On one expert device nothing is exchanged, and what was kept needs no empty slots.
+    if slots is not None and _by_equal_slots(config):
         y_gtd = by_slots(experts, group(x_btd), group(routing.weight_bts), slots, none)
         y_btd, further = y_gtd.reshape(x_btd.shape), jnp.zeros((), jnp.int32)
     else:
@@ -305,6 +316,10 @@ def _run_experts(
     # A free expert has no capacity: its choices are kept. What was dropped gets the sentinel.
     kept_bts = jnp.where(kept_bts < none, kept_bts, config.choices)
     return y_btd, jnp.where(routing.expert_bts < none, kept_bts, routing.expert_bts), further
+
+
+def _by_equal_slots(config: MoEConfig) -> bool:
+    return config.resolved_transport == "all_to_all" and exchange.expert_degree() > 1
 
 
 @functools.partial(jax.named_call, name="assign")

@@ -32,7 +32,7 @@ from moejax.selection import (
     top_tokens,
 )
 
-TINY = 1e-20  # keeps 0 / 0 out where every sigmoid score has underflowed
+TINY = 1e-15  # of a sum of scores that underflowed; its square, in the gradient, is above 0
 SMALLEST_NOISE = 1e-6  # standard deviation of router="noisy" where softplus has underflowed
 
 
@@ -138,7 +138,7 @@ def _pick(score_bte: jax.Array, expert_bts: jax.Array) -> jax.Array:
 
 
 def _normalize(value: jax.Array) -> jax.Array:
-    return value / (value.sum(-1, keepdims=True) + TINY)
+    return value / jnp.maximum(value.sum(-1, keepdims=True), TINY)
 
 
 def _weigh(score_bte: jax.Array, expert_bts: jax.Array, config: MoEConfig) -> jax.Array:

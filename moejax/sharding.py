@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from moejax.config import AXES
 from moejax.mesh import AnyMesh
 from moejax.parameters import AXES_OF
 
@@ -104,6 +105,27 @@ def place_batch(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> An
     return jax.tree.map(assemble, template, *[shards[device] for device in index_map])
 
 
+def split_spec(spec: P, mesh: AnyMesh) -> P:
+    """Returns `spec` without the mesh axes of size 1.
+
+    An array that is split over an axis of one device would need a sum over that axis, and XLA:CPU
+    copies every array that it sums.
+    """
+
+    def split(entry):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        names = tuple(name for name in names if mesh.shape[name] > 1)
+        return names or None
+
+    return P(*(split(entry) for entry in spec))
+
+
+def varying_axes(array: jax.Array) -> tuple[str, ...]:
+    """Inside `shard_map`, returns the axes over which an array varies, in the mesh's order."""
+    varying = jax.typeof(array).manual_axis_type.varying
+    return tuple(axis for axis in AXES if axis in varying)
+
+
 def vary_like(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Inside `shard_map`, marks all arrays as varying over every axis over which one of them does.
 
@@ -117,3 +139,12 @@ def vary_like(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     missing = axes - jax.typeof(array).manual_axis_type.varying
     return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
+
+
+def vary_tree(tree: Any, like: jax.Array) -> Any:
+    """Marks every array of a tree as varying over the axes that any of them or `like` varies over.
+
+    A loop over rounds adds up gradients in a carry of one type.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    return jax.tree.unflatten(structure, vary_like(*leaves, like)[:-1])

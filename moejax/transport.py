@@ -10,14 +10,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from jax import lax
 
 from moejax import exchange
 from moejax.dispatch import Slots, combine, dispatch, grouped_slots, rank_in_expert, rows_of_slots
 from moejax.moe_config import MoEConfig
 from moejax.rounds import sum_rounds
 from moejax.routing import SoftMixing
-from moejax.sharding import BATCH_AXES, vary_like
+from moejax.sharding import vary_like, vary_tree
 
 
 class Experts(NamedTuple):
@@ -97,8 +96,7 @@ def _in_rounds(run: Callable, operands, fixed, rounds, most: int):
         return run(0, operands, fixed), jnp.zeros((), jnp.int32)
     rounds = jnp.maximum(rounds, 1)
     y = sum_rounds(run, operands, fixed, rounds)
-    varies = jax.typeof(rounds).manual_axis_type.varying
-    return y, lax.pmax(rounds - 1, BATCH_AXES) if varies else rounds - 1
+    return y, exchange.most(rounds - 1)
 
 
 def _window(expert_ts: jax.Array, index, rows: int, none: int) -> jax.Array:
@@ -124,15 +122,6 @@ def _local_rounds(experts: Experts, x_td, expert_ts, weight_ts, local: int, rows
     count = (expert_ts < local).sum(dtype=jnp.int32)
     operands = vary_tree((experts.weights, x_td, weight_ts), expert_ts)
     return _in_rounds(run, operands, expert_ts, -(-count // rows), most)
-
-
-def vary_tree(tree: Any, like: jax.Array) -> Any:
-    """Marks every array of a tree as varying over the axes that any of them or `like` varies over.
-
-    A loop over rounds adds up gradients in a carry of one type.
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, vary_like(*leaves, like)[:-1])
 
 
 def _at_home(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
@@ -175,7 +164,7 @@ def _by_peers(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     with jax.named_scope("assign"):
         peer_a = jnp.where(expert_ts < none, expert_ts // local, degree).reshape(-1)
         rank_a, by_peer = rank_in_expert(peer_a, degree)
-        rounds = lax.pmax(-(-by_peer.count_e.max() // part), BATCH_AXES)
+        rounds = exchange.most(-(-by_peer.count_e.max() // part))
 
     def run(index, operands, fixed):
         weights, x_td, weight_ts = operands
@@ -219,7 +208,7 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
         slots = grouped_slots(expert_ts, num_experts=none, rows=send)
         count_z = slots.group_size_e.reshape(degree, local).sum(1)
         count_zz = exchange.gather_counts(count_z)
-        rounds = lax.pmax(-(-count_zz.sum(0).max() // rows), BATCH_AXES)
+        rounds = exchange.most(-(-count_zz.sum(0).max() // rows))
 
     def run(index, operands, fixed):
         weights, x_td, weight_ts = operands

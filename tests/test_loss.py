@@ -381,78 +381,118 @@ ALONE = {
 ALONE["device_balance"]["device_groups"] = 2
 
 
-def _split_stats(logit_lbte, config: MoEConfig, count: int) -> RouterStats:
-    """Returns the stats of each of `count` microbatches: [count, L, ...]."""
-    logit_nlbte = jnp.swapaxes(logit_lbte.reshape(L, count, -1, T, E), 0, 1)
-    mask_nbt, key_nb = (jnp.asarray(a).reshape(count, -1, a.shape[1]) for a in (MASK_BT, KEY_B))
-    return jax.vmap(lambda *rows: _stats(rows, config))(logit_nlbte, mask_nbt, key_nb)
-
-
 @functools.cache
-def _whole(config: MoEConfig):
-    """Returns value and gradient of the auxiliary loss of the whole step."""
-
-    def whole(logit_lbte):
-        return auxiliary_loss(_stats(_rows(logit_lbte=logit_lbte), config), _l1(config), config)
-
-    return jax.jit(jax.value_and_grad(whole))(jnp.asarray(ROUTER_LOGIT_LBTE))
+def _stats_of_rows(config: MoEConfig) -> RouterStats:
+    """Returns the stats of each row alone: [B, L, ...]."""
+    logit_bl1te = jnp.swapaxes(ROUTER_LOGIT_LBTE, 0, 1)[:, :, None]
+    rows = (logit_bl1te, jnp.asarray(MASK_BT)[:, None], jnp.asarray(KEY_B)[:, None])
+    return jax.vmap(lambda *row: _stats(row, config))(*rows)
 
 
-def _sum_of_parts(config: MoEConfig, count: int):
-    """Returns value and gradient of the sum of the microbatches' parts."""
-
-    def parts(logit_lbte):
-        total = _stats(_rows(logit_lbte=logit_lbte), config)
-        part = functools.partial(auxiliary_part, l1_l=_l1(config), config=config)
-        stats = _split_stats(logit_lbte, config, count)
-        return jax.vmap(part, in_axes=(0, None))(stats, total).sum()
-
-    return jax.jit(jax.value_and_grad(parts))(jnp.asarray(ROUTER_LOGIT_LBTE))
+def _microbatches(config: MoEConfig, count: int) -> tuple[RouterStats, RouterStats]:
+    """Returns the stats of `count` microbatches [count, L, ...], and those of the whole step."""
+    rows = _stats_of_rows(config)
+    parts = jax.tree.map(lambda x: x.reshape(count, B // count, *x.shape[1:]).sum(1), rows)
+    return parts, jax.tree.map(lambda leaf: leaf.sum(0), rows)
 
 
-def _mean_of_losses(config: MoEConfig, count: int):
-    """Returns value and gradient of what is wrong: a mean of the microbatches' own losses."""
-
-    def mean(logit_lbte):
-        loss = functools.partial(auxiliary_loss, l1_l=_l1(config), config=config)
-        return jax.vmap(loss)(_split_stats(logit_lbte, config, count)).mean()
-
-    return jax.jit(jax.value_and_grad(mean))(jnp.asarray(ROUTER_LOGIT_LBTE))
+FLOATS = ("probability_e", "importance_e", "load_e", "z", "entropy", "sequence_balance")
 
 
-def _assert_gradients_agree(expected, actual):
-    scale = np.abs(expected).max()
-    assert scale > 1e-4
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * scale)
+def _slopes(value, stats: RouterStats) -> tuple[jax.Array, dict[str, np.ndarray]]:
+    """Returns a function of stats, and its gradient by every sum that a gradient flows to."""
+    floats = {name: getattr(stats, name) for name in FLOATS}
+    return jax.jit(jax.value_and_grad(lambda sums: value(stats._replace(**sums))))(floats)
+
+
+def _whole(config: MoEConfig, whole: RouterStats):
+    return _slopes(lambda stats: auxiliary_loss(stats, _l1(config), config), whole)
+
+
+def _sum_of_parts(config: MoEConfig, parts: RouterStats, whole: RouterStats):
+    part = functools.partial(auxiliary_part, whole=whole, l1_l=_l1(config), config=config)
+    return _slopes(lambda stats: jax.vmap(part)(stats).sum(), parts)
+
+
+def _mean_of_losses(config: MoEConfig, parts: RouterStats):
+    """What is wrong: a mean of the microbatches' own losses."""
+    loss = functools.partial(auxiliary_loss, l1_l=_l1(config), config=config)
+    return _slopes(lambda stats: jax.vmap(loss)(stats).mean(), parts)
+
+
+def _assert_slopes_agree(expected, actual):
+    """Every microbatch's sums have the slope that the sums of the whole step have."""
+    for name, slope in expected.items():
+        wanted = np.broadcast_to(slope, actual[name].shape)
+        atol = 1e-6 * np.abs(slope).max()
+        np.testing.assert_allclose(actual[name], wanted, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 8])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
-def test_gradients_of_the_parts_add_up_to_that_of_the_whole(mix, count):
-    """Microbatches have 16, 8 or 0 tokens; the losses are not all linear in the sums."""
-    _assert_gradients_agree(_whole(_config(**mix))[1], _sum_of_parts(_config(**mix), count)[1])
+def test_slopes_of_the_parts_are_those_of_the_whole(mix, count):
+    """So gradients add up. Microbatches have 16, 8 or 0 tokens, and not all losses are linear."""
+    config = _config(**mix)
+    parts, whole = _microbatches(config, count)
+    expected = _whole(config, whole)[1]
+    moved = {name for name, slope in expected.items() if np.abs(slope).max() > 0}
+    assert (
+        moved
+        == {
+            "softmax": set(FLOATS) - {"load_e"},
+            "noisy": set(FLOATS) - {"entropy", "sequence_balance"},
+            "relu": {"probability_e"},
+        }[config.router]
+    )
+    _assert_slopes_agree(expected, _sum_of_parts(config, parts, whole)[1])
 
 
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_a_mean_over_microbatches_is_something_else(mix):
     """Or the test above could not fail."""
-    expected, mean = _whole(_config(**mix))[1], _mean_of_losses(_config(**mix), 4)[1]
-    assert np.abs(mean - expected).max() > 0.1 * np.abs(expected).max()
+    config = _config(**mix)
+    parts, whole = _microbatches(config, 4)
+    with pytest.raises(AssertionError):
+        _assert_slopes_agree(_whole(config, whole)[1], _mean_of_losses(config, parts)[1])
 
 
 @pytest.mark.parametrize("changes", ALONE.values(), ids=ALONE)
-def test_gradients_of_the_parts_of_one_loss_alone(changes):
+def test_slopes_of_the_parts_of_one_loss_alone(changes):
     config = _config(**{"balance_loss_weight": 0.0, "router_z_loss_weight": 0.0, **changes})
-    _assert_gradients_agree(_whole(config)[1], _sum_of_parts(config, 4)[1])
+    parts, whole = _microbatches(config, 4)
+    expected = _whole(config, whole)[1]
+    assert max(np.abs(slope).max() for slope in expected.values()) > 1e-4
+    _assert_slopes_agree(expected, _sum_of_parts(config, parts, whole)[1])
+
+
+def test_gradients_of_the_parts_add_up_to_that_of_the_whole():
+    """Down to the router's logits, through counts, weights and probabilities."""
+    config = _config(**ALL)
+
+    def whole(logit_lbte):
+        return auxiliary_loss(_stats(_rows(logit_lbte=logit_lbte), config), None, config)
+
+    def parts(logit_lbte):
+        total = _stats(_rows(logit_lbte=logit_lbte), config)
+        stats = (_stats(_rows(rows, logit_lbte), config) for rows in _parts(2))
+        return sum(auxiliary_part(part, total, None, config) for part in stats)
+
+    expected, actual = (
+        jax.jit(jax.grad(f))(jnp.asarray(ROUTER_LOGIT_LBTE)) for f in (whole, parts)
+    )
+    assert np.abs(expected).max() > 0.01
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("convention", ["megatron", "switch", "huggingface", "maxtext", "olmoe"])
 def test_parts_of_every_balance_convention_add_up(convention):
-    """Value and gradient: at given counts the balance loss is linear in the probabilities."""
+    """The value too: at given counts the balance loss is linear in the probabilities."""
     config = _config(balance_convention=convention, sequence_balance_loss_weight=0.125)
-    (value, expected), (sum_of_parts, actual) = _whole(config), _sum_of_parts(config, 4)
+    parts, whole = _microbatches(config, 4)
+    value, expected = _whole(config, whole)
+    sum_of_parts, actual = _sum_of_parts(config, parts, whole)
     np.testing.assert_allclose(sum_of_parts, value, rtol=1e-5)
-    _assert_gradients_agree(expected, actual)
+    _assert_slopes_agree(expected, actual)
 
 
 def test_microbatch_balance_is_a_mean_of_microbatches_by_their_tokens():

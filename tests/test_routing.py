@@ -188,6 +188,20 @@ def test_sqrt_softplus_has_a_finite_gradient_where_it_underflows():
     np.testing.assert_array_equal(gradient, np.zeros((1, 1, 4)))
 
 
+def test_scores_that_all_underflow_give_no_nan():
+    """sigmoid(-120) is 0 in float32, and so is the square of a tiny sum in the gradient."""
+    config = _config("sigmoid", num_experts=4)
+
+    def total(logit_bte):
+        inputs = RouterInputs(np.ones((1, 1), bool))
+        routing = route(logit_bte, {"router": jnp.eye(4)}, {}, inputs, config)
+        return jnp.sum(routing.weight_bts[..., 0]) + jnp.sum(routing.probability_bte[..., 0])
+
+    for logit in (-120.0, -70.0, -40.0):
+        gradient = jax.jit(jax.grad(total))(jnp.full((1, 1, 4), logit))
+        assert np.isfinite(gradient).all(), logit
+
+
 @pytest.mark.parametrize(("temperature", "used"), [(2.0, 2.0), (500.0, 100.0)])
 def test_cosine_router_is_temperature_times_cosine(temperature, used):
     config = _config("cosine", cosine_width=5)

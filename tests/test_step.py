@@ -5,6 +5,7 @@ import functools
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -13,9 +14,18 @@ from moejax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfi
 from moejax.data import Batch
 from moejax.model import packed_tokens
 from moejax.optim import make_optimizer
+from moejax.router_state import initial_router_state
 from moejax.sharding import path_name, place_batch
 from moejax.state import abstract_state, model_graph
-from moejax.step import GROUPS, gradients, make_train_step, parameter_group
+from moejax.step import (
+    GROUPS,
+    Microbatch,
+    gradients,
+    make_train_step,
+    parameter_group,
+    sequence_keys,
+    train_step,
+)
 
 B, T, V = 16, 8, 24
 CONFIG = Config(
@@ -110,40 +120,123 @@ def _assert_trees_close(actual, expected, rtol=2e-5):
             np.testing.assert_array_equal(other, value, err_msg=name)
 
 
-@pytest.mark.parametrize("scope", ["global", "sequence"])
-def test_accumulation_changes_neither_losses_nor_gradients_nor_counts(mesh, state_of, scope):
-    """1, 2 and 4 microbatches, the last of few real tokens; then the auxiliary losses alone.
+def _microbatches(accumulation: int, rows: Batch = ROWS) -> Microbatch:
+    batch = _split(accumulation, rows)
+    keys = sequence_keys(jnp.array([3, 5], jnp.uint32), jnp.int32(7), batch.tokens.shape[:2])
+    return Microbatch(batch, keys, None)
+
+
+EVERY_LOSS = {
+    "sequence_balance_loss_weight": 0.02,
+    "importance_loss_weight": 0.03,
+    "mutual_information_loss_weight": 0.05,
+    "device_balance_loss_weight": 0.04,
+    "device_groups": 4,
+}
+# What a step's losses are made of, and the numbers of microbatches that are compared.
+MIXES = {
+    # Not linear in the step's sums: a forward pass ahead gives each microbatch the slopes.
+    "every loss": (EVERY_LOSS, (1, 2, 4, 8)),
+    # Linear: no forward pass ahead.
+    "by sequence": (
+        {"balance_loss_weight": 0.0, "sequence_balance_loss_weight": 0.1},
+        (1, 4),
+    ),
+    # Noise is drawn for each sequence, and is the same in whichever microbatch it is.
+    "noisy": ({"router": "noisy", "load_loss_weight": 0.1, "importance_loss_weight": 0.1}, (1, 4)),
+    # The coefficient of the state weighs the loss.
+    "relu": ({"router": "relu", "l1_coefficient": 0.05}, (1, 4)),
+}
+
+
+@pytest.mark.parametrize(("moe", "accumulations"), MIXES.values(), ids=MIXES)
+def test_accumulation_changes_neither_losses_nor_gradients_nor_counts(
+    mesh, state_of, moe, accumulations
+):
+    """Microbatches of very different numbers of real tokens; then the auxiliary losses alone.
 
     Without targets the cross-entropy is 0 and the gradient is that of the auxiliary losses, which
     must not shrink with the number of microbatches or of tokens.
     """
-    config = _with({"balance_scope": scope})
+    config = _with(moe)
     state = state_of(config, mesh)
+    router_state = initial_router_state(config.moe, config.num_moe_layers, V)
     auxiliary_rows = ROWS._replace(loss_mask=np.zeros_like(ROWS.loss_mask))
     expected = {}
-    for accumulation in (1, 2, 4) if scope == "global" else (1, 4):
+    for accumulation in accumulations:
         run = _gradients(config, mesh)
         for name, rows in (("all", ROWS), ("auxiliary", auxiliary_rows)):
-            result = run(state.params, {}, _split(accumulation, rows))
+            result = run(state.params, router_state, _microbatches(accumulation, rows))
             _assert_trees_close(result, expected.setdefault(name, result))
-    grads, parts, stats, total = expected["auxiliary"]
-    assert parts.loss == 0
-    assert parts.balance > 2  # one for each layer
+    grads, losses, stats, total = expected["auxiliary"]
+    assert losses.loss == 0
+    assert losses.total > 0.01
+    for name, value_l in losses.terms.items():
+        assert (np.abs(value_l) > 1e-3).all(), name
     router = np.asarray(grads["runs"]["layer_0"]["moe"]["router"])
-    assert np.abs(router).max() > 1e-3
+    assert np.abs(router).max() > 1e-4
     assert int(total.tokens) == (ROWS.segments > 0).sum()
-    np.testing.assert_array_equal(stats.count_e.sum(-1), 2 * int(total.tokens))
+    if config.moe.slots_per_token == 2:
+        np.testing.assert_array_equal(stats.count_e.sum(-1), 2 * int(total.tokens))
     assert stats.dropped_e.sum() > 0
 
 
 def test_the_reported_loss_is_the_cross_entropy_alone(mesh, state_of):
-    config = _with({"balance_scope": "global"})
-    state = state_of(config, mesh)
-    _, parts, stats, _ = _gradients(config, mesh)(state.params, {}, _split(1))
-    expected = parts.loss + 0.1 * parts.balance + 0.01 * parts.z
-    np.testing.assert_allclose(parts.total, expected, rtol=1e-6)
-    assert parts.total > parts.loss + 0.1
+    state = state_of(CONFIG, mesh)
+    _, losses, stats, _ = _gradients(CONFIG, mesh)(state.params, {}, _microbatches(1))
+    balance, z = (losses.terms[name].sum() for name in ("balance", "z"))
+    np.testing.assert_allclose(losses.total, losses.loss + 0.1 * balance + 0.01 * z, rtol=1e-6)
+    assert losses.total > losses.loss + 0.2  # 1 for each layer at least
     assert stats.count_e.shape == (2, 8)
+
+
+def test_the_microbatch_balance_loss_of_one_microbatch_is_that_of_the_step(mesh, state_of):
+    """In value and gradient; with more microbatches it is another loss, by its definition."""
+    config = _with({"balance_loss_weight": 0.0, "microbatch_balance_loss_weight": 0.1})
+    state = state_of(config, mesh)
+    grads, losses, _, _ = _gradients(CONFIG, mesh)(state.params, {}, _microbatches(1))
+    run = _gradients(config, mesh)
+    other_grads, other, _, _ = run(state.params, {}, _microbatches(1))
+    _assert_trees_close(other_grads, grads)
+    np.testing.assert_allclose(other.total, losses.total, rtol=1e-6)
+    np.testing.assert_allclose(other.terms["microbatch_balance"], losses.terms["balance"], 1e-6)
+    of_four = run(state.params, {}, _microbatches(4))[1]
+    assert (of_four.terms["microbatch_balance"] > 1.02 * losses.terms["balance"]).all()
+    np.testing.assert_allclose(of_four.terms["balance"], losses.terms["balance"], rtol=1e-5)
+
+
+def test_keys_of_sequences_are_a_function_of_seed_step_and_row():
+    """Not of how rows are split into microbatches, and no two are alike."""
+    rng, step = jnp.array([3, 5], jnp.uint32), jnp.int32(7)
+    keys = np.asarray(sequence_keys(rng, step, (1, 16)))
+    assert keys.shape == (1, 16, 2)
+    for accumulation in (2, 4, 16):
+        split = sequence_keys(rng, step, (accumulation, 16 // accumulation))
+        np.testing.assert_array_equal(np.reshape(split, (16, 2)), keys[0])
+    # A larger batch begins with the same rows.
+    np.testing.assert_array_equal(sequence_keys(rng, step, (1, 20))[0, :16], keys[0])
+    others = [
+        sequence_keys(rng, step + 1, (1, 16)),
+        sequence_keys(jnp.array([3, 6], jnp.uint32), step, (1, 16)),
+    ]
+    every = np.concatenate([keys, *others]).reshape(-1, 2)
+    assert len(np.unique(every, axis=0)) == 3 * 16
+
+
+def test_a_replayed_step_uses_the_given_choices_and_leaves_the_router_state(mesh, state_of):
+    config = dataclasses.replace(
+        _with(SIGMOID), model=dataclasses.replace(CONFIG.model, num_layers=1)
+    )
+    optimizer = make_optimizer(config.optim, config.train.steps)
+    step = jax.jit(train_step(config, mesh, optimizer, model_graph(config, mesh)))
+    state = state_of(config, mesh)
+    choices = np.broadcast_to(np.array([6, 7], np.int32), (1, 1, B, T, 2))
+    after, metrics, _ = step(state, _split(1), choices)
+    np.testing.assert_array_equal(metrics.stats.count_e[0, :6], 0)
+    assert (metrics.stats.count_e[0, 6:] == (ROWS.segments > 0).sum()).all()
+    np.testing.assert_array_equal(after.router_state["bias"], state.router_state["bias"])
+    np.testing.assert_array_equal(metrics.router_state["bias"], state.router_state["bias"])
+    assert int(after.step) == 1
 
 
 SIGMOID = {"router": "sigmoid_bias", "bias_update_rate": 0.01}
@@ -218,7 +311,7 @@ def test_the_step_counts_and_follows_the_schedule(one_device):
         "router logits of MoE layer 1",
         "loss",
         "total_loss",
-        *(f"gradient of {group}" for group in GROUPS if group != "dense"),
+        *(f"gradient of {group}" for group in GROUPS if group not in ("dense", "shared")),
         "grad_norm",
         "parameters after the step",
     ]
@@ -256,7 +349,7 @@ def test_the_first_quantity_that_is_not_finite_is_named(mesh, state_of, name, ex
 
 
 def test_every_parameter_has_a_group(mesh):
-    config = _with({"first_dense": 1})
+    config = _with({"first_dense": 1, "shared_experts": 1, "shared_gate": "sigmoid"})
     shapes = abstract_state(config, mesh, make_optimizer(config.optim, 10))
     groups = {
         path_name(path): parameter_group(path_name(path))
@@ -264,6 +357,8 @@ def test_every_parameter_has_a_group(mesh):
     }
     assert set(groups.values()) == set(GROUPS)
     assert groups["runs/layer_0/moe/down"] == "experts"
+    assert groups["runs/layer_0/moe/shared_down"] == "shared"
+    assert groups["runs/layer_0/moe/shared_router"] == "router"
     assert groups["runs/layer_0/attention/query_norm/scale"] == "norms"
     assert groups["prefix/layer_0/ffn/gate"] == "dense"
     assert {n for n, g in groups.items() if g == "embeddings"} == {"embedding", "unembedding"}
