@@ -569,13 +569,15 @@ The config comes from the workdir. A prompt that begins with a dash is written -
     Verb(
         "verify",
         "check that every layout computes the same losses and gradients",
-        "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all] [--page FILE] [--json FILE] [key=value ...]",
+        "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all] [--page FILE] [--json FILE] "
+        "[key=value ...]",
         """
   moejax verify configs/quickstart.py --cpu_devices 8
 
 Takes the config's model with few steps and a small batch; runs it on factorisations of the devices
 over data, fsdp, expert and tensor, with and without accumulation, remat and capacity, and against a
-dense oracle. One row each. Exit code 1 says that a difference is above tolerance.""",
+dense oracle. One row each. `--all` goes on with every router, dispatch and transport on a small
+layer. Exit code 1 says that a difference is above tolerance.""",
         _verify_options,
         _verify,
         ("*",),

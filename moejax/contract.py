@@ -332,9 +332,8 @@ def weights_rule(layer: Layer, plain: Mapping[str, np.ndarray]) -> float:
 
 
 def state_direction(layer: Layer, plain: Mapping[str, np.ndarray]) -> float:
-    """A step of the router state makes the busiest expert harder to choose, and the idlest easier.
-
-    That is a lower bias, and a higher threshold.
+    """A step of the router state makes an expert with too much load harder to choose, and one with
+    too little easier: by a lower bias, or a higher threshold.
     """
     stats = RouterStats(*(jnp.asarray(plain[name])[None] for name in RouterStats._fields))
     state = {name: jnp.asarray(value)[None] for name, value in layer.state.items()}
@@ -342,8 +341,11 @@ def state_direction(layer: Layer, plain: Mapping[str, np.ndarray]) -> float:
     name = "bias" if "bias" in state else "threshold"
     step_e = np.asarray(update(state, stats)[name] - state[name])[0]
     step_e = step_e if name == "bias" else -step_e
-    busiest, idlest = np.argmax(plain["count_e"]), np.argmin(plain["count_e"])
-    return 0.0 if step_e[busiest] < 0 < step_e[idlest] else math.inf
+    count_e, target = plain["count_e"], plain["tokens"] * layer.config.top_k / EXPERTS
+    busiest, idlest = np.argmax(count_e), np.argmin(count_e)
+    right = step_e[busiest] < 0 or count_e[busiest] <= target
+    right &= step_e[idlest] > 0 or count_e[idlest] >= target
+    return 0.0 if right and count_e[busiest] > target else math.inf
 
 
 PROPERTIES: dict[str, Callable[[Layer, Mapping[str, np.ndarray]], float]] = {

@@ -7,15 +7,14 @@ import numpy as np
 import pytest
 
 from moejax import moe, reference
-from moejax.config import MoEConfig
-from moejax.experts import MoEWeights
+from moejax.moe_config import MoEConfig
+from moejax.routing import RouterInputs
 
 B, T, D, F, E = 4, 6, 5, 3, 4
 RANDOM = np.random.default_rng(0)
 X_BTD = RANDOM.normal(size=(B, T, D)).astype(np.float32)
-WEIGHTS = MoEWeights(
-    *(RANDOM.normal(size=s).astype(np.float32) for s in ((D, E), (E, D, F), (E, D, F), (E, F, D)))
-)
+SHAPES = {"router": (D, E), "gate": (E, D, F), "up": (E, D, F), "down": (E, F, D)}
+WEIGHTS = {name: RANDOM.normal(size=shape).astype(np.float32) for name, shape in SHAPES.items()}
 BIAS_E = np.array([0.3, -0.2, 0.0, 0.1], np.float32)
 MASK_BT = np.arange(T) < np.array([6, 3, 0, 5])[:, None]
 
@@ -23,7 +22,7 @@ MASK_BT = np.arange(T) < np.array([6, 3, 0, 5])[:, None]
 def _token_by_token(config: MoEConfig):
     """Returns y, counts and drops of the layer, as the documentation says it in words."""
     x = X_BTD.astype(np.float64)
-    router, gate, up, down = (np.asarray(w, np.float64) for w in WEIGHTS)
+    router, gate, up, down = (np.asarray(w, np.float64) for w in WEIGHTS.values())
     y, count, dropped = np.zeros_like(x), np.zeros(E, int), np.zeros(E, int)
     for first_row in range(0, B, config.group_sequences):
         rows = range(first_row, first_row + config.group_sequences)
@@ -78,9 +77,9 @@ def _config(**changes) -> MoEConfig:
 @pytest.mark.parametrize("changes", CONFIGS.values(), ids=CONFIGS)
 def test_the_oracle_is_the_layer_token_by_token(changes):
     config = _config(**changes)
-    bias_e = BIAS_E if config.router == "sigmoid_bias" else None
+    state = {"bias": BIAS_E} if config.router == "sigmoid_bias" else {}
     apply = jax.jit(functools.partial(reference.apply_moe, config=config))
-    y_btd, stats = apply(WEIGHTS, X_BTD, MASK_BT, bias_e)
+    y_btd, stats, _ = apply(WEIGHTS, X_BTD, RouterInputs(MASK_BT), state)
     y, count, dropped = _token_by_token(config)
     np.testing.assert_allclose(y_btd, y, rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(stats.count_e, count)
@@ -103,7 +102,7 @@ def test_a_config_can_ask_for_the_oracle(mesh):
     def jaxpr(transport):
         config = _config(capacity_factor=None, transport=transport)
         apply = functools.partial(moe.apply_moe, config=config, mesh=mesh)
-        return str(jax.make_jaxpr(apply)(WEIGHTS, X_BTD, MASK_BT, None))
+        return str(jax.make_jaxpr(apply)(WEIGHTS, X_BTD, RouterInputs(MASK_BT), {}))
 
     assert "shard_map" not in jaxpr("reference")
     assert "shard_map" in jaxpr("gather")
