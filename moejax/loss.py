@@ -48,8 +48,11 @@ def token_losses(logit_btv: jax.Array, target_bt: jax.Array) -> jax.Array:
     A target outside the vocabulary gives NaN.
     """
     lse_bt = jax.nn.logsumexp(logit_btv, axis=-1)
-    picked = jnp.take_along_axis(logit_btv, target_bt[..., None], axis=-1, mode="fill")[..., 0]
-    return lse_bt - picked
+    # Not a gather: its gradient is a scatter, which fuses with nothing.
+    id_btv = jax.lax.broadcasted_iota(jnp.int32, logit_btv.shape, logit_btv.ndim - 1)
+    picked_bt = jnp.where(id_btv == target_bt[..., None].astype(jnp.int32), logit_btv, 0).sum(-1)
+    known_bt = (target_bt >= 0) & (target_bt < logit_btv.shape[-1])
+    return lse_bt - jnp.where(known_bt, picked_bt, jnp.nan)
 
 
 # Auxiliary losses of one layer, from its sums over a scope

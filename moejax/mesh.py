@@ -1,5 +1,6 @@
 """Starting JAX and making the one device mesh. No other module does either."""
 
+import ctypes
 import os
 from typing import TypeAlias
 
@@ -39,12 +40,29 @@ def start_jax(cpu_devices: int | None = None) -> None:
                 f"--cpu_devices {cpu_devices}: the devices of this process exist already "
                 f"({error}); start a new process"
             ) from error
+    if cpu_devices is not None or os.environ.get("JAX_PLATFORMS") == "cpu":
+        _keep_freed_memory()
     _join_processes()
     if cpu_devices is not None and jax.default_backend() != "cpu":
         raise ConfigError(
             f"--cpu_devices {cpu_devices} was given and JAX runs on {jax.default_backend()}; "
             "leave it out, or set JAX_PLATFORMS=cpu"
         )
+
+
+def _keep_freed_memory() -> None:
+    """Has glibc, where there is one, keep freed memory for the next allocation.
+
+    XLA:CPU allocates a program's temporaries anew at every call. By default glibc gives memory of
+    that size back each time, and the kernel has to clear every page of it again at every step.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):  # not glibc
+        return
+    arena_max, mmap_max, trim_threshold = -8, -4, -1  # as malloc.h numbers them
+    for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
+        mallopt(parameter, value)
 
 
 def _join_processes() -> None:

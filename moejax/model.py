@@ -360,9 +360,35 @@ class Decoder(nnx.Module):
         """Returns float32 logits [B, T, V]."""
         tied = self.config.model.tie_embeddings
         w_dv = self.embedding[...].T if tied else self.unembedding[...]
-        return jnp.einsum(
-            "btd,dv->btv", x_btd, w_dv.astype(x_btd.dtype), preferred_element_type=jnp.float32
-        )
+        return _unembed(x_btd, w_dv.astype(x_btd.dtype))
+
+
+@jax.custom_vjp
+def _unembed(x_btd: jax.Array, w_dv: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,dv->btv", x_btd, w_dv, preferred_element_type=jnp.float32)
+
+
+def _unembed_forward(x_btd, w_dv):
+    return _unembed(x_btd, w_dv), (x_btd, w_dv)
+
+
+def _unembed_backward(saved, grad_btv):
+    """As JAX derives it, but for the weight's gradient x is transposed, not the larger logits.
+
+    XLA:CPU multiplies a transposed left side by a slower kernel.
+    """
+    x_btd, w_dv = saved
+    x_dbt = jax.lax.optimization_barrier(x_btd.transpose(2, 0, 1))
+    grad_btd = jax.lax.dot_general(
+        grad_btv, w_dv, (((2,), (1,)), ((), ())), preferred_element_type=x_btd.dtype
+    )
+    grad_dv = jax.lax.dot_general(
+        x_dbt, grad_btv, (((1, 2), (0, 1)), ((), ())), preferred_element_type=w_dv.dtype
+    )
+    return grad_btd, grad_dv
+
+
+_unembed.defvjp(_unembed_forward, _unembed_backward)
 
 
 def empty_cache(config: Config, batch: int, length: int) -> Cache:

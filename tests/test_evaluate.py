@@ -49,8 +49,8 @@ def recount(config, params) -> dict[str, tuple[float, int, int]]:
     sums = {name: [0.0, 0, 0] for name in evaluator._corpus.domains}
     for index in range(len(evaluator._batches)):
         batch = evaluator._batches.rows(index)
-        hidden_btd, _, _ = model(batch.tokens, packed_tokens(batch.segments), {})
-        logit_btv = np.asarray(model.unembed(hidden_btd), np.float64)
+        out = model(batch.tokens, packed_tokens(batch.segments), {})
+        logit_btv = np.asarray(model.unembed(out.hidden_btd), np.float64)
         for row, position in np.argwhere(batch.loss_mask):
             logit_v = logit_btv[row, position]
             target = batch.targets[row, position]
@@ -74,6 +74,52 @@ def test_losses_are_those_counted_by_hand(config, result):
         nats, targets, _ = sums[name]
         assert fields["tokens"] == targets
         assert fields["loss"] == pytest.approx(nats / targets, rel=1e-5)
+
+
+def test_auxiliary_losses_are_those_of_the_whole_split(config, result):
+    """E * sum_e f_e P_e of all validation tokens at once, not a mean over batches."""
+    record, params = result
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    evaluator = Evaluator(config, mesh)
+    model = nnx.merge(model_graph(with_moe(config, dropless(config.moe)), mesh), params)
+    count_e, probability_e, z, tokens = 0, 0, 0, 0
+    for index in range(len(evaluator._batches)):
+        batch = evaluator._batches.rows(index)
+        stats = model(batch.tokens, packed_tokens(batch.segments), {}).stats
+        count_e = count_e + np.asarray(stats.count_e[0], np.int64)
+        probability_e = probability_e + np.asarray(stats.probability_e[0], np.float64)
+        z, tokens = z + float(stats.z[0]), tokens + int(stats.tokens[0])
+    balance = 4 * np.sum(count_e / (2 * tokens) * probability_e / tokens)
+    assert record["balance_loss"] == pytest.approx(balance, rel=1e-5)
+    assert record["router_z_loss"] == pytest.approx(z / tokens, rel=1e-5)
+    assert record["router_losses"] == {
+        "balance": [pytest.approx(balance, rel=1e-5)],
+        "z": [pytest.approx(z / tokens, rel=1e-5)],
+    }
+    moe = config.moe
+    weighed = moe.balance_loss_weight * balance + moe.router_z_loss_weight * z / tokens
+    assert weighed > 0.005
+    assert record["total_loss"] - record["loss"] == pytest.approx(weighed, rel=1e-4)
+
+
+def test_the_state_of_a_router_weighs_its_loss(config):
+    """ReMoE's coefficient is in the router state: after training it is another one."""
+    relu = apply_overrides(config, ["moe.router=relu", "eval.batches=1"])
+    mesh = make_mesh(MeshConfig(data=1), jax.devices()[:1])
+    _, params = split_model(relu, mesh, jax.random.key(3))
+    evaluator = Evaluator(relu, mesh)
+    small, large = (evaluator(params, {"l1": np.full(1, c, np.float32)}) for c in (0.1, 0.3))
+    (l1,) = small["router_losses"]["l1"]
+    assert small["total_loss"] - small["loss"] == pytest.approx(0.1 * l1, rel=1e-4)
+    assert large["total_loss"] - large["loss"] == pytest.approx(0.3 * l1, rel=1e-4)
+    assert small["balance_loss"] == small["router_z_loss"] == 0
+
+
+def test_a_router_that_needs_no_capacity_is_evaluated_once(config):
+    dense = apply_overrides(config, ["moe.router=dense", "eval.batches=1"])
+    record, _ = evaluate(dense)
+    assert not {"loss_at_capacity", "drop_fraction_at_capacity", "capacity_factor"} & set(record)
+    assert record["expert_load"] == [[0.25] * 4]
 
 
 def test_dropless_first_and_capacity_as_a_second_number(config, result):

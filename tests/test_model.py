@@ -11,7 +11,8 @@ from flax import nnx
 
 from moejax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 from moejax.flops import parameter_counts
-from moejax.model import REMAT_POLICIES, Attention, Run, packed_tokens, rope
+from moejax.model import REMAT_POLICIES, Attention, LayerRouting, Run, packed_tokens, rope
+from moejax.router_state import initial_router_state
 from moejax.sharding import path_name
 from moejax.state import model_graph, split_model
 from moejax.step import parameter_group
@@ -47,8 +48,8 @@ def _with(model=None, moe=None) -> Config:
 
 def _forward(config, mesh, params, token_bt, segment_bt):
     model = nnx.merge(model_graph(config, mesh), params)
-    hidden_btd, stats, _ = model(token_bt, packed_tokens(segment_bt), {})
-    return model, hidden_btd, stats
+    out = model(token_bt, packed_tokens(segment_bt), {})
+    return model, out.hidden_btd, out.stats
 
 
 @functools.cache
@@ -175,12 +176,13 @@ def test_scanned_layers_are_the_layers_one_by_one(mesh, params_of):
                 layer = jax.tree.map(lambda leaf, i=i: leaf[i], params[stack])
                 yield nnx.merge(graph, layer)
 
-        stats = []
+        counts = []
         for run in (*layers("prefix", (False,)), *layers("runs", (False, True))):
-            x_btd, run_stats, _ = run(x_btd, tokens, None, None)
-            stats.append(run_stats)
+            routing = LayerRouting({}, jnp.int32(len(counts)), jnp.asarray(TOKEN_BT), None)
+            x_btd, routed, _ = run(x_btd, tokens, routing, None)
+            counts += [] if routed is None else [routed[0].count_e]
         x_btd *= jax.lax.rsqrt(jnp.mean(x_btd**2, -1, keepdims=True) + 1e-6)
-        return x_btd, [s.count_e for s in stats if s is not None]
+        return x_btd, counts
 
     expected, counts = one_by_one(params, params["embedding"][TOKEN_BT])
     actual, stats = jax.jit(lambda *a: _forward(config, mesh, *a)[1:])(params, TOKEN_BT, SEGMENT_BT)
@@ -216,6 +218,74 @@ def test_remat_recomputes(mesh, params_of):
     assert programs["none"] < programs["dots_with_no_batch_dims"] < programs["full"], programs
 
 
+# What a router reads besides the tokens' vectors
+
+
+def _routed(config, mesh, params, token_bt, router_state, key_b=None, choice_lbts=None):
+    """Returns hidden states and choices."""
+
+    @jax.jit
+    def run(params, token_bt, router_state, key_b, choice_lbts):
+        model = nnx.merge(model_graph(config, mesh), params)
+        tokens = packed_tokens(jnp.asarray(SEGMENT_BT), key_b)
+        return model(token_bt, tokens, router_state, choice_lbts=choice_lbts)
+
+    out = run(params, token_bt, router_state, key_b, choice_lbts)
+    return np.asarray(out.hidden_btd), np.asarray(out.choice_lbts)
+
+
+def test_token_ids_and_the_table_of_its_own_layer_reach_a_router(mesh, params_of):
+    config = _with(moe={"router": "hash", "capacity_factor": None})
+    state = initial_router_state(config.moe, 2, V)
+    _, choice_lbts = _routed(config, mesh, params_of(config, mesh), TOKEN_BT, state)
+    expected = np.where((SEGMENT_BT > 0)[None, ..., None], state["table"][:, TOKEN_BT], 4)
+    np.testing.assert_array_equal(choice_lbts, expected)
+    assert (choice_lbts[0] != choice_lbts[1]).any()
+
+
+def test_random_choices_depend_on_sequence_and_layer_alone(mesh, params_of):
+    """Keys of rows, folded with the layer's number; without keys they are the same every time."""
+    config = _with(moe={"router": "random", "capacity_factor": None})
+    params = params_of(config, mesh)
+    key_b = np.array([[1, 2], [3, 4]], np.uint32)
+    run = functools.partial(_routed, config, mesh, params)
+    _, choices = run(TOKEN_BT, {}, key_b)
+    assert (choices[0] != choices[1]).any()
+    assert (choices[:, 0, :8] != choices[:, 1, :8]).any()
+    _, swapped = run(TOKEN_BT, {}, key_b[::-1])
+    np.testing.assert_array_equal(swapped[:, 0, :8], choices[:, 1, :8])
+    _, other_tokens = run(TOKEN_BT[::-1], {}, key_b)
+    np.testing.assert_array_equal(other_tokens, choices)
+    evaluated = [run(TOKEN_BT, {})[1] for _ in range(2)]
+    np.testing.assert_array_equal(*evaluated)
+    assert (evaluated[0] != choices).any()
+
+
+def test_choices_that_are_replayed_are_used_in_their_own_layer(mesh, params_of):
+    """The router's own give the same; those of the other layer, or others, do not."""
+    config = _with(moe={"capacity_factor": None})
+    run = functools.partial(_routed, config, mesh, params_of(config, mesh), TOKEN_BT, {})
+    hidden_btd, choices = run()
+    assert choices.shape == (2, B, T, 2)
+    again_btd, same = run(choice_lbts=choices)
+    np.testing.assert_allclose(again_btd, hidden_btd, rtol=1e-6)
+    np.testing.assert_array_equal(same, choices)
+    swapped_btd, swapped = run(choice_lbts=choices[::-1])
+    np.testing.assert_array_equal(swapped, choices[::-1])
+    assert np.abs(swapped_btd - hidden_btd).max() > 1e-3
+
+
+def test_a_dense_model_has_neither_routing_sums_nor_choices(mesh, params_of):
+    config = _with(moe={"every": None})
+
+    def run(params):
+        model = nnx.merge(model_graph(config, mesh), params)
+        return model(TOKEN_BT, packed_tokens(jnp.asarray(SEGMENT_BT)), {})
+
+    out = jax.eval_shape(run, params_of(config, mesh))
+    assert (out.stats, out.cache, out.choice_lbts) == (None, None, None)
+
+
 LAYOUTS = {
     "all sparse": {},
     "all dense": {"moe": {"every": None}},
@@ -225,6 +295,14 @@ LAYOUTS = {
         "model": {"num_layers": 8},
         "moe": {"first_dense": 2, "every": 3},
     },
+    "shared and free experts": {
+        "moe": {
+            **{"shared_experts": 2, "shared_gate": "sigmoid", "activation": "gelu"},
+            **{"zero_experts": 1, "copy_experts": 1, "constant_experts": 2},
+        }
+    },
+    "cosine": {"moe": {"router": "cosine"}},
+    "input gates": {"moe": {"router": "elementwise_input", "capacity_factor": None}},
     "tied": {"model": {"tie_embeddings": True}},
     "no norm of queries and keys": {"model": {"qk_norm": False}},
 }

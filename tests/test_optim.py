@@ -8,6 +8,7 @@ import pytest
 
 from moejax.config import Config, ModelConfig, MoEConfig, OptimConfig
 from moejax.optim import decays, learning_rate, make_optimizer
+from moejax.parameters import moe_parameters
 from moejax.sharding import path_name
 from moejax.state import split_model
 
@@ -30,6 +31,35 @@ def test_all_but_norms_and_routers_decay(shapes):
     assert kept == expected | {"final_norm/scale", "runs/layer_0/moe/router"}
     decayed = {path_name(p) for p, d in jax.tree_util.tree_leaves_with_path(decays(shapes)) if d}
     assert {"embedding", "unembedding", "runs/layer_0/moe/gate"} <= decayed
+
+
+# Parameters of an MoE layer that decay, by router and kind of expert: matrices of networks.
+DECAYS = {
+    "shared experts": (
+        {"shared_experts": 1, "shared_gate": "sigmoid"},
+        {"shared_gate", "shared_up", "shared_down"},
+    ),
+    "free experts": ({"zero_experts": 1, "copy_experts": 1, "constant_experts": 1}, set()),
+    "cosine": ({"router": "cosine"}, set()),
+    "noisy": ({"router": "noisy"}, set()),
+    "dense": ({"router": "dense", "capacity_factor": None}, set()),
+    # What scales an output starts at 1 and is no matrix; the matrix of a gate is one.
+    "elementwise": ({"router": "elementwise", "capacity_factor": None}, set()),
+    "elementwise input": (
+        {"router": "elementwise_input", "capacity_factor": None},
+        {"scale_out"},
+    ),
+    "soft": ({"router": "soft", "capacity_factor": None}, set()),
+}
+
+
+@pytest.mark.parametrize(("changes", "expected"), DECAYS.values(), ids=DECAYS)
+def test_matrices_of_experts_decay_and_nothing_of_a_router(changes, expected):
+    names = moe_parameters(MoEConfig(num_experts=4, expert_hidden=8, **changes), 8)
+    tree = {"runs": {"layer_0": {"moe": dict.fromkeys(names, 0.0)}}}
+    found = decays(tree)["runs"]["layer_0"]["moe"]
+    assert {name for name, decay in found.items() if decay} == {"gate", "up", "down"} | expected
+    assert set(found) > {"gate", "up", "down"} | expected
 
 
 def test_a_step_without_gradient_only_decays(shapes):

@@ -12,6 +12,7 @@ from moejax.mesh import make_mesh, mesh_config, single_device_mesh
 from moejax.optim import make_optimizer
 from moejax.sharding import PARAMETER_SPECS, parameter_spec, path_name, place_batch
 from moejax.state import abstract_state, initial_state
+from moejax.step import parameter_group
 
 CONFIG = Config(
     model=ModelConfig(
@@ -38,26 +39,56 @@ def _named(tree):
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def test_every_parameter_is_in_the_table(state):
-    """The default is to replicate, silently: so nothing may fall to it, and every entry is used."""
+# Layers that have, together, every parameter there is.
+LAYERS = {
+    "shared experts": {"shared_experts": 2, "shared_gate": "sigmoid"},
+    "free experts": {"zero_experts": 1, "copy_experts": 1, "constant_experts": 2},
+    "cosine": {"router": "cosine"},
+    "noisy": {"router": "noisy"},
+    "dense": {"router": "dense", "capacity_factor": None},
+    "elementwise": {"router": "elementwise", "capacity_factor": None},
+    "elementwise input": {"router": "elementwise_input", "capacity_factor": None},
+    "mixture of depths": {"router": "mixture_of_depths", "allow_noncausal": True},
+    "soft": {"router": "soft", "capacity_factor": None, "allow_noncausal": True},
+}
+
+
+@pytest.fixture(scope="module")
+def layers(state, mesh_of):
+    """Parameters by name of the config above and of every kind of layer."""
+    found = {"plain": _named(state.params)}
+    for name, changes in LAYERS.items():
+        moe = dataclasses.replace(CONFIG.moe, **{"router": "softmax", **changes})
+        config = dataclasses.replace(CONFIG, moe=moe)
+        optimizer = make_optimizer(config.optim, 10)
+        found[name] = _named(abstract_state(config, mesh_of(1, 2, 2, 2), optimizer).params)
+    return found
+
+
+def test_every_parameter_is_in_the_table(layers):
+    """The default is to replicate, silently: so only routers may fall to it, and no entry is idle."""
     used = set()
-    for name in _named(state.params):
-        matches = [s for s in PARAMETER_SPECS if name == s or name.endswith("/" + s)]
-        assert len(matches) == 1, (name, matches)
-        used.update(matches)
+    for kind, params in layers.items():
+        for name in params:
+            matches = [s for s in PARAMETER_SPECS if name == s or name.endswith("/" + s)]
+            assert len(matches) == (parameter_group(name) != "router"), (kind, name, matches)
+            used.update(matches)
     assert used == set(PARAMETER_SPECS)
 
 
-def test_every_matrix_is_split_over_fsdp_and_tensor(state):
-    """A device holds a quarter of a matrix, an eighth of an expert stack, all of the rest."""
-    for name, leaf in _named(state.params).items():
-        held = np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 / leaf.size
-        expected = 8
-        if "/moe/" in name and not name.endswith("router"):
-            expected = 1
-        elif not name.endswith(("scale", "router")):
-            expected = 2
-        assert held == expected, name
+def test_every_matrix_is_split_over_fsdp_and_tensor(layers):
+    """A device holds a quarter of a matrix, an eighth of an expert stack, all of the rest.
+
+    Of what scales the outputs of experts it holds half, for half of the experts.
+    """
+    parts = {"router": 8, "norms": 8, "experts": 1}
+    for params in layers.values():
+        for name, leaf in params.items():
+            held = np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 / leaf.size
+            expected = parts.get(parameter_group(name), 2)
+            if name.endswith(("output_scale", "scale_out")):
+                expected = 4
+            assert held == expected, name
 
 
 def test_stacked_layers_are_never_split(state):

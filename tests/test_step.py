@@ -168,7 +168,7 @@ def test_accumulation_changes_neither_losses_nor_gradients_nor_counts(
         for name, rows in (("all", ROWS), ("auxiliary", auxiliary_rows)):
             result = run(state.params, router_state, _microbatches(accumulation, rows))
             _assert_trees_close(result, expected.setdefault(name, result))
-    grads, losses, stats, total = expected["auxiliary"]
+    grads, losses, stats, total, _ = expected["auxiliary"]
     assert losses.loss == 0
     assert losses.total > 0.01
     for name, value_l in losses.terms.items():
@@ -183,7 +183,7 @@ def test_accumulation_changes_neither_losses_nor_gradients_nor_counts(
 
 def test_the_reported_loss_is_the_cross_entropy_alone(mesh, state_of):
     state = state_of(CONFIG, mesh)
-    _, losses, stats, _ = _gradients(CONFIG, mesh)(state.params, {}, _microbatches(1))
+    _, losses, stats, *_ = _gradients(CONFIG, mesh)(state.params, {}, _microbatches(1))
     balance, z = (losses.terms[name].sum() for name in ("balance", "z"))
     np.testing.assert_allclose(losses.total, losses.loss + 0.1 * balance + 0.01 * z, rtol=1e-6)
     assert losses.total > losses.loss + 0.2  # 1 for each layer at least
@@ -194,9 +194,9 @@ def test_the_microbatch_balance_loss_of_one_microbatch_is_that_of_the_step(mesh,
     """In value and gradient; with more microbatches it is another loss, by its definition."""
     config = _with({"balance_loss_weight": 0.0, "microbatch_balance_loss_weight": 0.1})
     state = state_of(config, mesh)
-    grads, losses, _, _ = _gradients(CONFIG, mesh)(state.params, {}, _microbatches(1))
+    grads, losses, *_ = _gradients(CONFIG, mesh)(state.params, {}, _microbatches(1))
     run = _gradients(config, mesh)
-    other_grads, other, _, _ = run(state.params, {}, _microbatches(1))
+    other_grads, other, *_ = run(state.params, {}, _microbatches(1))
     _assert_trees_close(other_grads, grads)
     np.testing.assert_allclose(other.total, losses.total, rtol=1e-6)
     np.testing.assert_allclose(other.terms["microbatch_balance"], losses.terms["balance"], 1e-6)

@@ -41,19 +41,22 @@ def rows(config, *layouts: verify.Layout) -> list[verify.Row]:
     return list(verify.check(config, list(layouts), 8))
 
 
-EXPERT_8 = verify.Layout(1, 1, 8, 1, 1, "none", "capacity")
+EXPERT_8 = verify.Layout(1, 1, 8, 1, 1, "none", "capacity by all_to_all")
 
 
 def test_layouts_agree(config):
-    """All four axes, both accumulations, remat and each dispatch, in three layouts."""
+    """All four axes, both accumulations, remat, and each way to move what is and is not dropped."""
     found = rows(
         config,
-        verify.Layout(1, 2, 2, 2, 2, "full", "capacity"),
-        verify.Layout(2, 1, 4, 1, 1, "none", "dropless"),
+        verify.Layout(1, 2, 2, 2, 2, "full", "capacity by all_to_all"),
         verify.Layout(1, 2, 4, 1, 2, "none", "capacity by gather"),
+        verify.Layout(2, 1, 4, 1, 1, "none", "dropless by gather"),
+        verify.Layout(1, 2, 4, 1, 2, "none", "dropless by ragged"),
+        verify.Layout(1, 1, 8, 1, 1, "none", "dropless by all_to_all"),
     )
-    assert [row.failures for row in found] == [[], [], []]
+    assert [row.failures for row in found] == [[]] * 5
     assert all(max(row.groups.values()) > 0 for row in found), "nothing was compared"
+    assert [row.dropped > 0 for row in found] == [True, True, False, False, False]
     assert set(found[0].groups) == {"router", "experts", "attention", "norms", "embeddings"}
 
 
@@ -78,21 +81,22 @@ def test_expert_gradients_scaled_by_the_expert_degree_are_found(config, monkeypa
 
 def test_balance_loss_lost_under_accumulation_is_found(config, monkeypatch):
     """The counts of the whole step made zeros: the reported loss stays, the gradient goes."""
-    honest = moejax.step._step_counts
+    honest = moejax.step._step_stats
 
     def lost(*arguments):
-        counts = honest(*arguments)
-        return None if counts is None else jnp.zeros_like(counts)
+        stats = honest(*arguments)
+        return None if stats is None else stats._replace(count_e=jnp.zeros_like(stats.count_e))
 
-    monkeypatch.setattr(moejax.step, "_step_counts", lost)
+    monkeypatch.setattr(moejax.step, "_step_stats", lost)
     (row,) = rows(config, EXPERT_8._replace(accumulation=2, data=2, expert=4))
     assert "gradient of router" in row.failures
     assert row.groups["router"] > 100 * verify.GRADIENT_TOLERANCE
 
 
 def test_padding_that_is_counted_is_found(config, monkeypatch):
-    def careless(logit_te, mask_t, bias_e, moe_config):
-        return route(logit_te, jnp.ones_like(mask_t), bias_e, moe_config)
+    def careless(x_btd, weights, state, inputs, moe_config):
+        inputs = inputs._replace(mask_bt=jnp.ones_like(inputs.mask_bt))
+        return route(x_btd, weights, state, inputs, moe_config)
 
     monkeypatch.setattr(moejax.moe, "route", careless)
     (row,) = rows(config, EXPERT_8)
@@ -108,7 +112,44 @@ def test_layouts_are_those_that_fit(config):
     assert (2, 2, 2, 1) in meshes
     assert all(layout.tensor <= 2 for layout in found), "2 heads do not split over 4"
     dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, every=None))
-    assert {layout.dispatch for layout in verify.layouts(dense, 8)} == {"dropless"}
+    assert {layout.dispatch for layout in verify.layouts(dense, 8)} == {"dropless by gather"}
+
+
+def _with_moe(config, **changes):
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes))
+
+
+def test_dispatches_are_those_that_the_router_has(config):
+    ways = ("gather", "all_to_all", "ragged")
+    dropless, capacity = ([f"{how} by {way}" for way in ways] for how in ("dropless", "capacity"))
+    assert sorted(verify.dispatches(config)) == sorted(dropless + capacity)
+    dense = _with_moe(config, router="dense", capacity_factor=None)
+    assert sorted(verify.dispatches(dense)) == sorted(dropless)
+    soft = _with_moe(config, router="soft", capacity_factor=None, allow_noncausal=True)
+    assert verify.dispatches(soft) == ("dropless by all_to_all",)
+    assert {layout.dispatch for layout in verify.layouts(soft, 8)} == {"dropless by all_to_all"}
+
+
+def test_a_loss_of_microbatches_is_compared_at_one_microbatch(config):
+    """It changes with accumulation by its definition, which is no error of a layout."""
+    assert {layout.accumulation for layout in verify.layouts(config, 8)} == {1, 2}
+    config = _with_moe(config, microbatch_balance_loss_weight=0.1)
+    assert {layout.accumulation for layout in verify.layouts(config, 8)} == {1}
+
+
+def test_a_layout_s_config_drops_or_takes_further_rounds(config):
+    """Otherwise two of the three ways would never be tried where they are hard."""
+    layout = verify.Layout(1, 2, 4, 1, 2, "full", "dropless by ragged")
+    found = verify.laid_out(_with_moe(config, capacity_factor=2.0), layout, 8)
+    assert (found.moe.capacity_factor, found.moe.transport) == (None, "ragged")
+    assert found.moe.buffer_factor == 1
+    assert (found.mesh.fsdp, found.mesh.expert, found.model.remat) == (2, 4, "full")
+    layout = layout._replace(dispatch="capacity by all_to_all")
+    found = verify.laid_out(_with_moe(config, capacity_factor=2.0), layout, 8)
+    assert (found.moe.capacity_factor, found.moe.transport) == (1, "all_to_all")
+    oracle = verify.oracle(config, layout, 8)
+    assert (oracle.moe.transport, oracle.mesh.num_devices) == ("reference", 1)
+    assert (oracle.train.accumulation, oracle.train.batch_size) == (1, found.train.batch_size)
 
 
 def test_covering_has_every_pair_of_settings(config):
