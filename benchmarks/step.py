@@ -55,7 +55,7 @@ ONE = ["mesh.data=1", "mesh.expert=1"]
 SIDES = {
     "dense, 1 device": ("quickstart_dense.py", ONE),
     "MoE, 1 device": ("quickstart.py", ONE),
-    "MoE dropless, 1 device": ("quickstart.py", [*ONE, "moe.capacity_factor=None"]),
+    "MoE capacity 1.25, 1 device": ("quickstart.py", [*ONE, "moe.capacity_factor=1.25"]),
     "dense, 8 devices, data 8": ("quickstart_dense.py", ["mesh.data=8", "mesh.expert=1"]),
     "MoE, 8 devices, expert 8": ("quickstart.py", ["mesh.data=1", "mesh.expert=8"]),
 }
@@ -75,7 +75,7 @@ def main() -> None:
     speed = {name: sides[name][1] / seconds[name].wall for name in SIDES}
     baselines = {
         "MoE, 1 device": "dense, 1 device",
-        "MoE dropless, 1 device": "dense, 1 device",
+        "MoE capacity 1.25, 1 device": "dense, 1 device",
         "dense, 8 devices, data 8": "dense, 1 device",
         "MoE, 8 devices, expert 8": "MoE, 1 device",
     }

@@ -13,6 +13,7 @@ import dataclasses
 import os
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,9 @@ def _keys_help(patterns: tuple[str, ...]) -> str:
             title = sections()[section].__doc__ if section else "Outside any section."
             lines.append(f"\n  {(title or '').splitlines()[0]}")
         for key in inside:
-            lines.append(f"    {f'{key.name}={key.default}':36} {describe_type(key.annotation)}")
+            head = f"    {f'{key.name}={key.default}':36} "
+            text = head + describe_type(key.annotation)
+            lines += textwrap.wrap(text, 100, subsequent_indent=" " * 41, drop_whitespace=True)
     return "\nkeys, with their defaults:\n" + "\n".join(lines)
 
 
@@ -569,8 +572,7 @@ The config comes from the workdir. A prompt that begins with a dash is written -
     Verb(
         "verify",
         "check that every layout computes the same losses and gradients",
-        "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all] [--page FILE] [--json FILE] "
-        "[key=value ...]",
+        "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all [--page FILE]] [--json F] [key=value ...]",
         """
   moejax verify configs/quickstart.py --cpu_devices 8
 

@@ -48,7 +48,9 @@ class EvalSums(NamedTuple):
 def dropless(config: MoEConfig) -> MoEConfig:
     """Returns `config` without a capacity: what evaluation and generation run."""
     transport = "reference" if config.transport == "reference" else "auto"
-    return dataclasses.replace(config, capacity_factor=None, transport=transport)
+    return dataclasses.replace(
+        config, capacity_factor=None, capacity_by_expert=None, transport=transport
+    )
 
 
 def at_eval_capacity(config: MoEConfig) -> MoEConfig:

@@ -203,7 +203,7 @@ class MoEConfig:
         """Why a token's output depends on later tokens, or None if it does not."""
         if self.router in NOT_CAUSAL:
             return f"moe.router={self.router!r}: {NOT_CAUSAL[self.router]}"
-        if self.capacity_factor is not None and self.priority != "token":
+        if self.takes_capacity and self.priority != "token":  # evaluation has a capacity always
             return (
                 f"moe.priority={self.priority!r}: a later token can take the slot of an earlier one"
             )

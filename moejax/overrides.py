@@ -115,7 +115,8 @@ def _run_get_config(path: Path, source: str, arg: str | None) -> Any:
     """Runs the file like a script: its folder is importable, no bytecode is written next to it."""
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
-    sys.path.append(str(path.parent.resolve()))
+    folder = path.parent.resolve()
+    sys.path.append(str(folder))
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102 - the user's
         if not callable(get_config := getattr(module, "get_config", None)):
@@ -131,6 +132,15 @@ def _run_get_config(path: Path, source: str, arg: str | None) -> Any:
         raise _error_in_file(path, error) from error
     finally:
         sys.path.pop()
+        _forget_modules_of(folder)
+
+
+def _forget_modules_of(folder: Path) -> None:
+    """Forgets what a config imported from its folder: another's may have the same name."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if file and Path(file).parent == folder:
+            del sys.modules[name]
 
 
 def _error_in_file(path: Path, error: BaseException) -> ConfigError:

@@ -94,23 +94,24 @@ def buffer_rows(config: Config, sizes: MeshConfig, how: str) -> int:
 
     all_to_all: the buffers before and after the exchange, of equal size. ragged: the sent
     assignments and the receive buffer. gather: the tokens of the expert group, and their rows by
-    expert. reference: 0, no buffer. On one device nothing is sent.
+    expert. reference: 0, no buffer. Where one device holds all experts nothing is sent, and there
+    is a row for each assignment that was kept, whatever the transport.
     """
     moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
     assert degree is not None
     sent = tokens * moe.slots_per_token
     received = min(int(moe.buffer_factor * tokens * moe.mean_selected), degree * sent)
     kind = formula(config, how)
+    if kind == "reference":
+        return 0
+    if kind == "soft":
+        return tokens // group_tokens(config) * moe.num_experts * moe.soft_slots
+    if degree == 1:
+        return received
     if kind == "slots":
         assert moe.capacity_factor is not None
         groups = tokens // group_tokens(config)
         return groups * moe.num_experts * slots(config, moe.capacity_factor)
-    if kind == "soft":
-        return tokens // group_tokens(config) * moe.num_experts * moe.soft_slots
-    if kind == "reference":
-        return 0
-    if degree == 1:
-        return received
     if kind == "padded":
         return 2 * degree * part_rows(config, sizes)
     return sent + received if kind == "ragged" else tokens * degree + received

@@ -184,6 +184,7 @@ def laid_out(config: Config, layout: Layout, num_devices: int) -> Config:
     moe = dataclasses.replace(
         moe,
         capacity_factor=None if how == "dropless" else factor,
+        capacity_by_expert=None if how == "dropless" else moe.capacity_by_expert,
         transport=transport,
         buffer_factor=BUFFER_FACTOR,
     )

@@ -113,11 +113,14 @@ def test_verify_describe_and_prepare_pass_on_what_they_are_given(calls, tmp_path
     assert main(["prepare", "a.py", "en=b/*.txt", "--output", "out", "--workers", "2"]) == 0
     assert calls == [
         ("start_jax", 8),
-        ("verify", config, True, None),
+        ("verify", config, True, None, None),
         ("describe", config, 16),
         ("prepare", ["a.py", "en=b/*.txt"], "bytes", "out", "text", 0.05, 2),
     ]
     assert "train: 3 documents, 4,000 tokens\n" in capsys.readouterr().out
+    page, file = tmp_path / "contract.md", tmp_path / "rows.json"
+    main(["verify", QUICKSTART, "--all", "--page", str(page), "--json", str(file)])
+    assert calls[-1][2:] == (True, file, page)
 
 
 def test_config_shows_the_values_and_what_differs(tmp_path, capsys):

@@ -291,7 +291,8 @@ def test_a_decoder_refuses_an_order_of_service_that_sees_later_tokens(priority):
     with pytest.raises(ConfigError, match=message):
         Config(moe=MoEConfig(priority=priority))
     Config(moe=MoEConfig(priority=priority, allow_noncausal=True))
-    Config(moe=MoEConfig(priority=priority, capacity_factor=None))  # nobody is turned away
+    with pytest.raises(ConfigError, match=message):  # evaluation has a capacity too
+        Config(moe=MoEConfig(priority=priority, capacity_factor=None))
 
 
 @pytest.mark.parametrize("router", sorted(set(Router.__args__) - set(NOT_CAUSAL)))

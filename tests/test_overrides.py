@@ -350,3 +350,17 @@ def test_config_difference_names_dotted_keys_with_both_values():
     other = dataclasses.replace(Config(), moe=MoEConfig(num_experts=4), seed=1)
     assert config_difference(Config(), other) == [("moe.num_experts", 8, 4), ("seed", 0, 1)]
     assert config_difference(other, other) == []
+
+
+def test_configs_of_two_folders_may_import_siblings_of_one_name(tmp_path):
+    for steps in (3, 4):
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        (folder / "base.py").write_text(f"STEPS = {steps}\n")
+        (folder / "run.py").write_text(
+            "from base import STEPS\nfrom moejax.config import default_config\n\n\n"
+            "def get_config():\n    config = default_config()\n    config.train.steps = STEPS\n"
+            "    return config\n"
+        )
+        assert load_config(str(folder / "run.py")).train.steps == steps
+    assert "base" not in sys.modules

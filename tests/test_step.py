@@ -201,7 +201,7 @@ def test_the_microbatch_balance_loss_of_one_microbatch_is_that_of_the_step(mesh,
     np.testing.assert_allclose(other.total, losses.total, rtol=1e-6)
     np.testing.assert_allclose(other.terms["microbatch_balance"], losses.terms["balance"], 1e-6)
     of_four = run(state.params, {}, _microbatches(4))[1]
-    assert (of_four.terms["microbatch_balance"] > 1.02 * losses.terms["balance"]).all()
+    assert (of_four.terms["microbatch_balance"] > 1.005 * losses.terms["balance"]).all()
     np.testing.assert_allclose(of_four.terms["balance"], losses.terms["balance"], rtol=1e-5)
 
 

@@ -112,6 +112,8 @@ def test_buffers_by_hand():
     assert buffer_rows(DROPLESS, MESH, "gather") == 2 * 80 + 240  # tokens, then rows
     assert buffer_rows(DROPLESS, MESH, "reference") == 0
     assert [buffer_rows(DROPLESS, ALONE, how) for how in TRANSPORTS] == [160] * 3  # all there is
+    assert [buffer_rows(CONFIG, ALONE, how) for how in TRANSPORTS] == [160] * 3
+    assert buffer_rows(SOFT, ALONE, "all_to_all") == 4 * 8 * 3
     # No more is received than there is: 2 * 80 tokens to all of 4 local experts.
     roomy = _moe(DROPLESS, buffer_factor=100.0)
     assert buffer_rows(roomy, MESH, "gather") == 2 * 80 + 2 * 160
@@ -252,6 +254,19 @@ def test_buffers_are_those_of_the_traced_layer(config):
         exchanged = _shapes(equations, "all_to_all")
         assert exchanged == [(4, held // 4, 16), (8, held // 8, 16)]
     assert gathered_weight_bytes(config, sizes) == 3 * 4 * (8 // 2) * 16 * (12 // 2)
+
+
+@pytest.mark.parametrize("how", TRANSPORTS)
+def test_where_one_device_holds_all_experts_no_slot_is_empty(how):
+    """With capacity too: 4 sequences * 20 tokens * 2, and not 4 * 8 experts * 7 slots."""
+    config = _moe(transport=how)
+    mesh = make_mesh(ALONE)
+    equations = list(_first_round(_trace(config, mesh).jaxpr.jaxpr))
+    assert buffer_rows(config, mesh_config(mesh), how) == 160
+    rows = {s[0] for s in _shapes(equations, "gather") if len(s) == 2 and s[1] == 16}
+    assert max(rows) == 160
+    names = {e.primitive.name for e in equations}
+    assert not names & {"all_to_all", "ragged_all_to_all", "all_gather", "reduce_scatter"}
 
 
 def test_buffers_of_the_ragged_exchange_are_those_of_the_traced_layer():

@@ -12,7 +12,7 @@ import pytest
 import moejax.exchange
 import moejax.moe
 import moejax.step
-from moejax import verify
+from moejax import contract, verify
 from moejax.overrides import load_config
 from moejax.routing import route
 
@@ -190,3 +190,27 @@ def test_report_and_exit_code(config, monkeypatch, tmp_path, capsys):
     assert [row["failures"] for row in content["rows"]] == [[], ["gradient of router"]]
     monkeypatch.setattr(verify, "check", lambda *_: iter([good]))
     assert verify.verify(config, False, None) == 0
+
+
+def test_the_contract_counts_too_and_is_written_where_asked(config, monkeypatch, tmp_path, capsys):
+    """With --all: one cell above the tolerance is exit code 1, though every layout agrees."""
+    good = verify.Row("good", 1e-7, 1e-7, 1e-6, {"router": 1e-6}, "a/moe/router", 0, 9, 0.0, 1.0)
+    monkeypatch.setattr(verify, "check", lambda *_: iter([good]))
+    columns = contract.columns()
+    cells = [
+        contract.Cell("softmax", columns[0], 1e-6, "y"),
+        contract.Cell("noisy", columns[1], 0.5, "up"),
+    ]
+    monkeypatch.setattr(contract, "check_matrix", lambda _: ([cell] for cell in cells))
+    page, file = tmp_path / "contract.md", tmp_path / "v.json"
+    assert verify.verify(config, True, file, page) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"FAIL noisy, {columns[1]}: 5.0e-01 in up" in shown
+    content = json.loads(file.read_text())
+    assert not content["passed"]
+    assert [cell["case"] for cell in content["matrix"]] == ["softmax", "noisy"]
+    assert "1 of 2 cells pass." in page.read_text()
+    cells.pop()
+    assert verify.verify(config, True, file, page) == 0
+    assert verify.verify(config, False, file) == 0
+    assert "matrix" not in json.loads(file.read_text())
