@@ -572,7 +572,8 @@ The config comes from the workdir. A prompt that begins with a dash is written -
     Verb(
         "verify",
         "check that every layout computes the same losses and gradients",
-        "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all [--page FILE]] [--json F] [key=value ...]",
+        "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all [--page FILE]] [--json FILE] "
+        "[key=value]",
         """
   moejax verify configs/quickstart.py --cpu_devices 8
 
