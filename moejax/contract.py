@@ -157,7 +157,8 @@ def run_layer(layer: Layer, mesh: AnyMesh | None, *, remat: bool = False) -> dic
         run = functools.partial(apply, config=layer.config, mesh=mesh)
         if remat:
             run = jax.checkpoint(run)
-        y_btd, stats, choice_bts = run(weights, x_btd, layer.inputs, dict(layer.state))
+        state = {name: jnp.asarray(value) for name, value in layer.state.items()}
+        y_btd, stats, choice_bts = run(weights, x_btd, layer.inputs, state)
         stacked = jax.tree.map(lambda leaf: leaf[None], stats)
         l1_l = jnp.ones(1, jnp.float32)
         auxiliary = auxiliary_loss(stacked, l1_l, layer.config)
