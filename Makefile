@@ -11,7 +11,7 @@ CPU_DEVICES := $(if $(ACCELERATOR),,--cpu_devices 4)
 # Compiled test programs are kept between runs and shared by the test processes.
 TEST_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
 
-.PHONY: help setup train test lint verify compare bench bench-peers lock clean
+.PHONY: help setup train test lint verify contract compare bench bench-peers bench-tpu lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -33,6 +33,9 @@ lint: setup ## ruff and pyright
 verify: setup ## check that every layout computes the same
 	$(BIN)/moejax verify configs/quickstart.py --cpu_devices 8
 
+contract: setup ## check every router, dispatch and transport, into docs/contract.md (an hour)
+	$(BIN)/moejax verify configs/quickstart.py --cpu_devices 8 --all --page docs/contract.md
+
 compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an hour)
 	$(BIN)/python benchmarks/compare.py train.steps=900
 
@@ -42,6 +45,10 @@ bench: setup ## speed and compile time of the train step, into the README table
 
 bench-peers: setup $(PEERS) ## speed next to Hugging Face transformers, which has .venv-peers
 	$(BIN)/python benchmarks/peers.py
+
+bench-tpu: setup ## FLOPs and exchanged bytes of the MoE layer compiled for TPUs, which needs none
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --constraint requirements.lock --editable ".[plan-tpu]"
+	$(BIN)/python benchmarks/tpu_layer.py
 
 lock: setup ## resolve requirements.lock anew from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --upgrade --all-extras \
