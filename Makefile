@@ -11,7 +11,7 @@ CPU_DEVICES := $(if $(ACCELERATOR),,--cpu_devices 4)
 # Compiled test programs are kept between runs and shared by the test processes.
 TEST_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
 
-.PHONY: help setup train test lint verify contract compare bench bench-peers bench-tpu lock clean
+.PHONY: help setup train test lint verify contract claims compare bench bench-peers bench-tpu lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -35,6 +35,9 @@ verify: setup ## check that every layout computes the same
 
 contract: setup ## check every router, dispatch and transport, into docs/contract.md (an hour)
 	$(BIN)/moejax verify configs/quickstart.py --cpu_devices 8 --all --page docs/contract.md
+
+claims: setup ## try claims of the literature at CPU size, into docs/claims.md (an hour)
+	$(TEST_ENV) $(BIN)/moejax claims --workdir runs/claims --page docs/claims.md
 
 compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an hour)
 	$(BIN)/python benchmarks/compare.py train.steps=900

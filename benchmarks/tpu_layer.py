@@ -4,14 +4,15 @@
     python benchmarks/tpu_layer.py [--topology v5p:2x2x4 v6e:2x4] [--only bytes] [--json tpu.json]
 
 `flops`: the experts of a dropless layer (`lax.ragged_dot`) on one device, next to as many rows in
-equal slots (batched matmuls), by XLA's count. `bytes`: what a token's layer sends over an
-expert axis of 8, by the collectives of the compiled program, next to `moejax.traffic`. Statistics
-and the router's gradient, whose size does not depend on the tokens, are left out. Tokens and
-weights are bfloat16 and float32, 4,096 tokens a device. 16 programs a topology, a minute or two
-each on two cores.
+equal slots (batched matmuls), by XLA's count. `bytes`: what a token's layer sends over an expert
+axis of 8, by the collectives of the compiled program, next to `moejax.traffic`; the further rounds
+of a dropless exchange are not in it, and of a ragged one the rows of balanced routing are.
+Statistics and the router's gradient, whose size does not depend on the tokens, are left out. 4,096
+tokens a device in bfloat16. 16 programs a topology; the 8 of `bytes` take a minute each on two
+cores.
 
-XLA estimates seconds too. They are no use here: negative for programs whose transfers overlap, and
-a kernel's estimate is its FLOPs at peak.
+XLA estimates seconds too, which are no use here: negative where transfers overlap with work, and
+without the memory traffic and the tiles of a kernel.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import dataclasses
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -67,7 +69,10 @@ EXCHANGES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class TpuRow:
-    """A number of the compiled program and what it is held against, or why there is no program."""
+    """A number of a compiled program and what it is held against.
+
+    Without a value there is no program, and `unit` says why. `calls` counts collectives.
+    """
 
     topology: str
     name: str
@@ -75,8 +80,7 @@ class TpuRow:
     unit: str
     value: float | None = None
     expected: float | None = None
-    collectives: int | None = None
-    failure: str | None = None
+    calls: int | None = None
 
     @property
     def ratio(self) -> float | None:
@@ -102,7 +106,7 @@ def start_compiler() -> None:
     }
 
 
-def compile_layer(config: Config, mesh, backward: bool):
+def compile_layer(config: Config, mesh, backward: bool) -> Any:
     """Returns the compiled layer: forward, or forward and backward for a given gradient of y."""
     import jax
     import jax.numpy as jnp
@@ -138,7 +142,7 @@ def compile_layer(config: Config, mesh, backward: bool):
     return jax.jit(layer).lower(weights, x_btd, mask_bt).compile()
 
 
-def compile_experts(shape: Shape, device, dropless: bool, backward: bool):
+def compile_experts(shape: Shape, device, dropless: bool, backward: bool) -> Any:
     """Returns the compiled expert networks, on as many rows an expert as balanced routing gives.
 
     Dropless experts come with their dispatch and combine, which are no matmuls.
@@ -185,21 +189,21 @@ def measure_flops(topology: str, devices: list, name: str) -> Iterator[TpuRow]:
             compile_experts(SHAPES[name], devices[0], dropless, backward).cost_analysis()["flops"]
             for dropless in (True, False)
         )
-        yield TpuRow(topology, f"{name}, dropless", backward, "TFLOP", ours / 1e12, expected / 1e12)
+        yield TpuRow(topology, f"experts, {name}", backward, "TFLOP", ours / 1e12, expected / 1e12)
 
 
-def measure_bytes(topology: str, devices: list, shape: str, name: str) -> Iterator[TpuRow]:
+def measure_bytes(topology: str, devices: list, name: str) -> Iterator[TpuRow]:
     """Yields what a token sends, held against the formula; backward sends the same again."""
     from moejax.mesh import make_mesh
 
     sizes = MeshConfig(data=None, expert=EXPERT_AXIS).resolve(len(devices))
     mesh = make_mesh(sizes, devices)
-    config = SHAPES[shape].config(sizes.token_shards, **EXCHANGES[name])
+    config = SHAPES["fine"].config(sizes.token_shards, **EXCHANGES[name])
     formula = exchange_bytes(config, sizes, config.moe.resolved_transport) / 1024
     for backward in (False, True):
         sent, calls = sent_bytes(compile_layer(config, mesh, backward).as_text())
         value, expected = sent / TOKENS / 1024, formula * (1 + backward)
-        yield TpuRow(topology, f"{shape}, {name}", backward, "KiB/token", value, expected, calls)
+        yield TpuRow(topology, name, backward, "KiB/token", value, expected, calls)
 
 
 def report(rows: list[TpuRow], json_path: Path | None) -> None:
@@ -212,8 +216,8 @@ def report(rows: list[TpuRow], json_path: Path | None) -> None:
         steps = "forward+backward" if row.backward else "forward"
         numbers = [row.value, row.expected, row.ratio]
         texts = ["" if n is None else f"{n:,.3f}" for n in numbers]
-        calls = "" if row.collectives is None else str(row.collectives)
-        table.add_row(row.topology, row.name, steps, *texts, row.failure or row.unit, calls)
+        calls = "" if row.calls is None else str(row.calls)
+        table.add_row(row.topology, row.name, steps, *texts, row.unit, calls)
     Console(highlight=False, width=150).print(table)
     if json_path is not None:
         content = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
@@ -224,7 +228,6 @@ def report(rows: list[TpuRow], json_path: Path | None) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--topology", nargs="+", default=list(TOPOLOGIES), help="TPUs, as v6e:2x4")
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--only", choices=("flops", "bytes"), help="one of both")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
@@ -232,26 +235,25 @@ def main() -> None:
     import jax
     from jax.experimental import topologies
 
+    failures = (jax.errors.JaxRuntimeError, NotImplementedError)
     rows: list[TpuRow] = []
-
-    def keep(measured: Iterator[TpuRow], topology: str, name: str, unit: str) -> None:
-        try:
-            for row in measured:
-                rows.append(row)
-                print(row, flush=True)
-        except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-            failure = "fails: " + str(error).splitlines()[0]
-            rows.append(TpuRow(topology, name, False, unit, failure=failure))
-
     for topology in options.topology:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-        for shape in options.shape:
-            if options.only != "bytes":
-                measured = measure_flops(topology, devices, shape)
-                keep(measured, topology, f"{shape}, dropless", "TFLOP")
-            for name in EXCHANGES if options.only != "flops" else ():
-                measured = measure_bytes(topology, devices, shape, name)
-                keep(measured, topology, f"{shape}, {name}", "KiB/token")
+        measured = {}
+        if options.only != "bytes":
+            measured |= {f"experts, {n}": measure_flops(topology, devices, n) for n in SHAPES}
+        if options.only != "flops":
+            measured |= {n: measure_bytes(topology, devices, n) for n in EXCHANGES}
+        for name, found in measured.items():
+            backward = False
+            try:
+                for row in found:
+                    rows.append(row)
+                    backward = True  # comes next
+                    print(row, file=sys.stderr)
+            except failures as error:
+                message = "fails: " + str(error).splitlines()[0]
+                rows.append(TpuRow(topology, name, backward, message))
     report(rows, options.json)
 
 

@@ -3,7 +3,7 @@
 Exit codes, which schedulers and scripts act on:
 
       0  done
-      1  a check failed: `verify` above tolerance, a loss that is not finite
+      1  a check failed: `verify` above tolerance, a claim, a loss that is not finite
       2  bad input: one line on stderr says what, and what to do
     130  interrupted (Ctrl-C)
 """
@@ -441,6 +441,25 @@ def _verify(line: Line) -> int:
     return verify(config, line.options.all, line.options.json, line.options.page)
 
 
+def _claims_options(parser: argparse.ArgumentParser) -> None:
+    help = "claims to try, for example C4 or C4,C6 (default: all)"
+    _option(parser, "--only", help, metavar="IDS")
+    help = "folder of the results; what is there is used again (default: runs/claims)"
+    _option(parser, "--workdir", help, default="runs/claims", metavar="DIR")
+    help = "Markdown file to write, plots beside it (default: claims.md in the workdir)"
+    _option(parser, "--page", help, type=_output_file, metavar="FILE")
+
+
+def _claims(line: Line) -> int:
+    _start_jax(1)
+    from moejax.claims.page import run_claims
+
+    only = line.options.only
+    names = None if only is None else [name.strip() for name in only.split(",")]
+    verdicts = run_claims(names, Path(line.options.workdir), line.options.page)
+    return DONE if all(verdicts.values()) else CHECK_FAILED
+
+
 def _describe_options(parser: argparse.ArgumentParser) -> None:
     help = "lay the mesh on this many devices (default: what the mesh asks for)"
     _option(parser, "--devices", help, type=_whole(1), metavar="N")
@@ -584,6 +603,19 @@ layer. Exit code 1 says that a difference is above tolerance.""",
         _verify_options,
         _verify,
         ("*",),
+    ),
+    Verb(
+        "claims",
+        "try claims of the literature at a size for CPUs",
+        "moejax claims [--only IDS] [--workdir DIR] [--page FILE]",
+        """
+  moejax claims --only C4
+
+Trains what the claims need, with at least 3 seeds, and writes a page: the number of the paper,
+ours, pass or fail, and plots. Exit code 1 says that a claim did not hold.""",
+        _claims_options,
+        _claims,
+        config=False,
     ),
     Verb(
         "describe",

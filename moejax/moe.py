@@ -191,7 +191,7 @@ def apply_moe(
         )
     routed = {n: w for n, w in weights.items() if not n.startswith("shared_")}
     specs = {
-        n: P("expert") if n == "expert" else parameter_spec(f"moe/{n}", w.ndim)
+        n: P(exchange.EXPERT_AXIS) if n == "expert" else parameter_spec(f"moe/{n}", w.ndim)
         for n, w in routed.items()
     }
     specs = {name: split_spec(spec, mesh) for name, spec in specs.items()}

@@ -176,7 +176,7 @@ def test_help_and_version(capsys):
 
 TRAIN = f"train {QUICKSTART} --workdir W"
 ERRORS = [
-    ("", "moejax: error: no verb; give one of train, eval, generate, verify, describe, config, p"),
+    ("", "moejax: error: no verb; give one of train, eval, generate, verify, claims, describe, co"),
     ("trian", "moejax: error: unknown verb 'trian'; did you mean train?"),
     ("zzz", "moejax: error: unknown verb 'zzz'; give one of train, eval, "),
     ("train", "moejax train: error: --workdir is missing; see moejax train --help"),

@@ -131,6 +131,11 @@ def test_dropless_first_and_capacity_as_a_second_number(config, result):
     assert record["loss_at_capacity"] != record["loss"]
     assert at_eval_capacity(config.moe).capacity_factor == 0.5
     assert dropless(config.moe).capacity_factor is None
+    unequal = dataclasses.replace(
+        config.moe, capacity_factor=1.0, capacity_by_expert=(1.0, 1.0, 2.0, 0.5)
+    )
+    assert dropless(unequal).capacity_factor is None
+    assert at_eval_capacity(unequal).capacity_by_expert == (1.0, 1.0, 2.0, 0.5)
 
 
 @pytest.mark.parametrize(("mesh", "group"), [((2, 1, 4, 1), 1), ((1, 4, 2, 1), 2)])

@@ -147,6 +147,10 @@ def test_a_layout_s_config_drops_or_takes_further_rounds(config):
     layout = layout._replace(dispatch="capacity by all_to_all")
     found = verify.laid_out(_with_moe(config, capacity_factor=2.0), layout, 8)
     assert (found.moe.capacity_factor, found.moe.transport) == (1, "all_to_all")
+    unequal = _with_moe(config, capacity_by_expert=(2.0, *(1.0,) * 7))
+    assert verify.laid_out(unequal, layout, 8).moe.capacity_by_expert == (2.0, *(1.0,) * 7)
+    dropless = layout._replace(dispatch="dropless by gather")
+    assert verify.laid_out(unequal, dropless, 8).moe.capacity_factor is None
     oracle = verify.oracle(config, layout, 8)
     assert (oracle.moe.transport, oracle.mesh.num_devices) == ("reference", 1)
     assert (oracle.train.accumulation, oracle.train.batch_size) == (1, found.train.batch_size)
