@@ -11,7 +11,7 @@ CPU_DEVICES := $(if $(ACCELERATOR),,--cpu_devices 4)
 # Compiled test programs are kept between runs and shared by the test processes.
 TEST_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
 
-.PHONY: help setup train test lint verify contract claims compare bench bench-peers bench-tpu lock clean
+.PHONY: help setup train test test-slow lint verify contract claims compare bench bench-peers bench-tpu lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,6 +24,9 @@ train: setup ## train configs/quickstart.py into runs/quickstart, or resume it
 
 test: setup ## run the tests
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2
+
+test-slow: setup ## the tests that train or compile for minutes
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m slow
 
 lint: setup ## ruff and pyright
 	$(BIN)/ruff check .

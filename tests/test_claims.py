@@ -179,6 +179,7 @@ def test_seeds_side_by_side_are_seeds_alone():
     assert not np.allclose(both.steps.loss[:, 0], both.steps.loss[:, 1])
 
 
+@pytest.mark.slow
 def test_arms_share_the_first_values_of_what_they_share():
     sparse, dense = _tiny(), _tiny(every=None)
     seeds = make_seeds(SMALL, (0,))
@@ -189,6 +190,7 @@ def test_arms_share_the_first_values_of_what_they_share():
     np.testing.assert_array_equal(*attention)
 
 
+@pytest.mark.slow
 def test_an_upcycled_arm_computes_what_its_dense_parent_does(tmp_path):
     parent = _tiny("parent", every=None)
     free = {"top_k": 2, "normalize_weights": True, "capacity_factor": None}
@@ -207,6 +209,7 @@ def test_a_router_of_zeros_sends_everything_to_one_expert():
     assert trained.steps.count_le[0, 0, 0].tolist() == [4 * 8, 0]
 
 
+@pytest.mark.slow
 def test_results_are_stored_and_used_again(tmp_path, monkeypatch):
     arm = dataclasses.replace(
         _tiny(), evaluations={"capacity 0.5": {"capacity_factor": 0.5}}, routing_after=(1, 3)
@@ -257,6 +260,7 @@ def test_an_arm_is_known_by_what_differs_from_the_defaults():
     assert dataclasses.replace(arm, task=MarkovTask(symbols=6)).key != arm.key
 
 
+@pytest.mark.slow
 def test_evaluation_left_to_right_tells_who_reads_ahead(tmp_path):
     picked = {"router": "expert_choice", "allow_noncausal": True, "normalize_weights": True}
     for name, changes in {"token": {}, "expert": picked}.items():
@@ -267,6 +271,7 @@ def test_evaluation_left_to_right_tells_who_reads_ahead(tmp_path):
         assert (apart > 1e-4) == (name == "expert")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("router", ["softmax", "soft"])
 def test_images_are_learned(router):
     arm = claim_arms.TOKEN if router == "softmax" else claim_arms.SOFT
@@ -543,6 +548,7 @@ def test_an_unknown_claim_is_refused():
         claim_page.choose(["C99"])
 
 
+@pytest.mark.slow
 def test_one_claim_from_training_to_page(tmp_path, monkeypatch, capsys):
     arm = _tiny()
     claim = claims.Claim(

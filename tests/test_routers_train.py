@@ -33,7 +33,15 @@ SMALLER = [
 DRAWS = ("noisy", "gshard", "jitter", "expert_dropout", "dense", "random_experts", "sinkhorn")
 
 
-@pytest.mark.parametrize("file", ROUTERS, ids=lambda file: file.stem)
+QUICK = ("base", "sigmoid_bias", "relu", "soft", "expert_choice", "free_experts", "noisy", "hash")
+
+
+def _slow_unless_quick(file: Path):
+    marks = [] if file.stem in QUICK else [pytest.mark.slow]
+    return pytest.param(file, marks=marks, id=file.stem)
+
+
+@pytest.mark.parametrize("file", map(_slow_unless_quick, ROUTERS))
 def test_a_router_learns_and_every_metric_holds(file, mesh):
     config = load_config(str(file), SMALLER)
     corpus = load_corpus(config.data, "train")
