@@ -41,7 +41,7 @@ def _slow_unless_quick(file: Path):
     return pytest.param(file, marks=marks, id=file.stem)
 
 
-@pytest.mark.parametrize("file", map(_slow_unless_quick, ROUTERS))
+@pytest.mark.parametrize("file", [_slow_unless_quick(file) for file in ROUTERS])
 def test_a_router_learns_and_every_metric_holds(file, mesh):
     config = load_config(str(file), SMALLER)
     corpus = load_corpus(config.data, "train")
