@@ -382,11 +382,11 @@ def describe_type(annotation: Any) -> str:
 
 def _example(key: Key) -> str:
     kind, _ = _without_none(key.annotation)
-    value = (
-        key.default
-        if key.default is not None
-        else {int: 4, float: 0.1, bool: True}.get(kind, "data/mine")
-    )
+    value = key.default
+    if value is None and typing.get_origin(kind) is tuple:
+        value = "1.0,2.0"
+    elif value is None:
+        value = {int: 4, float: 0.1, bool: True}.get(kind, "data/mine")
     return f"for example {key.name}={value}"
 
 

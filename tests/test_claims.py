@@ -116,7 +116,7 @@ def test_digits_are_cut_into_patches(monkeypatch):
 
     pixels = np.arange(3 * 64, dtype=np.float64).reshape(3, 64) % 17
     module = types.ModuleType("sklearn.datasets")
-    module.load_digits = lambda: {"data": pixels, "target": np.array([0, 1, 2])}
+    module.load_digits = lambda return_X_y: (pixels, np.array([0, 1, 2]))
     monkeypatch.setitem(sys.modules, "sklearn", types.ModuleType("sklearn"))
     monkeypatch.setitem(sys.modules, "sklearn.datasets", module)
     first, rest = digit_images(train=2)

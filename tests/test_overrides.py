@@ -364,3 +364,9 @@ def test_configs_of_two_folders_may_import_siblings_of_one_name(tmp_path):
         )
         assert load_config(str(folder / "run.py")).train.steps == steps
     assert "base" not in sys.modules
+
+
+def test_a_wrong_list_is_answered_with_a_list():
+    message = r"moe.capacity_by_expert=.* is not a list, .*; for example .*_expert=1.0,2.0$"
+    with pytest.raises(ConfigError, match=message):
+        apply_overrides(Config(), ["moe.capacity_by_expert=much"])

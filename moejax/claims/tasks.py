@@ -110,10 +110,10 @@ def digit_images(train: int = 1400) -> tuple[Images, Images]:
             "the images of claim C11 come with scikit-learn, which is not installed; pip install "
             "'moejax[claims]', or choose other claims with --only"
         ) from None
-    digits = load_digits()
-    pixels = np.asarray(digits["data"], np.float32).reshape(-1, 4, 2, 4, 2) / 16
+    data, target = load_digits(return_X_y=True)
+    pixels = np.asarray(data, np.float32).reshape(-1, 4, 2, 4, 2) / 16
     patches = pixels.transpose(0, 1, 3, 2, 4).reshape(-1, 16, 4)
-    labels = np.asarray(digits["target"], np.int32)
+    labels = np.asarray(target, np.int32)
     order = np.random.default_rng(0).permutation(len(labels))
     patches, labels = patches[order], labels[order]
     return Images(patches[:train], labels[:train]), Images(patches[train:], labels[train:])
