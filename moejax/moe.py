@@ -23,6 +23,7 @@ from moejax.free_experts import free_outputs
 from moejax.mesh import AnyMesh, single_device_mesh
 from moejax.moe_config import MoEConfig
 from moejax.parameters import kind_of, moe_parameters
+from moejax.router_state import initial_router_state
 from moejax.router_stats import RouterStats, router_stats
 from moejax.routing import RouterInputs, Routing, route, soft_mixing
 from moejax.sharding import (
@@ -157,8 +158,6 @@ def _module_function(graph: nnx.GraphDef) -> Callable[[Any, jax.Array], jax.Arra
 
 
 def _first_state(config: MoEConfig) -> dict[str, jax.Array]:
-    from moejax.router_state import initial_router_state
-
     if config.router == "hash":
         raise ConfigError(
             "moe.router='hash' needs its table of experts by token; give state={'table': "
