@@ -1,7 +1,10 @@
-"""What a compiled XLA program says that it sends: the collectives in its text.
+"""What a compiled XLA program sends and multiplies, by its text.
 
 Shapes are those of one device. A program that XLA scheduled for a TPU names operands without their
 shapes, so they are looked up.
+
+What is in a loop counts as often as the loop runs, and not at all where XLA does not know how often
+that is: there is the work that balanced routing does not need. Of a conditional all branches count.
 """
 
 import dataclasses
@@ -117,34 +120,104 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"a parenthesis is never closed: {text[start : start + 80]!r}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """An instruction that a program runs: how often, its operands' types and its computation."""
+
+    instruction: Instruction
+    times: int
+    types: tuple[str, ...]
+    computation: str
+
+
 def collectives(text: str) -> list[Collective]:
-    """Returns the collectives that a program runs.
-
-    One in a loop counts as often as the loop runs, and not at all where XLA does not know how often
-    that is: the further rounds of a dropless exchange, which balanced routing does not need. Of a
-    conditional every branch counts.
-    """
-    found, entry = computations(text)
-    return list(_walk(found, entry, 1))
-
-
-def _walk(found: dict[str, list[Instruction]], name: str, times: int) -> Iterator[Collective]:
-    types = {i.name: i.type for i in found[name]}
-    for i in found[name]:
-        kind = i.opcode.removesuffix("-start")
+    """Returns the collectives that a program runs."""
+    found = []
+    for run in _runs(*computations(text), 1):
+        kind = run.instruction.opcode.removesuffix("-start")
         if kind in KINDS:
             # A TPU's reduce-scatter is a fusion of an all-reduce and the slice of it that is kept.
-            kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else kind
-            sizes = tuple(nbytes(types.get(o, "")) for o in _OPERAND.findall(i.operands))
-            yield Collective(kind, sizes, _group(i.attributes), times, _scope(i.attributes))
-        elif i.opcode == "while":
+            fused = run.computation.startswith("all-reduce-scatter")
+            sizes, attributes = tuple(map(nbytes, run.types)), run.instruction.attributes
+            scope = re.search(r'op_name="([^"]*)"', attributes)
+            kind = "reduce-scatter" if fused and kind == "all-reduce" else kind
+            found.append(
+                Collective(kind, sizes, _group(attributes), run.times, scope[1] if scope else "")
+            )
+    return found
+
+
+def matmul_flops(text: str) -> int:
+    """Returns the FLOPs of a program's products, and of kernels what they are said to have.
+
+    A TPU's products are convolutions, batched ones over a dilated dimension.
+    """
+    total = 0
+    for run in _runs(*computations(text), 1):
+        attributes = run.instruction.attributes
+        if run.instruction.opcode == "convolution":
+            total += run.times * _convolution_flops(run)
+        elif run.instruction.opcode == "dot":
+            left = _dims(run.types[0])
+            over = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)
+            inner = [left[int(i)] for i in over[1].split(",") if i] if over else []
+            total += run.times * 2 * math.prod(_dims(run.instruction.type) + inner)
+        elif run.instruction.opcode == "custom-call":
+            kernel = re.search(r'"cost_estimate":\{"flops":"(\d+)"', attributes)
+            total += run.times * int(kernel[1]) if kernel else 0
+    return total
+
+
+def _convolution_flops(run: Run) -> int:
+    attributes = run.instruction.attributes
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    assert labels is not None
+    left, right = (_dims(t) for t in run.types)
+    out = _dims(run.instruction.type)
+    flops = 2 * out[labels[3].index("b")] * out[labels[3].index("f")] * right[labels[2].index("i")]
+    for n, label in enumerate(sorted(set(labels[1]) - set("bf"))):
+        sizes = left[labels[1].index(label)], out[labels[3].index(label)]
+        flops *= _window_products(*sizes, **_window(attributes, n))
+    return flops
+
+
+def _window(attributes: str, n: int) -> dict[str, int]:
+    """Returns what the window of a convolution is in spatial dimension `n`."""
+    match = re.search(r"window=\{([^}]*)\}", attributes)
+    written = dict(field.split("=") for field in match[1].split()) if match else {}
+    values = {key: text.split("x")[n] for key, text in written.items()}
+    numbers = {
+        key: int(values.get(key, 1)) for key in ("size", "stride", "lhs_dilate", "rhs_dilate")
+    }
+    return numbers | {"pad": int(values.get("pad", "0_0").split("_")[0])}
+
+
+def _window_products(
+    left: int, out: int, *, size: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int
+) -> int:
+    """Returns how many products one spatial dimension takes; zeros of a dilation are none."""
+    places = (o * stride - pad + w * rhs_dilate for o in range(out) for w in range(size))
+    return sum(p % lhs_dilate == 0 and 0 <= p // lhs_dilate < left for p in places)
+
+
+def _dims(type_text: str) -> list[int]:
+    match = _SHAPE.search(type_text)
+    return [int(n) for n in match[2].split(",") if n] if match else []
+
+
+def _runs(found: dict[str, list[Instruction]], name: str, times: int) -> Iterator[Run]:
+    types = {i.name: i.type for i in found[name]}
+    for i in found[name]:
+        operands = tuple(types.get(o, "") for o in _OPERAND.findall(i.operands))
+        yield Run(i, times, operands, name)
+        if i.opcode == "while":
             trips = re.search(r'known_trip_count":\{"n":"(\d+)"', i.attributes)
             body = re.search(r"body=%?([\w.-]+)", i.attributes)
             if trips and body:
-                yield from _walk(found, body[1], times * int(trips[1]))
+                yield from _runs(found, body[1], times * int(trips[1]))
         elif i.opcode in ("fusion", "call", "async-start", "conditional"):
             for inner in _called(i.attributes):
-                yield from _walk(found, inner, times)
+                yield from _runs(found, inner, times)
 
 
 def _called(attributes: str) -> list[str]:
@@ -159,8 +232,3 @@ def _group(attributes: str) -> int:
         return len(match[1].split(","))
     match = re.search(r"replica_groups=\[\d+,(\d+)\]<=", attributes)
     return int(match[1]) if match else 2
-
-
-def _scope(attributes: str) -> str:
-    match = re.search(r'op_name="([^"]*)"', attributes)
-    return match[1] if match else ""

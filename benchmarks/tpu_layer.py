@@ -3,13 +3,12 @@
     make bench-tpu
     python benchmarks/tpu_layer.py [--topology v5p:2x2x4 v6e:2x4] [--only bytes] [--json tpu.json]
 
-`flops`: the experts of a dropless layer (`lax.ragged_dot`) on one device, next to as many rows in
-equal slots (batched matmuls), by XLA's count. `bytes`: what a token's layer sends over an expert
-axis of 8, by the collectives of the compiled program, next to `moejax.traffic`; the further rounds
-of a dropless exchange are not in it, and of a ragged one the rows of balanced routing are.
-Statistics and the router's gradient, whose size does not depend on the tokens, are left out. 4,096
-tokens a device in bfloat16. 16 programs a topology; the 8 of `bytes` take a minute each on two
-cores.
+`flops`: the matmuls of dropless experts (`lax.ragged_dot`) on one device, next to those of as many
+rows in equal slots. `bytes`: what a token's layer sends over an expert axis of 8, by the
+collectives of the compiled program, next to `moejax.traffic`; statistics and the router's gradient,
+whose size does not depend on the tokens, are left out. Both are those of balanced routing: what
+only another one needs is in loops that are not counted. 4,096 tokens a device in bfloat16. 16
+programs a topology; the 8 of `bytes` take a minute each on two cores.
 
 XLA estimates seconds too, which are no use here: negative where transfers overlap with work, and
 without the memory traffic and the tiles of a kernel.
@@ -25,7 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hlo import collectives
+from hlo import collectives, matmul_flops
 from rich.console import Console
 from rich.table import Table
 
@@ -186,7 +185,7 @@ def measure_flops(topology: str, devices: list, name: str) -> Iterator[TpuRow]:
     """Yields the dropless experts' FLOPs, held against those of equal slots."""
     for backward in (False, True):
         ours, expected = (
-            compile_experts(SHAPES[name], devices[0], dropless, backward).cost_analysis()["flops"]
+            matmul_flops(compile_experts(SHAPES[name], devices[0], dropless, backward).as_text())
             for dropless in (True, False)
         )
         yield TpuRow(topology, f"experts, {name}", backward, "TFLOP", ours / 1e12, expected / 1e12)

@@ -38,7 +38,13 @@ def _id(cell) -> str:
     return f"{name} {dispatch} {transport}".replace(" ", "_").replace(",", "")
 
 
-@pytest.mark.parametrize("cell", _cells(), ids=_id)
+def _slow_unless_quick(cell):
+    """The mesh with experts over four of eight devices waits for `make test-slow`."""
+    marks = [pytest.mark.slow] if cell[3].expert == 4 else []
+    return pytest.param(cell, marks=marks, id=_id(cell))
+
+
+@pytest.mark.parametrize("cell", [_slow_unless_quick(cell) for cell in _cells()])
 def test_a_case_is_the_oracle_in_value_and_every_gradient(cell):
     name, dispatch, transport, sizes = cell
     config = contract.case_config(name, dispatch, transport)
@@ -60,7 +66,15 @@ def test_every_router_is_a_case_and_every_way_is_here():
     assert routers == set(Router.__args__)
 
 
-@pytest.mark.parametrize("name", ["softmax, free experts", "sigmoid_bias", "threshold", "soft"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sigmoid_bias",
+        pytest.param("softmax, free experts", marks=pytest.mark.slow),
+        pytest.param("threshold", marks=pytest.mark.slow),
+        pytest.param("soft", marks=pytest.mark.slow),
+    ],
+)
 def test_properties_hold(name):
     cells = list(contract.check_properties(name))
     assert [cell for cell in cells if not cell.passed] == []

@@ -80,19 +80,14 @@ def _assert_equal(actual, expected):
             np.testing.assert_allclose(actual[name], value, atol=2e-5 * scale, err_msg=name)
 
 
-# Each axis of the mesh (data, fsdp, expert, tensor) meets each config.
+# Every axis of the mesh (data, fsdp, expert, tensor) is split; test_contract.py has more of them.
 LAYOUTS = [
     ((1, 1, 1, 1), "dropless"),
-    ((1, 1, 1, 1), "rank"),
     ((1, 1, 8, 1), "dropless"),
     ((1, 1, 8, 1), "token"),
-    ((2, 2, 2, 1), "dropless"),
     ((2, 2, 2, 1), "rank"),
-    ((1, 2, 2, 2), "dropless"),
-    ((1, 2, 2, 2), "token"),
     ((1, 2, 2, 2), "gather"),
     ((1, 1, 1, 8), "rank"),
-    ((2, 1, 4, 1), "token"),
     ((2, 1, 4, 1), "gather"),
 ]
 

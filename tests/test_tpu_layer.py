@@ -129,6 +129,50 @@ def test_collectives_of_a_program_that_xla_compiled(hlo, mesh_of):
     assert [c.kind for c in found if c.is_sum] == ["all-reduce"]
 
 
+# As a TPU's compiler writes them: a batched product, one over rows with a batch of 3, and a kernel.
+PRODUCTS = """\
+HloModule jit_products
+
+%fused (a: bf16[3,5,7], b: bf16[3,7,11]) -> bf16[3,5,11] {
+  %a = bf16[3,5,7]{2,1,0} parameter(0)
+  %b = bf16[3,7,11]{2,1,0} parameter(1)
+  ROOT %batched = bf16[3,5,11]{2,1,0} convolution(%a, %b), window={size=3 stride=2 lhs_dilate=3}, \
+dim_labels=0bf_0io->0bf
+}
+
+ENTRY %main (a.1: bf16[3,5,7], b.1: bf16[3,7,11], c: f32[5,7], d: f32[7,11]) -> bf16[3,5,11] {
+  %a.1 = bf16[3,5,7]{2,1,0} parameter(0)
+  %b.1 = bf16[3,7,11]{2,1,0} parameter(1)
+  %c = f32[5,7]{1,0} parameter(2)
+  %d = f32[7,11]{1,0} parameter(3)
+  %plain = f32[5,11]{1,0} convolution(%c, %d), dim_labels=bf_io->bf
+  %dot = f32[5,11]{1,0} dot(%c, %d), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  %kernel = f32[5,11]{1,0} custom-call(%c, %d), custom_call_target="tpu_custom_call", \
+backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"1000","x":"0"}}}
+  ROOT %fusion = bf16[3,5,11]{2,1,0} fusion(%a.1, %b.1), kind=kOutput, calls=%fused
+}
+"""
+
+
+def test_flops_of_products_by_hand(hlo):
+    one = 2 * 5 * 7 * 11
+    assert hlo.matmul_flops(PRODUCTS) == 3 * one + one + one + 1000
+
+
+def test_products_of_a_window_by_hand(hlo):
+    # 4 numbers, padded by 1, a window of 3: the ends take 2 products and the rest 3.
+    plain = {"size": 3, "stride": 1, "pad": 1, "lhs_dilate": 1, "rhs_dilate": 1}
+    assert hlo._window_products(4, 4, **plain) == 2 + 3 + 3 + 2
+
+
+def test_flops_of_a_program_that_xla_compiled(hlo):
+    def scanned(x, w):
+        return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=5)[0]
+
+    text = jax.jit(scanned).lower(jnp.ones((48, 32)), jnp.ones((32, 32))).compile().as_text()
+    assert hlo.matmul_flops(text) == 5 * 2 * 48 * 32 * 32
+
+
 def test_a_broken_text_is_refused(hlo):
     with pytest.raises(ValueError, match="never closed"):
         hlo.computations("%f () -> f32[] {\n  %x = f32[] add(%a, (%b\n}\n")
