@@ -86,9 +86,9 @@ class Ragged(NamedTuple):
         return Ragged(self.place.T, self.size.T, self.start.T)
 
 
-def gather_counts(count_z: jax.Array) -> jax.Array:
-    """Returns int32 [Z, Z]: how many rows each device (row) has for each device (column)."""
-    return lax.all_gather(count_z, EXPERT_AXIS)
+def gather_counts(count_ze: jax.Array) -> jax.Array:
+    """Returns int32 [Z, Z, E/Z]: the rows that each device has for each expert of each device."""
+    return lax.all_gather(count_ze, EXPERT_AXIS)
 
 
 def ragged_window(count_zz: jax.Array, index: jax.Array | int, rows: int) -> Ragged:
@@ -104,6 +104,19 @@ def ragged_window(count_zz: jax.Array, index: jax.Array | int, rows: int) -> Rag
     size_zz = jnp.maximum(end_zz - first_zz, 0)
     place_zz = jnp.where(size_zz > 0, position_zz + first_zz, 0)
     return Ragged(start_zz + first_zz, size_zz, place_zz)
+
+
+def received_experts(count_zze: jax.Array, index: jax.Array | int, rows: int) -> jax.Array:
+    """Returns int32 [rows]: the expert of each row received in round `index`, E/Z for no row.
+
+    By the counts of `gather_counts` alone, see `ragged_window`: a sender's rows stand in the order
+    of their experts. Sending a number with each row would take 512 bytes a row on a TPU.
+    """
+    local = count_zze.shape[2]
+    end_n = jnp.cumsum(count_zze[:, lax.axis_index(EXPERT_AXIS)].reshape(-1))
+    position_r = index * rows + jnp.arange(rows, dtype=jnp.int32)
+    part_r = jnp.searchsorted(end_n, position_r, side="right")
+    return jnp.where(position_r < end_n[-1], part_r % local, local).astype(jnp.int32)
 
 
 def ragged_exchange(rows: jax.Array, plan: Ragged, out_rows: int) -> jax.Array:

@@ -96,7 +96,7 @@ def dropless_experts(
         cpu=functools.partial(_head_and_tail, _stacked_network(activation), plan),
         cuda=functools.partial(by_groups, _gpu_grouped_matmul),
         rocm=functools.partial(by_groups, _gpu_grouped_matmul),
-        default=functools.partial(by_groups, lax.ragged_dot),
+        default=functools.partial(by_groups, _tpu_grouped_matmul),
     )
 
 
@@ -436,6 +436,7 @@ def _add_expert(total, more, *, expert):
 
 # Everywhere else.
 
+TILE_ROWS = 128  # of a TPU's matmul
 NO_TOKAMAX = (
     "WITHOUT TOKAMAX, DROPLESS EXPERTS ARE SLOW ON A GPU: XLA lowers ragged_dot there to a dense "
     "product over all experts, num_experts times the FLOPs; pip install tokamax, or set "
@@ -467,6 +468,56 @@ def _gpu_grouped_matmul(x_rd, w_edf, group_sizes):
     """`lax.ragged_dot`, by Tokamax's kernel if that is installed."""
     matmul = _tokamax_ragged_dot() or lax.ragged_dot
     return matmul(x_rd, w_edf, group_sizes=group_sizes)
+
+
+@jax.custom_vjp
+def _tpu_grouped_matmul(x_rd, w_edf, group_sizes):
+    """`lax.ragged_dot`, whose own gradient of the weights is a dense product on a TPU.
+
+    libtpu 0.0.42 has kernels for the product and for the gradient of the rows only.
+    """
+    return lax.ragged_dot(x_rd, w_edf, group_sizes)
+
+
+def _tpu_forward(x_rd, w_edf, group_sizes):
+    return _tpu_grouped_matmul(x_rd, w_edf, group_sizes), (x_rd, w_edf, group_sizes)
+
+
+def _tpu_backward(saved, dy_rf):
+    x_rd, w_edf, group_sizes = saved
+    dx_rd = lax.ragged_dot(dy_rf, w_edf.swapaxes(1, 2), group_sizes)
+    dw_edf = _grouped_outer(x_rd, dy_rf, group_sizes)
+    dgroup_sizes = np.zeros(group_sizes.shape, jax.dtypes.float0)
+    return dx_rd.astype(x_rd.dtype), dw_edf.astype(w_edf.dtype), dgroup_sizes
+
+
+_tpu_grouped_matmul.defvjp(_tpu_forward, _tpu_backward)
+
+
+def _grouped_outer(x_rd, dy_rf, size_e):
+    """Returns x_e^T dy_e of each expert's rows, float32 [E, D, F].
+
+    One batched product over each expert's first rows, as many as nearly all have where the load is
+    balanced, and another one as long as any expert has more.
+    """
+    rows, mean = x_rd.shape[0], x_rd.shape[0] / size_e.shape[0]
+    part = min(rows, -(-math.ceil(mean + 2 * mean**0.5) // TILE_ROWS) * TILE_ROWS)
+    start_e = jnp.cumsum(size_e) - size_e
+
+    def product(n):
+        rank_c = n * part + jnp.arange(part, dtype=jnp.int32)
+        row_ec = jnp.where(rank_c[None] < size_e[:, None], start_e[:, None] + rank_c[None], rows)
+        x_ecd = x_rd.at[row_ec].get(mode="fill", fill_value=0)
+        dy_ecf = dy_rf.at[row_ec].get(mode="fill", fill_value=0)
+        return jnp.einsum("ecd,ecf->edf", x_ecd, dy_ecf, preferred_element_type=jnp.float32)
+
+    def body(carry):
+        n, total_edf = carry
+        return n + 1, total_edf + product(n)
+
+    parts = -(-size_e.max() // part)
+    first = (lax.full_like(parts, 1), product(0))
+    return lax.while_loop(lambda carry: carry[0] < parts, body, first)[1]
 
 
 @functools.cache

@@ -16,7 +16,7 @@ FORMULAS = {
     "slots": "2 * D * b * E * C / group tokens * (1 - 1/Z)",
     "soft": "2 * D * b * E * slots / group tokens * (1 - 1/Z)",
     "padded": "(2 * D * b + 4) * Z * ceil(buffer_factor * T * k / Z) / T * (1 - 1/Z)",
-    "ragged": "(2 * D * b + 4) * k * (1 - 1/Z)",
+    "ragged": "2 * D * b * k * (1 - 1/Z)",
     "gather": "(2 * D * b + 8 * S) * (Z - 1)",
     "reference": "every device computes every expert",
 }
@@ -65,8 +65,8 @@ def exchange_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
     """Returns the bytes that a token costs its device in one MoE layer, forward, over `expert`.
 
     See FORMULAS; `ragged` is the mean of a balanced routing, the others are exact. Empty slots are
-    sent too. 4 bytes a row say which expert it is for; `gather` sends 8 bytes a selection, expert
-    and weight.
+    sent too. 4 bytes a row of the padded exchange say which expert it is for; `gather` sends 8
+    bytes a selection, expert and weight; the counts that `ragged` sends are left out.
     """
     moe, degree = config.moe, sizes.expert
     assert degree is not None
@@ -76,7 +76,7 @@ def exchange_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
     if kind == "gather":
         return float((both_ways + 8 * moe.slots_per_token) * (degree - 1))
     if kind == "ragged":
-        return (both_ways + 4) * moe.mean_selected * away
+        return both_ways * moe.mean_selected * away
     if kind == "padded":
         rows = degree * part_rows(config, sizes) / local_tokens(config, sizes)
         return (both_ways + 4) * rows * away

@@ -206,21 +206,19 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     rows = min(balanced_rows(expert_ts.shape[0], config), degree * send)
     with jax.named_scope("assign"):
         slots = grouped_slots(expert_ts, num_experts=none, rows=send)
-        count_z = slots.group_size_e.reshape(degree, local).sum(1)
-        count_zz = exchange.gather_counts(count_z)
+        count_zze = exchange.gather_counts(slots.group_size_e.reshape(degree, local))
+        count_zz = count_zze.sum(2)
         rounds = exchange.most(-(-count_zz.sum(0).max() // rows))
 
     def run(index, operands, fixed):
         weights, x_td, weight_ts = operands
-        expert_ts, slots, count_zz = fixed
+        slots, count_zze = fixed
         with jax.named_scope("dispatch"):
             x_nd = dispatch(x_td, slots)
-            expert_n = _row_experts(expert_ts, slots, local)
         with jax.named_scope("exchange"):
-            plan = exchange.ragged_window(count_zz, index, rows)
+            plan = exchange.ragged_window(count_zze.sum(2), index, rows)
             x_rd = exchange.ragged_exchange(x_nd, plan, rows)
-            number_r = exchange.ragged_exchange(expert_n + 1, plan, rows)
-            expert_r = jnp.where(number_r > 0, number_r - 1, local)
+            expert_r = exchange.received_experts(count_zze, index, rows)
         y_rd = _run_received(experts, weights, x_rd, expert_r, config)
         with jax.named_scope("exchange_back"):
             y_nd = exchange.ragged_exchange(y_rd, plan.back, send)
@@ -229,4 +227,4 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
 
     most = -(-degree * send // rows)
     operands = vary_tree((experts.weights, x_td, weight_ts), expert_ts)
-    return _in_rounds(run, operands, (expert_ts, slots, count_zz), rounds, most)
+    return _in_rounds(run, operands, (slots, count_zze), rounds, most)
