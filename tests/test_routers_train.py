@@ -20,6 +20,7 @@ from moejax.step import make_train_step
 ROUTERS = sorted((Path(__file__).parents[1] / "configs" / "routers").glob("*.py"))
 SMALLER = [
     "model.num_layers=1",
+    "moe.every=1",
     "model.d_model=32",
     "model.num_heads=1",
     "model.num_kv_heads=1",
