@@ -1,7 +1,6 @@
 """assign: which assignments of a capacity group get a slot, and in which order they are served."""
 
 from fractions import Fraction
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 from einops import rearrange
 
 from moejax.dispatch import Slots, capacity_table, rank_in_expert, rows_of_slots
-from moejax.moe_config import MoEConfig
+from moejax.moe_config import MoEConfig, Priority
 from moejax.routing import RouterInputs
 
 
@@ -28,9 +27,6 @@ def capacities(tokens: int, config: MoEConfig) -> np.ndarray:
         for own in by_expert
     }
     return np.stack([columns[own] for own in by_expert], axis=1)
-
-
-Priority = Literal["token", "rank", "weight", "best_weight", "random"]
 
 
 def service_order(weight_ts: jax.Array, key: jax.Array, priority: Priority) -> jax.Array:

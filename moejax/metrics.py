@@ -531,8 +531,8 @@ def loss_record(terms: Mapping[str, Any]) -> dict[str, Any]:
     """
     by_layer = {name: np.asarray(value_l, np.float64).tolist() for name, value_l in terms.items()}
     return {
-        "balance_loss": sum(by_layer.get("balance", [])) * 1.0,
-        "router_z_loss": sum(by_layer.get("z", [])) * 1.0,
+        "balance_loss": float(sum(by_layer.get("balance", []))),
+        "router_z_loss": float(sum(by_layer.get("z", []))),
         "router_losses": by_layer,
     }
 

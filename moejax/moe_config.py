@@ -39,6 +39,7 @@ Router = Literal[
     "threshold",
 ]
 Activation = Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"]
+Priority = Literal["token", "rank", "weight", "best_weight", "random"]
 Convention = Literal["megatron", "switch", "huggingface", "maxtext", "olmoe"]
 
 SCORED = ("softmax", "sigmoid", "sqrt_softplus", "cosine", "sigmoid_bias", "quantile")
@@ -131,7 +132,7 @@ class MoEConfig:
     capacity_by_expert: tuple[float, ...] | None = None  # factors of each expert's capacity
     group_sequences: int = 1  # capacity is enforced per group of this many whole sequences
     # who gets a slot first; all but "token" let later tokens decide about earlier ones
-    priority: Literal["token", "rank", "weight", "best_weight", "random"] = "token"
+    priority: Priority = "token"
     transport: Literal["auto", "all_to_all", "ragged", "gather", "reference"] = "auto"
     buffer_factor: float = 1.5  # dropless: rows received at once, over the balanced load
 

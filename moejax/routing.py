@@ -426,14 +426,6 @@ def soft_mixing(
     )
 
 
-def soft_routing(
-    x_btd: jax.Array, weights: Weights, mask_bt: jax.Array, config: MoEConfig
-) -> Routing:
-    """Returns what the statistics of Soft MoE count: each token's expert of the largest mass."""
-    inputs = RouterInputs(mask_bt)
-    return route(x_btd, weights, {}, inputs, config)
-
-
 def _soft(x_btd, weights, state, inputs, config) -> Routing:
     """Soft MoE (Puigcerver et al. 2023): a token's expert of the largest mass, for statistics."""
     mask_bt = inputs.mask_bt
