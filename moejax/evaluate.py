@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from moejax.attention import packed_tokens
 from moejax.checkpoint import Checkpoints
 from moejax.config import Config, MoEConfig
 from moejax.corpus import load_corpus
@@ -24,7 +25,6 @@ from moejax.data import Batch, ValidationBatches, check_tokens, check_vocabulary
 from moejax.loss import Totals, token_losses, totals, whole_losses
 from moejax.mesh import Device, make_mesh, mesh_config
 from moejax.metrics import loss_record, routing_record
-from moejax.model import packed_tokens
 from moejax.optim import make_optimizer
 from moejax.router_stats import RouterStats
 from moejax.sharding import place_batch, replicated

@@ -16,10 +16,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
+from moejax.attention import Cache, Tokens, empty_cache
 from moejax.config import Config, ConfigError
 from moejax.evaluate import dropless, restore_for_use, with_moe
 from moejax.mesh import mesh_config
-from moejax.model import Cache, Decoder, Tokens, empty_cache
+from moejax.model import Decoder
 from moejax.sharding import replicated
 from moejax.state import model_graph
 from moejax.tokenizer import Tokenizer, load_tokenizer

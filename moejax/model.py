@@ -1,4 +1,4 @@
-"""The decoder: RMSNorm, grouped-query attention with RoPE, SwiGLU or MoE, in scanned layers.
+"""The decoder: attention, then a dense SwiGLU or an MoE layer, in scanned layers.
 
 Layers live in two stacks: `prefix` holds the first dense layers, `runs` the rest, each run being
 `moe.every - 1` dense layers and one MoE layer. A stack is one block whose parameters have a leading
@@ -11,38 +11,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moejax.config import Config, ModelConfig
+from moejax.attention import Attention, Cache, RMSNorm, Tokens, normal, output_scale
+from moejax.config import Config
 from moejax.experts import swiglu
 from moejax.mesh import AnyMesh
 from moejax.moe import MoE
 from moejax.router_stats import RouterStats
 from moejax.routing import RouterInputs
 from moejax.sharding import constrain_tokens
-
-
-class Cache(NamedTuple):
-    """Past keys and values, for generation: [L, B, T, N, K], or one layer's [B, T, N, K]."""
-
-    key: jax.Array
-    value: jax.Array
-
-
-class Tokens(NamedTuple):
-    """What every layer needs to know of the tokens besides their vectors.
-
-    Attributes:
-        position_bt: int32 [B, T], or [1, T] where all rows have the same: for RoPE and, with a
-            cache, the row of the cache that a token is written to.
-        attend_bqt: bool [B, T, T or cache length]; which keys each query may see.
-        mask_bt: bool; False for padding.
-        key_b: uint32 [B, 2]; random key data of each sequence, for routers that draw; None where
-            nothing is random, as in evaluation.
-    """
-
-    position_bt: jax.Array
-    attend_bqt: jax.Array
-    mask_bt: jax.Array
-    key_b: jax.Array | None = None
 
 
 class Outputs(NamedTuple):
@@ -61,101 +37,15 @@ class Outputs(NamedTuple):
     choice_lbts: jax.Array | None
 
 
-def packed_tokens(segment_bt: jax.Array, key_b: jax.Array | None = None) -> Tokens:
-    """Returns `Tokens` of packed sequences: causal inside each document; segment 0 is padding."""
-    length = segment_bt.shape[1]
-    position_t = jnp.arange(length, dtype=jnp.int32)
-    causal_qt = position_t[:, None] >= position_t[None, :]
-    same_bqt = segment_bt[:, :, None] == segment_bt[:, None, :]
-    return Tokens(position_t[None], same_bqt & causal_qt[None], segment_bt > 0, key_b)
-
-
-def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str, scale: float = 1.0):
-    return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * (scale / fan_in**0.5))
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) * scale, in float32 (Zhang and Sennrich 2019)."""
-
-    def __init__(self, width: int, dtype: str):
-        self.scale = nnx.Param(jnp.ones(width, dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32**2, axis=-1, keepdims=True) + 1e-6)
-        scale = self.scale[...].astype(jnp.float32)
-        return (x32 * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
-
-
-def rope(x_bthk: jax.Array, position_bt: jax.Array, theta: float) -> jax.Array:
-    """Rotates pairs (i, i + K/2) by position * theta^(-2i/K), in float32 (Su et al. 2021)."""
-    half = x_bthk.shape[-1] // 2
-    frequency_k = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle_btk = position_bt[..., None].astype(jnp.float32) * frequency_k[None, None]
-    sin, cos = jnp.sin(angle_btk)[:, :, None], jnp.cos(angle_btk)[:, :, None]
-    left, right = jnp.split(x_bthk.astype(jnp.float32), 2, axis=-1)
-    turned = jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
-    return turned.astype(x_bthk.dtype)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023), RoPE, and optional RMS norm of q and k."""
-
-    def __init__(self, config: Config, mesh: AnyMesh, *, rngs: nnx.Rngs):
-        model = config.model
-        self.config, self.mesh = model, mesh
-        d, h, n, k = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
-        self.query = _normal(rngs, (d, h, k), d, model.param_dtype)
-        self.key = _normal(rngs, (d, n, k), d, model.param_dtype)
-        self.value = _normal(rngs, (d, n, k), d, model.param_dtype)
-        self.output = _normal(rngs, (h, k, d), h * k, model.param_dtype, _output_scale(model))
-        if model.qk_norm:
-            self.query_norm = RMSNorm(k, model.param_dtype)
-            self.key_norm = RMSNorm(k, model.param_dtype)
-
-    def __call__(
-        self, x_btd: jax.Array, tokens: Tokens, cache: Cache | None
-    ) -> tuple[jax.Array, Cache | None]:
-        """Returns [B, T, D] and the cache with this call's keys and values written to it."""
-
-        def project(w):
-            heads = jnp.einsum("btd,dhk->bthk", x_btd, w[...].astype(x_btd.dtype))
-            return constrain_tokens(heads, self.mesh, heads=True)
-
-        q, k, v = project(self.query), project(self.key), project(self.value)
-        if self.config.qk_norm:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q = rope(q, tokens.position_bt, self.config.rope_theta)
-        k = rope(k, tokens.position_bt, self.config.rope_theta)
-        if cache is not None:
-            row_b1 = jnp.arange(k.shape[0])[:, None]
-            k = cache.key.at[row_b1, tokens.position_bt].set(k, mode="drop")
-            v = cache.value.at[row_b1, tokens.position_bt].set(v, mode="drop")
-            cache = Cache(k, v)
-        mixed = _attend(q, k, v, tokens.attend_bqt)
-        out = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(x_btd.dtype))
-        return constrain_tokens(out, self.mesh), cache
-
-
-@jax.checkpoint
-def _attend(q, k, v, attend_bqt):
-    """Softmax attention; the backward pass recomputes the B * H * T * T scores, none is kept."""
-    return jax.nn.dot_product_attention(q, k, v, mask=attend_bqt[:, None])
-
-
-def _output_scale(model: ModelConfig) -> float:
-    return (2 * model.num_layers) ** -0.5
-
-
 class FeedForward(nnx.Module):
     """The dense SwiGLU layer."""
 
     def __init__(self, config: Config, *, rngs: nnx.Rngs):
         model = config.model
         d, f = model.d_model, model.dense_hidden
-        self.gate = _normal(rngs, (d, f), d, model.param_dtype)
-        self.up = _normal(rngs, (d, f), d, model.param_dtype)
-        self.down = _normal(rngs, (f, d), f, model.param_dtype, _output_scale(model))
+        self.gate = normal(rngs, (d, f), d, model.param_dtype)
+        self.up = normal(rngs, (d, f), d, model.param_dtype)
+        self.down = normal(rngs, (f, d), f, model.param_dtype, output_scale(model))
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         weights = (w[...].astype(x_btd.dtype) for w in (self.gate, self.up, self.down))
@@ -177,7 +67,7 @@ class Block(nnx.Module):
                 model.d_model,
                 mesh=mesh,
                 param_dtype=model.param_dtype,
-                output_scale=_output_scale(model),
+                output_scale=output_scale(model),
                 rngs=rngs,
             )
         else:
@@ -282,14 +172,14 @@ class Decoder(nnx.Module):
         model, every = config.model, config.moe.every
         self.config, self.mesh = config, mesh
         d, v = model.d_model, model.vocab_size
-        self.embedding = _normal(rngs, (v, d), d, model.param_dtype)
+        self.embedding = normal(rngs, (v, d), d, model.param_dtype)
         prefix = config.moe.first_dense if every else model.num_layers
         kinds = (False,) * ((every or 1) - 1) + (True,)
         self.prefix = _stack(config, mesh, (False,), prefix, rngs)
         self.runs = _stack(config, mesh, kinds, config.num_moe_layers, rngs)
         self.final_norm = RMSNorm(d, model.param_dtype)
         if not model.tie_embeddings:
-            self.unembedding = _normal(rngs, (d, v), d, model.param_dtype)
+            self.unembedding = normal(rngs, (d, v), d, model.param_dtype)
 
     def __call__(
         self,
@@ -389,10 +279,3 @@ def _unembed_backward(saved, grad_btv):
 
 
 _unembed.defvjp(_unembed_forward, _unembed_backward)
-
-
-def empty_cache(config: Config, batch: int, length: int) -> Cache:
-    """Returns a cache of zeros for `length` tokens of `batch` sequences."""
-    model = config.model
-    shape = (model.num_layers, batch, length, model.num_kv_heads, model.head_dim)
-    return Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))

@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
+from moejax.attention import packed_tokens
 from moejax.config import Config
 from moejax.data import Batch
 from moejax.loss import (
@@ -24,7 +25,6 @@ from moejax.loss import (
     totals,
     whole_losses,
 )
-from moejax.model import packed_tokens
 from moejax.optim import learning_rate, make_optimizer
 from moejax.parameters import kind_of
 from moejax.router_state import update_router_state

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moejax.attention import packed_tokens
 from moejax.config import MeshConfig
 from moejax.evaluate import Evaluator, at_eval_capacity, dropless, with_moe
 from moejax.mesh import make_mesh
-from moejax.model import packed_tokens
 from moejax.overrides import apply_overrides, load_config
 from moejax.state import model_graph, split_model
 from moejax.tokenizer import load_tokenizer

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moejax.attention import empty_cache, packed_tokens
 from moejax.config import Config, ConfigError, ModelConfig, MoEConfig
 from moejax.evaluate import dropless, with_moe
 from moejax.generate import cached_forward, generate, make_generate, sample
-from moejax.model import empty_cache, packed_tokens
 from moejax.state import model_graph
 from moejax.tokenizer import load_tokenizer
 

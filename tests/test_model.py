@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moejax.attention import Attention, packed_tokens, rope
 from moejax.config import Config, DataConfig, ModelConfig, MoEConfig, TrainConfig
 from moejax.flops import parameter_counts
-from moejax.model import REMAT_POLICIES, Attention, LayerRouting, Run, packed_tokens, rope
+from moejax.model import REMAT_POLICIES, LayerRouting, Run
 from moejax.router_state import initial_router_state
 from moejax.sharding import path_name
 from moejax.state import model_graph, split_model

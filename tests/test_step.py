@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moejax.attention import packed_tokens
 from moejax.config import Config, DataConfig, ModelConfig, MoEConfig, OptimConfig, TrainConfig
 from moejax.data import Batch
-from moejax.model import packed_tokens
 from moejax.optim import make_optimizer
 from moejax.router_state import initial_router_state
 from moejax.sharding import path_name, place_batch

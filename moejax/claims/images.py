@@ -15,12 +15,13 @@ import numpy as np
 import optax
 from flax import nnx
 
+from moejax.attention import RMSNorm, Tokens
 from moejax.claims.tasks import Images, digit_images
 from moejax.claims.training import INIT, WINDOW, arm_file, key_of, read_result
 from moejax.config import Config
 from moejax.loss import load_balancing_loss, token_losses
 from moejax.mesh import single_device_mesh
-from moejax.model import Block, LayerRouting, RMSNorm, Tokens
+from moejax.model import Block, LayerRouting
 from moejax.optim import make_optimizer
 
 CLASSES = 10

@@ -21,12 +21,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from moejax.attention import packed_tokens
 from moejax.claims.tasks import MarkovTask
 from moejax.config import Config
 from moejax.loss import token_losses
 from moejax.mesh import single_device_mesh
 from moejax.metrics import layer_summary
-from moejax.model import LayerRouting, layer_inputs, packed_tokens
+from moejax.model import LayerRouting, layer_inputs
 from moejax.optim import make_optimizer
 from moejax.overrides import config_values, value_difference
 from moejax.router_state import initial_router_state
