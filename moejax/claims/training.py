@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from moejax.attention import packed_tokens
 from moejax.claims.tasks import MarkovTask
@@ -151,7 +152,8 @@ def initial_states(arm: Arm, seeds: Seeds, start: Any) -> TrainState:
     # seed after seed: the draws of all seeds in one program take several times as long to compile
     run = jax.jit(init)
     states = [run(*of_seed((seeds.key, start), index)) for index in range(len(seeds.key))]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    return jax.device_put(stacked, _whole())
 
 
 def of_seed(stacked: Any, index: int) -> Any:
@@ -203,7 +205,12 @@ def make_step(arm: Arm) -> Callable[[TrainState, Seeds], tuple[TrainState, Step]
         l1_l = metrics.router_state.get("l1")
         return state, Step(metrics.losses.loss, stats.count_e, stats.dropped_e, l1_l)
 
-    return jax.jit(jax.vmap(one), donate_argnums=0)
+    return jax.jit(jax.vmap(one), donate_argnums=0, out_shardings=_whole())
+
+
+def _whole() -> NamedSharding:
+    """Returns where states lie, before a step as after it: another place compiles it again."""
+    return NamedSharding(single_device_mesh(), PartitionSpec())
 
 
 class Trained(NamedTuple):
