@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import json
+import types
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import moejax.exchange
@@ -102,6 +104,44 @@ def test_padding_that_is_counted_is_found(config, monkeypatch):
     (row,) = rows(config, EXPERT_8)
     assert "counts" in row.failures
     assert row.counts > 0
+
+
+def test_a_tie_is_no_error_and_more_than_a_few_are_one(config, monkeypatch):
+    """One token ranks its two experts the other way round; then every tenth one does.
+
+    Either moves a first choice. A few are taken for ties and replayed, and the replay is equal.
+    """
+    honest, every = verify.trace, 0
+
+    def tied(config, data, starts, choices=()):
+        found = honest(config, data, starts, choices)
+        if config.moe.transport == "reference" or choices:
+            return found
+        first = found.metrics[0]
+        chosen = first.choice_albts.copy()
+        rows = chosen.reshape(-1, chosen.shape[-1])[::every]
+        rows[:] = rows[:, ::-1]
+        first_e = first.stats.first_e.copy()
+        first_e[0, :2] += np.array([1, -1])
+        first = first._replace(choice_albts=chosen, stats=first.stats._replace(first_e=first_e))
+        return found._replace(metrics=[first, *found.metrics[1:]])
+
+    monkeypatch.setattr(verify, "trace", tied)
+    monkeypatch.setattr(verify, "TIES", 1e-3)  # 1 of 2 layers x 16 sequences x 16 tokens x 2 steps
+    every = 10**6
+    (row,) = rows(config, EXPERT_8)
+    assert (row.ties, row.failures) == (1, [])
+    every = 10
+    (row,) = rows(config, EXPERT_8)
+    assert (row.ties, row.failures) == (0, ["counts"])
+
+
+def test_a_tie_moves_no_more_first_choices_than_there_are_ties():
+    """Three tokens of two experts: a first choice that moved is one, wherever it went."""
+    theirs = types.SimpleNamespace(first_e=np.array([[3, 5, 0]]))
+    assert verify._moved_firsts(theirs, theirs) == 0
+    assert verify._moved_firsts(types.SimpleNamespace(first_e=np.array([[2, 5, 1]])), theirs) == 1
+    assert verify._moved_firsts(types.SimpleNamespace(first_e=np.array([[5, 1, 2]])), theirs) == 4
 
 
 def test_layouts_are_those_that_fit(config):
