@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from moejax.errors import ConfigError as ConfigError  # where callers look for it
 from moejax.errors import require, require_finite, require_positive
-from moejax.moe_config import MoEConfig
+from moejax.moe_config import MoEConfig, Stack
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +265,23 @@ class Config:
             "whole",
         )
 
+        for name in ("num_experts_by_layer", "expert_hidden_by_layer"):
+            by_layer = getattr(moe, name)
+            require(
+                by_layer is None or len(by_layer) == self.num_moe_layers,
+                f"moe.{name}={by_layer} has a number for {len(by_layer or ())} MoE layers and the "
+                f"model has {self.num_moe_layers} (model.num_layers={model.num_layers}, "
+                f"moe.first_dense={moe.first_dense}, moe.every={moe.every}); give one for each",
+            )
+
+    def moe_stacks(self) -> "tuple[tuple[Stack, Config], ...]":
+        """Returns the MoE layers in stacks of consecutive layers that are alike, in order.
+
+        With each stack the config as if all MoE layers were like those of the stack.
+        """
+        stacks = self.moe.stacks(self.num_moe_layers) if self.num_moe_layers else ()
+        return tuple((stack, dataclasses.replace(self, moe=stack.config)) for stack in stacks)
+
     @property
     def num_moe_layers(self) -> int:
         if self.moe.every is None:
@@ -300,8 +317,12 @@ class Config:
             )
 
         if moe.every is not None:
-            divides("expert", "moe.num_experts", moe.num_experts)
-            divides("tensor", "moe.expert_hidden", moe.expert_hidden)
+            for axis, name in (("expert", "moe.num_experts"), ("tensor", "moe.expert_hidden")):
+                by_layer = getattr(moe, f"{name.removeprefix('moe.')}_by_layer")
+                if by_layer is None:
+                    divides(axis, name, getattr(moe, name.removeprefix("moe.")))
+                for layer, value in enumerate(by_layer or ()):
+                    divides(axis, f"{name}_by_layer[{layer}]", value)
         if self.num_dense_layers:
             divides("tensor", "model.dense_hidden", model.dense_hidden)
         divides("tensor", "model.num_heads", model.num_heads)

@@ -27,6 +27,7 @@ from moejax.flops import (
     parameter_counts,
     total_parameters,
 )
+from moejax.moe_config import MoEConfig, Stack
 from moejax.optim import make_optimizer
 from moejax.parameters import AXES_OF, kind_of, moe_parameters
 from moejax.sharding import path_name
@@ -137,16 +138,23 @@ def layer_kinds(config: Config) -> list[str]:
 
 
 def gathered_weight_bytes(config: Config, sizes: MeshConfig) -> int:
-    """Returns the bytes of one MoE layer's experts on a device, whole over fsdp, compute dtype."""
+    """Returns the bytes of one MoE layer's experts on a device, whole over fsdp, compute dtype.
+
+    Of layers that differ it is the largest, as one layer is computed at a time.
+    """
     if config.moe.resolved_transport == "reference":
         return 0
     split = {"expert": sizes.expert, "tensor": sizes.tensor}
-    count = 0
-    for name, parameter in moe_parameters(config.moe, config.model.d_model).items():
-        if kind_of(name) == "experts":
-            parts = math.prod(split.get(axis) or 1 for axis in AXES_OF[name] if axis)
-            count += math.prod(parameter.shape) // parts
-    return count * itemsize(config)
+
+    def layer(moe: MoEConfig) -> int:
+        count = 0
+        for name, parameter in moe_parameters(moe, config.model.d_model).items():
+            if kind_of(name) == "experts":
+                parts = math.prod(split.get(axis) or 1 for axis in AXES_OF[name] if axis)
+                count += math.prod(parameter.shape) // parts
+        return count
+
+    return max((layer(own.moe) for _, own in config.moe_stacks()), default=0) * itemsize(config)
 
 
 # Words
@@ -191,8 +199,11 @@ def _moe_facts(config: Config, sizes: MeshConfig) -> list[tuple[str, str]]:
         ("MoE layers", _ranges(by_kind["MoE"])),
         ("dense layers", _ranges(by_kind["dense"])),
         ("router", f"{moe.router}, {_selection_words(config)}"),
-        ("capacity", _capacity_words(config, moe.capacity_factor)),
+        *_capacity_facts("capacity", config, moe.capacity_factor),
     ]
+    stacks = [stack for stack, _ in config.moe_stacks()]
+    if len(stacks) > 1:
+        facts[2:2] = [(f"experts of MoE {_layers(stack)}", _size_words(stack)) for stack in stacks]
     if moe.free_experts:
         numbers = (
             f"{moe.zero_experts} zero, {moe.copy_experts} copy, {moe.constant_experts} constant"
@@ -201,15 +212,16 @@ def _moe_facts(config: Config, sizes: MeshConfig) -> list[tuple[str, str]]:
     if moe.shared_experts:
         facts.append(("shared experts", f"{moe.shared_experts}, gate {moe.shared_gate}"))
     if moe.takes_capacity:
-        words = _capacity_words(config, moe.eval_capacity_factor)
-        facts.append(("capacity in the second evaluation", words))
+        name = "capacity in the second evaluation"
+        facts += _capacity_facts(name, config, moe.eval_capacity_factor)
     facts.append(("transport", f"{moe.resolved_transport} over expert={sizes.expert}"))
     return facts
 
 
 def _selection_words(config: Config) -> str:
     moe, mean = config.moe, active_experts(config)
-    exact = f"{float(mean):g} of {moe.num_experts} experts a token"
+    numbers = sorted({own.moe.num_experts for _, own in config.moe_stacks()})
+    exact = f"{float(mean):g} of {' or '.join(map(str, numbers))} experts a token"
     return (
         exact if mean == moe.top_k and moe.slots_per_token == moe.top_k else f"{exact} on average"
     )
@@ -234,6 +246,25 @@ def _transport_table(config: Config, sizes: MeshConfig) -> Table:
             FORMULAS[formula(config, how)],
         )
     return table
+
+
+def _layers(stack: Stack) -> str:
+    """Writes which of the MoE layers, counted from 0, are in a stack."""
+    last = stack.stop - 1
+    return f"layer {last}" if stack.num_layers == 1 else f"layers {stack.start}-{last}"
+
+
+def _size_words(stack: Stack) -> str:
+    return f"{stack.config.num_experts:,} of hidden width {stack.config.expert_hidden:,}"
+
+
+def _capacity_facts(name: str, config: Config, factor: float | None) -> list[tuple[str, str]]:
+    """Returns the capacity once where it is the same words for all layers, else by stack."""
+    words = {_layers(stack): _capacity_words(own, factor) for stack, own in config.moe_stacks()}
+    first, *others = dict.fromkeys(words.values())
+    if not others:
+        return [(name, first)]
+    return [(f"{name}, MoE {layers}", each) for layers, each in words.items()]
 
 
 def _capacity_words(config: Config, factor: float | None) -> str:

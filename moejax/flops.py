@@ -71,9 +71,19 @@ def active_parameters(config: Config) -> int:
 def active_experts(config: Config) -> Fraction:
     """Returns the expert networks that a token runs through on average, in one MoE layer.
 
+    Of layers that differ it is the mean.
+
     top_k, or all for dense gating; less where a token can choose experts without a network (MoE++,
     at the balance that its loss asks for) or skip the layer. Soft MoE: slots per token.
     """
+    stacks = config.moe_stacks()
+    if not stacks:
+        return Fraction(0)
+    total = sum(stack.num_layers * _active_experts(own) for stack, own in stacks)
+    return Fraction(total) / config.num_moe_layers
+
+
+def _active_experts(config: Config) -> Fraction:
     moe = config.moe
     if moe.router == "soft":
         tokens = moe.group_sequences * config.data.sequence_length
@@ -146,9 +156,10 @@ def _count(config: Config, *, active: bool) -> dict[str, int]:
         "dense": config.num_dense_layers * 3 * d * model.dense_hidden,
         "norms": model.num_layers * norms_of_layer + d,
     }
-    used = active_experts(config) / config.moe.num_experts if active else Fraction(1)
-    for name, parameter in moe_parameters(config.moe, d).items():
-        kind = kind_of(name)
-        share = used if kind == "experts" else 1
-        counts[kind] += config.num_moe_layers * math.prod(parameter.shape) * share
+    for stack, own in config.moe_stacks():
+        used = _active_experts(own) / own.moe.num_experts if active else Fraction(1)
+        for name, parameter in moe_parameters(own.moe, d).items():
+            kind = kind_of(name)
+            share = used if kind == "experts" else 1
+            counts[kind] += stack.num_layers * math.prod(parameter.shape) * share
     return {kind: round(count) for kind, count in counts.items()}

@@ -252,7 +252,7 @@ class Training:
             "loss": float(losses.loss),
             "total_loss": float(losses.total),
             **loss_record(losses.terms),
-            **state_record(metrics.router_state),
+            **state_record(metrics.router_state, self.config.moe),
             "grad_norm": float(metrics.grad_norm),
             "learning_rate": float(metrics.learning_rate),
             "tokens": tokens,

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from moejax.moe_config import WITHOUT_LOGITS, MoEConfig
-from moejax.router_stats import RouterStats, balance
+from moejax.moe_config import WITHOUT_LOGITS, MoEConfig, Stack
+from moejax.router_stats import RouterStats, balance, of_stack
+
+Term = Callable[[RouterStats, MoEConfig], jax.Array]  # of one layer
 
 
 class Totals(NamedTuple):
@@ -160,7 +162,20 @@ def needs_whole_step(config: MoEConfig) -> bool:
 
 def layer_terms(stats: RouterStats, config: MoEConfig) -> dict[str, jax.Array]:
     """Returns each term by layer, without its weight: float32 [L]. `stats` has a layer dim."""
-    return {name: jax.vmap(term)(stats) for name, term in auxiliary_terms(config).items()}
+
+    def term(name: str) -> Term:
+        return lambda layer, own: auxiliary_terms(own)[name](layer)
+
+    return {name: _by_layer(term(name), stats, config) for name in auxiliary_terms(config)}
+
+
+def _by_layer(term: Term, stats: RouterStats, config: MoEConfig) -> jax.Array:
+    """Returns float32 [L]: a term of each layer, over its own experts and by its own config."""
+
+    def of_layers(stack: Stack) -> jax.Array:
+        return jax.vmap(lambda layer: term(layer, stack.config))(of_stack(stats, stack))
+
+    return jnp.concatenate([of_layers(s) for s in config.stacks(stats.tokens.shape[0])])
 
 
 def over_layers(value_l: jax.Array, stats: RouterStats, config: MoEConfig) -> jax.Array:
@@ -202,7 +217,7 @@ def microbatch_balance(stats: RouterStats, total: Totals, config: MoEConfig) -> 
     A mean over microbatches, each weighed by its tokens.
     """
     share_l = stats.tokens.astype(jnp.float32) / jnp.maximum(total.tokens, 1).astype(jnp.float32)
-    return share_l * jax.vmap(lambda layer: load_balancing_loss(layer, config))(stats)
+    return share_l * _by_layer(load_balancing_loss, stats, config)
 
 
 _SUMS = ("probability_e", "importance_e", "load_e", "z", "entropy", "sequence_balance")

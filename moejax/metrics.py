@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -467,22 +467,35 @@ def _images(record: dict[str, Any]) -> Iterator[tuple[str, np.ndarray]]:
     if load := record.get("expert_load"):
         yield "expert_load", load_image(load)
     if bias := record.get("router_bias"):
-        bias_le = np.asarray(bias, dtype=np.float64)  # a bias that is not finite is None, so NaN
+        bias_le = table(bias)
         largest = np.nanmax(np.abs(bias_le), initial=1e-12)
         yield "router_bias", cell_image(1 + bias_le / largest)
 
 
 def load_image(load_le: list[list[float | None]]) -> np.ndarray:
     """Returns expert load as an image: white is the balanced load 1/E, full red twice that."""
-    relative_le = np.asarray(load_le, dtype=np.float64)
-    return cell_image(relative_le * relative_le.shape[1])
+    return cell_image(relative_load(load_le))
+
+
+def table(rows_le: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """Returns float64 [L, E] of the largest E; NaN for null and behind a shorter row."""
+    table_le = np.full((len(rows_le), max(map(len, rows_le))), np.nan)
+    for row_e, values in zip(table_le, rows_le, strict=True):
+        row_e[: len(values)] = np.asarray(values, dtype=np.float64)  # null becomes NaN
+    return table_le
+
+
+def relative_load(load_le: Sequence[Sequence[float | None]]) -> np.ndarray:
+    """Returns load over balanced load, 1 / E of the layer's own E, as a `table`."""
+    experts_l1 = np.array([[len(row)] for row in load_le])
+    return table(load_le) * experts_l1
 
 
 def cell_image(relative_le: np.ndarray, *, pixels: int = 512) -> np.ndarray:
     """Returns values as an image [height, width, 3] of uint8: layers down, experts across.
 
-    White is 1, red more (full at 2), blue less (full at 0), grey not known. A cell is whole pixels,
-    so that the image of a wide model stays sharp.
+    White is 1, red more (full at 2), blue less (full at 0), grey not known, or behind a layer's
+    experts. A cell is whole pixels, so that the image of a wide model stays sharp.
     """
     layers, experts = relative_le.shape
     stops = [0.0, 0.5, 1.0, 1.5, 2.0]
@@ -520,7 +533,21 @@ def routing_record(stats: Any, positions: int, tokens: int, moe: MoEConfig) -> d
     }
     if moe.router in FORCED:
         record["forced_routing"] = moe.router  # loud: nothing is learned about routing
-    return record | layer_summary(stats.count_e)
+    return record | _layer_summaries(stats.count_e, moe)
+
+
+def _by_layer(table_le: Any, moe: MoEConfig) -> list[np.ndarray]:
+    """Returns the rows of a table, each as wide as the layer has experts, by stacks of layers."""
+    return [
+        table_le[stack.start : stack.stop, : stack.config.choices]
+        for stack in moe.stacks(len(table_le))
+    ]
+
+
+def _layer_summaries(count_le: np.ndarray, moe: MoEConfig) -> dict[str, list]:
+    """Returns `layer_summary` of all layers, each over its own experts."""
+    summaries = [layer_summary(part_le) for part_le in _by_layer(count_le, moe)]
+    return {name: [row for s in summaries for row in s[name]] for name in summaries[0]}
 
 
 def loss_record(terms: Mapping[str, Any]) -> dict[str, Any]:
@@ -537,15 +564,19 @@ def loss_record(terms: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def state_record(state: Mapping[str, Any]) -> dict[str, Any]:
+def state_record(state: Mapping[str, Any], moe: MoEConfig) -> dict[str, Any]:
     """Returns the fields of the router state after a step; none for routers that keep none."""
+
+    def rows(name: str) -> list[list[float]]:
+        parts = _by_layer(np.asarray(state[name], np.float64), moe)
+        return [row for part_le in parts for row in part_le.tolist()]
+
     record: dict[str, Any] = {}
     if "bias" in state:
-        bias_le = np.asarray(state["bias"], np.float64)
-        record["router_bias"] = bias_le.tolist()
-        record["router_bias_norm"] = np.linalg.norm(bias_le, axis=-1).tolist()
+        record["router_bias"] = rows("bias")
+        record["router_bias_norm"] = [float(np.linalg.norm(row)) for row in rows("bias")]
     if "threshold" in state:
-        record["router_threshold"] = np.asarray(state["threshold"], np.float64).tolist()
+        record["router_threshold"] = rows("threshold")
     if "l1" in state:
         record["l1_coefficient"] = float(np.mean(state["l1"]))
     return record

@@ -2,9 +2,12 @@
 
 Layers live in two stacks: `prefix` holds the first dense layers, `runs` the rest, each run being
 `moe.every - 1` dense layers and one MoE layer. A stack is one block whose parameters have a leading
-layer dim, and one scan, so compile time does not grow with depth.
+layer dim, and one scan, so compile time does not grow with depth. Where layers differ in their
+experts (`moe.num_experts_by_layer`), consecutive runs that are alike make a stack: `runs`,
+`runs_1`, `runs_2`, ...
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -16,7 +19,9 @@ from moejax.config import Config
 from moejax.experts import swiglu
 from moejax.mesh import AnyMesh
 from moejax.moe import MoE
-from moejax.router_stats import RouterStats
+from moejax.moe_config import MoEConfig, Stack
+from moejax.router_state import state_of_stack
+from moejax.router_stats import RouterStats, of_stacks
 from moejax.routing import RouterInputs
 from moejax.sharding import constrain_tokens
 
@@ -28,7 +33,8 @@ class Outputs(NamedTuple):
         hidden_btd: after the last norm.
         stats: routing sums with a leading dim of MoE layers; None for a dense model.
         cache: keys and values, if a cache was given.
-        choice_lbts: int32; the experts that tokens chose in each MoE layer, for replay.
+        choice_lbts: int32; the experts that tokens chose in each MoE layer, for replay. Where
+            layers differ in S, it is the largest; what is behind a layer's own S is no choice.
     """
 
     hidden_btd: jax.Array
@@ -158,6 +164,29 @@ def _stack(config: Config, mesh: AnyMesh, kinds: tuple[bool, ...], count: int, r
     return nnx.merge(graphdef, params)
 
 
+def stack_name(number: int) -> str:
+    """Returns the name of a stack of runs; the first is the only one where layers are alike."""
+    return f"runs_{number}" if number else "runs"
+
+
+def _stack_routing(stack: Stack, router_state: dict[str, jax.Array], choice_lbts: jax.Array | None):
+    """Returns state, numbers and choices to replay of the layers of a stack, as wide as it is."""
+    if choice_lbts is not None:
+        choice_lbts = choice_lbts[stack.start : stack.stop, ..., : stack.config.slots_per_token]
+    numbers = jnp.arange(stack.start, stack.stop, dtype=jnp.int32)
+    return state_of_stack(router_state, stack), numbers, choice_lbts
+
+
+def _join_choices(parts: Sequence[jax.Array], moe: MoEConfig) -> jax.Array:
+    """Returns the choices of all layers; E of the largest layer is no choice in any of them."""
+
+    def widen(choice_lbts: jax.Array) -> jax.Array:
+        behind = [(0, 0)] * 3 + [(0, moe.slots_per_token - choice_lbts.shape[-1])]
+        return jnp.pad(choice_lbts, behind, constant_values=moe.choices)
+
+    return jnp.concatenate([widen(part) for part in parts])
+
+
 REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_saveable,
@@ -176,7 +205,8 @@ class Decoder(nnx.Module):
         prefix = config.moe.first_dense if every else model.num_layers
         kinds = (False,) * ((every or 1) - 1) + (True,)
         self.prefix = _stack(config, mesh, (False,), prefix, rngs)
-        self.runs = _stack(config, mesh, kinds, config.num_moe_layers, rngs)
+        for number, (stack, own) in enumerate(config.moe_stacks()):
+            setattr(self, stack_name(number), _stack(own, mesh, kinds, stack.num_layers, rngs))
         self.final_norm = RMSNorm(d, model.param_dtype)
         if not model.tie_embeddings:
             self.unembedding = normal(rngs, (d, v), d, model.param_dtype)
@@ -201,21 +231,26 @@ class Decoder(nnx.Module):
         dtype = self.config.model.dtype
         x_btd = self.embedding[...].astype(dtype).at[token_bt].get(mode="fill", fill_value=jnp.nan)
         x_btd = constrain_tokens(x_btd, self.mesh)
-        moe_layers = jnp.arange(self.config.num_moe_layers, dtype=jnp.int32)
-        routing = (router_state, moe_layers, choice_lbts)
-        routed, caches, start = None, [], 0
-        for stack, inputs in ((self.prefix, None), (self.runs, routing)):
-            if stack is None:
-                continue
-            x_btd, layer_routed, stack_cache = self._scan(
+        stacks: list[tuple[Run, tuple | None]] = []
+        if self.prefix is not None:
+            stacks.append((self.prefix, None))
+        for number, (stack, _) in enumerate(self.config.moe_stacks()):
+            routing = _stack_routing(stack, router_state, choice_lbts)
+            stacks.append((getattr(self, stack_name(number)), routing))
+        routed, caches, start = [], [], 0
+        for stack, inputs in stacks:
+            x_btd, stack_routed, stack_cache = self._scan(
                 stack, x_btd, token_bt, tokens, inputs, cache, start
             )
-            routed = routed if layer_routed is None else layer_routed
+            routed += [] if stack_routed is None else [stack_routed]
             start += 0 if stack_cache is None else stack_cache.key.shape[0]
             caches.append(stack_cache)
         if cache is not None:
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-        stats, choice_lbts = routed or (None, None)
+        stats = choice_lbts = None
+        if routed:
+            stats = of_stacks([stats for stats, _ in routed], self.config.moe.choices)
+            choice_lbts = _join_choices([choices for _, choices in routed], self.config.moe)
         return Outputs(self.final_norm(x_btd), stats, cache, choice_lbts)
 
     def _scan(self, stack, x_btd, token_bt, tokens, routing, cache, start):

@@ -73,6 +73,12 @@ class MoE(nnx.Module):
         expert: Callable[[nnx.Rngs], nnx.Module] | None = None,
         rngs: nnx.Rngs,
     ):
+        if config.of_layer(0) is not config:
+            raise ConfigError(
+                f"moe.num_experts_by_layer={config.num_experts_by_layer} and "
+                f"moe.expert_hidden_by_layer={config.expert_hidden_by_layer} are of a model's "
+                "layers and this is one; give it config.of_layer(0), or that of another layer"
+            )
         self.config = config
         self.mesh = single_device_mesh() if mesh is None else mesh
         table = moe_parameters(config, d_model)

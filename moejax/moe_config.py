@@ -4,8 +4,9 @@
 """
 
 import dataclasses
+import itertools
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from moejax.errors import (
     ConfigError,
@@ -91,9 +92,11 @@ class MoEConfig:
     """
 
     router: Router = "softmax"
-    num_experts: int = 8
+    num_experts: int = 8  # of every MoE layer; of the largest with num_experts_by_layer
     top_k: int = 2
-    expert_hidden: int = 256
+    expert_hidden: int = 256  # F of every MoE layer; of the widest with expert_hidden_by_layer
+    num_experts_by_layer: tuple[int, ...] | None = None  # one for each MoE layer, in order
+    expert_hidden_by_layer: tuple[int, ...] | None = None  # one for each MoE layer, in order
     activation: Activation = "swiglu"
     every: int | None = 1
     first_dense: int = 0
@@ -156,8 +159,33 @@ class MoEConfig:
         self._check_reads()
         self._check_capacity()
         self._check_groups()
+        self._check_layers()
 
     # What follows from the fields
+
+    def of_layer(self, layer: int) -> "MoEConfig":
+        """Returns the config of one MoE layer; layers count from the first MoE layer, 0."""
+        experts, hidden = self.num_experts_by_layer, self.expert_hidden_by_layer
+        if experts is None and hidden is None:
+            return self
+        return dataclasses.replace(
+            self,
+            num_experts=self.num_experts if experts is None else experts[layer],
+            expert_hidden=self.expert_hidden if hidden is None else hidden[layer],
+            num_experts_by_layer=None,
+            expert_hidden_by_layer=None,
+        )
+
+    def stacks(self, num_layers: int) -> "tuple[Stack, ...]":
+        """Returns the `num_layers` MoE layers in stacks of consecutive layers that are alike."""
+        if self.num_experts_by_layer is None and self.expert_hidden_by_layer is None:
+            return (Stack(0, num_layers, self),)
+        stacks, start = [], 0
+        for config, layers in itertools.groupby(self.of_layer(i) for i in range(num_layers)):
+            stop = start + len(list(layers))
+            stacks.append(Stack(start, stop, config))
+            start = stop
+        return tuple(stacks)
 
     @property
     def free_experts(self) -> int:
@@ -367,5 +395,55 @@ class MoEConfig:
             f"experts; use moe.top_k <= {reach} or more moe.groups_per_token, up to {groups}",
         )
 
+    def _check_layers(self) -> None:
+        """Checks every layer as a config of its own, and that what is shared can be shared."""
+        for name in ("num_experts", "expert_hidden"):
+            value, by_layer = getattr(self, name), getattr(self, f"{name}_by_layer")
+            if by_layer is None:
+                continue
+            require(
+                len(by_layer) > 0,
+                f"moe.{name}_by_layer is empty; give a number for each MoE layer, or None",
+            )
+            require(
+                value == max(by_layer),
+                f"moe.{name}={value} with moe.{name}_by_layer={by_layer}: it stands for the "
+                f"largest, which sets the width of statistics; use moe.{name}={max(by_layer)}",
+            )
+        experts, hidden = self.num_experts_by_layer, self.expert_hidden_by_layer
+        require(
+            experts is None or hidden is None or len(experts) == len(hidden),
+            f"moe.num_experts_by_layer={experts} and moe.expert_hidden_by_layer={hidden} differ in "
+            "length; give both a number for each MoE layer",
+        )
+        require(
+            self.balance_convention != "huggingface" or len(set(experts or ())) < 2,
+            f"moe.balance_convention='huggingface' pools the experts of all layers, and "
+            f"moe.num_experts_by_layer={experts} differ; use one of megatron, switch, maxtext, "
+            "olmoe",
+        )
+        for layer in range(len(experts or hidden or ())):
+            try:
+                self.of_layer(layer)
+            except ConfigError as error:
+                raise ConfigError(f"MoE layer {layer} of moe.*_by_layer: {error}") from None
 
-__all__ = ["ConfigError", "MoEConfig"]
+
+class Stack(NamedTuple):
+    """Consecutive MoE layers whose experts are alike in number and width.
+
+    Attributes:
+        start, stop: numbers of the first one and of the one after the last, among the MoE layers.
+        config: of each of them.
+    """
+
+    start: int
+    stop: int
+    config: MoEConfig
+
+    @property
+    def num_layers(self) -> int:
+        return self.stop - self.start
+
+
+__all__ = ["ConfigError", "MoEConfig", "Stack"]

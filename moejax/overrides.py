@@ -384,7 +384,7 @@ def _example(key: Key) -> str:
     kind, _ = _without_none(key.annotation)
     value = key.default
     if value is None and typing.get_origin(kind) is tuple:
-        value = "1.0,2.0"
+        value = "4,8" if typing.get_args(kind)[0] is int else "1.0,2.0"
     elif value is None:
         value = {int: 4, float: 0.1, bool: True}.get(kind, "data/mine")
     return f"for example {key.name}={value}"

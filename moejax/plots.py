@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moejax.metrics import relative_load
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -75,10 +77,13 @@ def plot_expert_load(records: Sequence[Record], path: str | Path) -> Path | None
     columns = 1 if layers <= 6 else math.ceil(math.sqrt(layers * 4 / 3))
     rows = math.ceil(layers / columns)
     figure = _figure(*_heatmap_size(rows, columns))
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
-    last_le = np.array(train[-1]["expert_load"], dtype=np.float64)
-    image = _draw_layers(grid, edges, log_sle, limit, last_le.max(axis=1) * last_le.shape[1] - 1)
-    _label_heatmap(figure, grid, image, limit, relative_sle.shape[2])
+    last = train[-1]["expert_load"]
+    experts_l = [len(row) for row in last]
+    same = len(set(experts_l)) == 1
+    grid = figure.subplots(rows, columns, sharex=True, sharey=same, squeeze=False)
+    violations = [len(row) * np.max(np.array(row, np.float64)) - 1 for row in last]
+    image = _draw_layers(grid, edges, log_sle, limit, experts_l, violations)
+    _label_heatmap(figure, grid, image, limit, experts_l)
     figure.savefig(path)
     return Path(path)
 
@@ -146,25 +151,26 @@ def _draw_layers(
     edges: tuple[float, float],
     log_sle: np.ndarray,
     limit: float,
-    violation_l: np.ndarray,
+    experts_l: list[int],
+    violations: Sequence[float],
 ) -> Any:
     """Draws a heatmap a layer, experts from top to bottom; returns one, for the colour bar."""
     image = None
-    _, layers, experts = log_sle.shape
+    layers = len(experts_l)
     for layer, axes in enumerate(grid.flat):
         if layer >= layers:
             axes.set_axis_off()
             continue
         image = axes.imshow(
-            log_sle[:, layer].T,
+            log_sle[:, layer, : experts_l[layer]].T,
             aspect="auto",
             interpolation="nearest",
             cmap="RdBu_r",
             vmin=-limit,
             vmax=limit,
-            extent=(*edges, experts - 0.5, -0.5),
+            extent=(*edges, experts_l[layer] - 0.5, -0.5),
         )
-        title = f"layer {layer}, last MaxVio {violation_l[layer]:.2f}"
+        title = f"layer {layer}, last MaxVio {violations[layer]:.2f}"
         axes.set_title(title, fontsize=8, loc="left", pad=3)
         if layer + grid.shape[1] >= layers:  # nothing below it
             axes.tick_params(labelbottom=True)
@@ -172,21 +178,22 @@ def _draw_layers(
 
 
 def _label_heatmap(
-    figure: "Figure", grid: np.ndarray, image: Any, limit: float, experts: int
+    figure: "Figure", grid: np.ndarray, image: Any, limit: float, experts_l: list[int]
 ) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     wide = grid.shape[1] > 1
     for axes in grid.flat:
         axes.tick_params(labelsize=7, length=2)
-        every = MaxNLocator(min(experts, 8), integer=True, steps=[1, 2, 4, 5, 8, 10])
+        every = MaxNLocator(min(*experts_l, 8), integer=True, steps=[1, 2, 4, 5, 8, 10])
         axes.yaxis.set_major_locator(every)
         axes.xaxis.set_major_locator(MaxNLocator(2 if wide else 8, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.spines[:].set_linewidth(0.4)
     figure.supxlabel("step", fontsize=10)
     figure.supylabel("expert", fontsize=10)
-    figure.suptitle(f"Expert load over training, relative to balance (1/{experts})", fontsize=11)
+    balance = " or ".join(f"1/{experts}" for experts in sorted(set(experts_l)))
+    figure.suptitle(f"Expert load over training, relative to balance ({balance})", fontsize=11)
     ticks = np.arange(-limit, limit + 1)
     size: dict[str, Any] = {"fraction": 0.015, "shrink": 0.5} if wide else {"fraction": 0.03}
     bar = figure.colorbar(image, ax=grid, extend="both", ticks=ticks, pad=0.01, aspect=30, **size)
@@ -204,8 +211,7 @@ def _heatmap_size(rows: int, columns: int) -> tuple[float, float]:
 def _binned_load(train: list[Record]) -> tuple[tuple[float, float], np.ndarray]:
     """Returns where the columns begin and end, in steps, and load over balanced load [S, L, E]."""
     steps = _column(train, "step")
-    load_sle = np.array([record["expert_load"] for record in train], dtype=np.float64)
-    relative_sle = load_sle * load_sle.shape[2]
+    relative_sle = np.stack([relative_load(record["expert_load"]) for record in train])
     parts = min(len(steps), _MAX_COLUMNS)
     runs = np.array_split(np.arange(len(steps)), parts)
     binned_sle = np.stack([relative_sle[run].mean(axis=0) for run in runs])

@@ -42,7 +42,8 @@ def load_choices(config: Config, mesh: Mesh, step: int) -> jax.Array:
     """Returns the recorded choices [accumulation, MoE layers, B, T, S] of `train.replay`.
 
     Raises:
-        ConfigError: the run has no choices of that step, or they are of another shape.
+        ConfigError: the run has no choices of that step, or they are of another shape, or of
+            experts that a layer lacks.
     """
     assert config.train.replay is not None
     run = Path(config.train.replay)
@@ -67,9 +68,23 @@ def load_choices(config: Config, mesh: Mesh, step: int) -> jax.Array:
             f"config needs [MoE layers, sequences, tokens, choices] = {wanted}; use the same "
             "model.num_layers, train.batch_size, data.sequence_length and moe.top_k"
         )
+    _check_experts(config, choice_lbts)
     micro = train.batch_size // train.accumulation
     shape = (train.accumulation, wanted[0], micro, *wanted[2:])
     split = choice_lbts.astype(np.int32).reshape(wanted[0], train.accumulation, micro, *wanted[2:])
     choices = np.ascontiguousarray(split.swapaxes(0, 1))
     sharding = NamedSharding(mesh, P(None, None, BATCH_AXES))
     return jax.make_array_from_callback(shape, sharding, lambda index: choices[index])
+
+
+def _check_experts(config: Config, choice_lbts: np.ndarray) -> None:
+    """Refuses choices of experts that a layer lacks; a layer's number of choices means none."""
+    for stack, own in config.moe_stacks():
+        choices = own.moe.choices
+        used = choice_lbts[stack.start : stack.stop, ..., : own.moe.slots_per_token]
+        if used.max(initial=0) > choices:
+            raise ConfigError(
+                f"train.replay={config.train.replay} chose expert {used.max()} in MoE layers "
+                f"{stack.start} to {stack.stop - 1}, which have {choices} here; use the same "
+                "moe.num_experts and moe.num_experts_by_layer"
+            )

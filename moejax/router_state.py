@@ -7,15 +7,17 @@ over every device and microbatch. It never sees the optimizer: no gradient, no d
 import functools
 import heapq
 import statistics
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.moe_config import MoEConfig
-from moejax.router_stats import LEVEL_BINS, LEVEL_RANGE, RouterStats
+from moejax.moe_config import MoEConfig, Stack
+from moejax.router_stats import LEVEL_BINS, LEVEL_RANGE, RouterStats, of_stack, widened
 
 BIASED = ("sigmoid_bias", "quantile")
+BY_EXPERT = ("bias", "threshold")  # state with a number for each expert of a layer
 FIRST_DEVIATION = 0.1  # of a logit before training: `parameters.moe_parameters` draws it so
 LARGEST_L1 = 1e30  # a coefficient that never makes the gates sparse enough stays finite
 
@@ -33,9 +35,18 @@ def initial_router_state(
     - `l1` float32 [L] of `relu`: `l1_coefficient`.
     - `table` int32 [L, V, S] of `hash`: see `hash_table`.
 
+    Where layers differ in E, it is the largest one, with zeros behind a layer's own experts.
+
     Args:
         token_counts: [V]; how often each token occurs in the corpus, for `hash`. None: equally.
     """
+    stacks = config.stacks(num_layers)
+    parts = [_initial_state(stack, vocab_size, token_counts) for stack in stacks]
+    return _of_stacks(parts, config.choices)
+
+
+def _initial_state(stack: Stack, vocab_size: int, token_counts: np.ndarray | None) -> State:
+    config, num_layers = stack.config, stack.num_layers
     if config.router in BIASED:
         return {"bias": jnp.zeros((num_layers, config.choices), jnp.float32)}
     if config.router == "threshold":
@@ -47,9 +58,30 @@ def initial_router_state(
         counts = np.zeros(vocab_size) if token_counts is None else np.asarray(token_counts)
         assert counts.shape == (vocab_size,), (counts.shape, vocab_size)
         weights = tuple(int(count) + 1 for count in counts)
-        tables = [hash_table(weights, config, layer) for layer in range(num_layers)]
+        tables = [hash_table(weights, config, layer) for layer in range(stack.start, stack.stop)]
         return {"table": jnp.asarray(np.stack(tables))}
     return {}
+
+
+def state_of_stack(state: State, stack: Stack) -> State:
+    """Returns the state of the layers of one stack [layers, ...], as wide as their experts."""
+
+    def take(name: str, leaf: jax.Array) -> jax.Array:
+        leaf = leaf[stack.start : stack.stop]
+        return leaf[:, : stack.config.choices] if name in BY_EXPERT else leaf
+
+    return {name: take(name, leaf) for name, leaf in state.items()}
+
+
+def _of_stacks(parts: Sequence[State], width: int) -> State:
+    """Returns the state of all layers from that of the stacks."""
+    joined = {}
+    for name in parts[0]:
+        leaves = [part[name] for part in parts]
+        if name in BY_EXPERT:
+            leaves = [widened(leaf, width) for leaf in leaves]
+        joined[name] = jnp.concatenate(leaves)
+    return joined
 
 
 def _first_threshold(share: float) -> float:
@@ -91,14 +123,14 @@ def update_router_state(state: State, stats: RouterStats, config: MoEConfig) -> 
     Args:
         stats: [L, ...]; sums over the whole step.
     """
-    if config.router == "sigmoid_bias":
-        new = {"bias": _signed_bias(state["bias"], stats, config)}
-    elif config.router == "quantile":
-        new = {"bias": _quantile_bias(state["bias"], stats, config)}
-    elif config.router == "threshold":
-        new = {"threshold": _moved(state["threshold"], _level_quantile(stats, config), config)}
-    elif config.router == "relu":
+    if config.router == "relu":
         new = {"l1": _l1(state["l1"], stats, config)}
+    elif config.router in (*BIASED, "threshold"):
+        stacks = config.stacks(stats.tokens.shape[0])
+        new = _of_stacks(
+            [_by_expert(state_of_stack(state, s), of_stack(stats, s), s.config) for s in stacks],
+            config.choices,
+        )
     else:
         return state
     seen_l = stats.tokens > 0
@@ -107,6 +139,15 @@ def update_router_state(state: State, stats: RouterStats, config: MoEConfig) -> 
         return jnp.where(seen_l.reshape(-1, *(1,) * (before.ndim - 1)), after, before)
 
     return jax.tree.map(moved, state, new)
+
+
+def _by_expert(state: State, stats: RouterStats, config: MoEConfig) -> State:
+    """Returns what a step makes of a number by expert; all layers have the same experts."""
+    if config.router == "sigmoid_bias":
+        return {"bias": _signed_bias(state["bias"], stats, config)}
+    if config.router == "quantile":
+        return {"bias": _quantile_bias(state["bias"], stats, config)}
+    return {"threshold": _moved(state["threshold"], _level_quantile(stats, config), config)}
 
 
 def _centred(bias_le: jax.Array) -> jax.Array:
@@ -161,10 +202,11 @@ def _level_quantile(stats: RouterStats, config: MoEConfig) -> jax.Array:
 def _l1(l1_l: jax.Array, stats: RouterStats, config: MoEConfig) -> jax.Array:
     """l1 *= factor^sign(wanted sparsity - sparsity), the same in all layers (ReMoE, eq. 9).
 
-    Sparsity is the share of gates that are 0, over tokens, experts and layers; 1 - k / E is wanted.
+    Sparsity is the share of gates that are 0, over tokens, experts and layers; 1 - k / E is wanted:
+    a token opens k gates in a layer, in the mean over layers, whatever their numbers of experts.
     """
-    gates = jnp.maximum(stats.tokens, 1).astype(jnp.float32) * config.choices
-    open_l = stats.count_e.sum(-1).astype(jnp.float32) / gates
-    missing = open_l.mean() - config.top_k / config.choices
+    tokens_l = jnp.maximum(stats.tokens, 1).astype(jnp.float32)
+    open_l = stats.count_e.sum(-1).astype(jnp.float32) / tokens_l
+    missing = open_l.mean() - config.top_k
     moved_l = l1_l * config.l1_update_factor ** jnp.sign(missing)
     return jnp.clip(moved_l, 1 / LARGEST_L1, LARGEST_L1)

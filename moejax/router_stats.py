@@ -1,12 +1,13 @@
 """What a layer's routing did, as sums over tokens: shards, microbatches and batches add up."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moejax.moe_config import MoEConfig
+from moejax.moe_config import MoEConfig, Stack
 from moejax.routing import Routing
 
 LEVEL_BINS = 512  # of the histogram of levels, over [-LEVEL_RANGE, LEVEL_RANGE]
@@ -15,6 +16,9 @@ LEVEL_RANGE = 1.0
 
 class RouterStats(NamedTuple):
     """What one MoE layer's routing did. E counts every choice, free experts too.
+
+    Of all layers of a model the fields have a leading layer dim. Where layers differ in E, it is
+    the largest one, and the entries behind a layer's own experts are 0: `of_stack` leaves them out.
 
     Attributes:
         count_e: int32 [E]; assignments asked for, before any drop.
@@ -49,6 +53,38 @@ class RouterStats(NamedTuple):
     sequences: jax.Array
     level_eb: jax.Array
     overflow_rounds: jax.Array
+
+
+def widened(value_le: jax.Array, width: int) -> jax.Array:
+    """Returns [L, E, ...] with zeros behind the experts, up to `width` of them."""
+    behind = [(0, 0)] * value_le.ndim
+    behind[1] = (0, width - value_le.shape[1])
+    return jnp.pad(value_le, behind)
+
+
+def of_stack(stats: RouterStats, stack: Stack) -> RouterStats:
+    """Returns the sums of the layers of one stack [layers, ...], as wide as their experts."""
+
+    def take(path: tuple, leaf: jax.Array) -> jax.Array:
+        leaf = leaf[stack.start : stack.stop]
+        return leaf[:, : stack.config.choices] if _has_experts(path[0].name) else leaf
+
+    return jax.tree_util.tree_map_with_path(take, stats)
+
+
+def of_stacks(parts: Sequence[RouterStats], width: int) -> RouterStats:
+    """Returns the sums of all layers from those of the stacks, `width` experts wide."""
+
+    def join(path: tuple, *leaves: jax.Array) -> jax.Array:
+        if _has_experts(path[0].name):
+            leaves = tuple(widened(leaf, width) for leaf in leaves)
+        return jnp.concatenate(leaves)
+
+    return jax.tree_util.tree_map_with_path(join, *parts)
+
+
+def _has_experts(name: str) -> bool:
+    return name.endswith(("_e", "_eb"))
 
 
 LAYOUT_FIELDS = ("overflow_rounds",)  # of RouterStats, that may differ between layouts

@@ -37,7 +37,7 @@ def group_tokens(config: Config) -> int:
 
 
 def slots(config: Config, capacity_factor: float) -> int:
-    """Returns the slots of an expert in a group without padding.
+    """Returns the slots of an expert in a group without padding; all MoE layers are alike.
 
     With `capacity_by_expert` those of the largest, which is what every expert's buffer holds.
     """
@@ -54,7 +54,10 @@ def local_tokens(config: Config, sizes: MeshConfig) -> int:
 
 
 def part_rows(config: Config, sizes: MeshConfig) -> int:
-    """Returns the rows that a device sends to each other one in the padded dropless exchange."""
+    """Returns the rows that a device sends to each other one in the padded dropless exchange.
+
+    All MoE layers are alike.
+    """
     assert sizes.expert is not None
     tokens = local_tokens(config, sizes)
     balanced = int(config.moe.buffer_factor * tokens * config.moe.mean_selected)
@@ -64,10 +67,17 @@ def part_rows(config: Config, sizes: MeshConfig) -> int:
 def exchange_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
     """Returns the bytes that a token costs its device in one MoE layer, forward, over `expert`.
 
+    Of layers that differ it is the mean, so that times the number of MoE layers it is their sum.
     See FORMULAS; `ragged` is the mean of a balanced routing, the others are exact. Empty slots are
     sent too. 4 bytes a row of the padded exchange say which expert it is for; `gather` sends 8
     bytes a selection, expert and weight; the counts that `ragged` sends are left out.
     """
+    stacks = config.moe_stacks()
+    total = sum(stack.num_layers * _layer_bytes(own, sizes, how) for stack, own in stacks)
+    return total / max(config.num_moe_layers, 1)
+
+
+def _layer_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
     moe, degree = config.moe, sizes.expert
     assert degree is not None
     both_ways = 2 * config.model.d_model * itemsize(config)
@@ -92,11 +102,17 @@ def exchange_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
 def buffer_rows(config: Config, sizes: MeshConfig, how: str) -> int:
     """Returns the rows [D] that one device holds between dispatch and combine, in one MoE layer.
 
+    Of layers that differ it is the largest, as one layer is computed at a time.
+
     all_to_all: the buffers before and after the exchange, of equal size. ragged: the sent
     assignments and the receive buffer. gather: the tokens of the expert group, and their rows by
     expert. reference: 0, no buffer. Where one device holds all experts nothing is sent, and there
     is a row for each assignment that was kept, whatever the transport.
     """
+    return max((_layer_rows(own, sizes, how) for _, own in config.moe_stacks()), default=0)
+
+
+def _layer_rows(config: Config, sizes: MeshConfig, how: str) -> int:
     moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
     assert degree is not None
     sent = tokens * moe.slots_per_token

@@ -315,7 +315,7 @@ def _gradient_difference(name: str, ours: np.ndarray, theirs: np.ndarray, norm: 
 
     A slice whose gradient is below a millionth of the global norm is held to that instead.
     """
-    stacked = name.startswith(("prefix/", "runs/")) + (parameter_group(name) == "experts")
+    stacked = name.startswith(("prefix/", "runs")) + (parameter_group(name) == "experts")
     slices = (*theirs.shape[:stacked], -1)
     difference = np.abs(ours - theirs).reshape(slices).max(-1)
     scale = np.maximum(np.abs(theirs).reshape(slices).max(-1), 1e-6 * norm)

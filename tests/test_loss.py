@@ -262,7 +262,9 @@ def _layers(share_lke, tokens: int = 6, k: int = 2) -> RouterStats:
         tokens=np.full(zero_l.shape, tokens, np.int32),
         probability_e=share_lke.mean(1) * tokens,
         importance_e=share_lke.mean(1) * tokens,
-        entropy=zero_l,
+        dropped_e=np.zeros(share_lke[:, 0].shape, np.int32),
+        load_e=np.zeros_like(share_lke[:, 0]),
+        level_eb=np.zeros((*share_lke[:, 0].shape, 0), np.int32),
     )
 
 

@@ -154,14 +154,17 @@ def test_loss_record_by_hand():
 
 
 def test_state_record_by_hand():
-    assert state_record({}) == {}
-    assert state_record({"bias": np.array([[3.0, -4.0], [0.0, 0.0]], np.float32)}) == {
+    assert state_record({}, MoEConfig()) == {}
+    bias = np.array([[3.0, -4.0], [0.0, 0.0]], np.float32)
+    assert state_record({"bias": bias}, MoEConfig()) == {
         "router_bias": [[3.0, -4.0], [0.0, 0.0]],
         "router_bias_norm": [5.0, 0.0],
     }
     threshold = np.array([[0.5, 0.25]], np.float32)
-    assert state_record({"threshold": threshold}) == {"router_threshold": [[0.5, 0.25]]}
-    assert state_record({"l1": np.array([1.0, 3.0], np.float32)}) == {"l1_coefficient": 2.0}
+    record = state_record({"threshold": threshold}, MoEConfig())
+    assert record == {"router_threshold": [[0.5, 0.25]]}
+    l1 = np.array([1.0, 3.0], np.float32)
+    assert state_record({"l1": l1}, MoEConfig()) == {"l1_coefficient": 2.0}
 
 
 def test_what_a_step_gives_is_a_record():
@@ -171,7 +174,7 @@ def test_what_a_step_gives_is_a_record():
     line = encode_record(_train(1) | routing | loss_record(terms))
     assert _strict(line)["router_losses"] == {"balance": [1.0, 1.0]}
     for state in ({"bias": np.ones((2, 3))}, {"threshold": np.ones((2, 3))}, {"l1": np.ones(2)}):
-        record = state_record(state)
+        record = state_record(state, MoEConfig())
         assert set(_strict(encode_record(_train(1, **record)))) > set(record)
         with pytest.raises(ValueError, match="which the other split holds"):
             encode_record({"step": 1, "split": "eval"} | record)

@@ -67,7 +67,7 @@ def _check_record(config, metrics) -> None:
     """Loads, drops, entropy and dead experts are numbers, and add up."""
     record = {"step": 30, "split": "train"}
     record |= routing_record(metrics.stats, 256, int(metrics.totals.tokens), config.moe)
-    record |= loss_record(metrics.losses.terms) | state_record(metrics.router_state)
+    record |= loss_record(metrics.losses.terms) | state_record(metrics.router_state, config.moe)
     assert "nonfinite" not in encode_record(record)
     stats, moe = metrics.stats, config.moe
     assert math.isclose(sum(record["expert_load"][0]), 1, rel_tol=1e-6)
