@@ -1,4 +1,7 @@
-"""Attention: grouped-query with RoPE over packed documents, its cache, and what layers share."""
+"""Attention: grouped-query with RoPE over packed documents, its cache, and what layers share.
+
+`latent.py` has the other kind.
+"""
 
 from typing import NamedTuple
 
@@ -12,7 +15,11 @@ from moejax.sharding import constrain_tokens
 
 
 class Cache(NamedTuple):
-    """Past keys and values, for generation: [L, B, T, N, K], or one layer's [B, T, N, K]."""
+    """Past keys and values, for generation: [L, B, T, N, K], or one layer's [B, T, N, K].
+
+    Of latent attention: the RoPE part of the key, which all heads share, and the latent that the
+    rest of the keys and the values are made of, each with N = 1.
+    """
 
     key: jax.Array
     value: jax.Array
@@ -28,12 +35,14 @@ class Tokens(NamedTuple):
         mask_bt: bool; False for padding.
         key_b: uint32 [B, 2]; random key data of each sequence, for routers that draw; None where
             nothing is random, as in evaluation.
+        layer: number of the layer that reads them, which decides whether it has a window.
     """
 
     position_bt: jax.Array
     attend_bqt: jax.Array
     mask_bt: jax.Array
     key_b: jax.Array | None = None
+    layer: jax.Array | int = 0
 
 
 def packed_tokens(segment_bt: jax.Array, key_b: jax.Array | None = None) -> Tokens:
@@ -48,12 +57,40 @@ def packed_tokens(segment_bt: jax.Array, key_b: jax.Array | None = None) -> Toke
 def empty_cache(config: Config, batch: int, length: int) -> Cache:
     """Returns a cache of zeros for `length` tokens of `batch` sequences."""
     model = config.model
-    shape = (model.num_layers, batch, length, model.num_kv_heads, model.head_dim)
-    return Cache(jnp.zeros(shape, model.dtype), jnp.zeros(shape, model.dtype))
+    grouped = (model.num_kv_heads, model.head_dim)
+    key, value = grouped, grouped
+    if model.attention == "latent":
+        key, value = (1, model.qk_rope_head_dim), (1, model.kv_lora_rank)
+    rows = (model.num_layers, batch, length)
+    return Cache(jnp.zeros((*rows, *key), model.dtype), jnp.zeros((*rows, *value), model.dtype))
+
+
+def write_cache(cache: Cache, key: jax.Array, value: jax.Array, tokens: Tokens) -> Cache:
+    """Returns one layer's cache with keys and values [B, T, N, K] at the tokens' positions."""
+    row_b1 = jnp.arange(key.shape[0])[:, None]
+    key = cache.key.at[row_b1, tokens.position_bt].set(key, mode="drop")
+    value = cache.value.at[row_b1, tokens.position_bt].set(value, mode="drop")
+    return Cache(key, value)
+
+
+def visible(model: ModelConfig, tokens: Tokens) -> jax.Array:
+    """Returns bool [B, T, S]: which keys the queries of this layer see, its window respected."""
+    window, every = model.attention_window, model.full_attention_every
+    if window is None:
+        return tokens.attend_bqt
+    key_s = jnp.arange(tokens.attend_bqt.shape[-1], dtype=jnp.int32)
+    near_bts = tokens.position_bt[:, :, None] - key_s[None, None] < window
+    if every is not None:
+        near_bts |= (tokens.layer + 1) % every == 0
+    return tokens.attend_bqt & near_bts
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str, scale: float = 1.0):
     return nnx.Param(jax.random.normal(rngs.params(), shape, dtype) * (scale / fan_in**0.5))
+
+
+def zeros(shape: tuple[int, ...], dtype: str):
+    return nnx.Param(jnp.zeros(shape, dtype))
 
 
 def output_scale(model: ModelConfig) -> float:
@@ -85,7 +122,11 @@ def rope(x_bthk: jax.Array, position_bt: jax.Array, theta: float) -> jax.Array:
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention (Ainslie et al. 2023), RoPE, and optional RMS norm of q and k."""
+    """Grouped-query attention (Ainslie et al. 2023), RoPE, and optional RMS norm of q and k.
+
+    Biases and sinks start at 0. A sink is a logit beside those of the keys: a head can attend to
+    nothing (gpt-oss, arXiv:2508.10925).
+    """
 
     def __init__(self, config: Config, mesh: AnyMesh, *, rngs: nnx.Rngs):
         model = config.model
@@ -98,32 +139,71 @@ class Attention(nnx.Module):
         if model.qk_norm:
             self.query_norm = RMSNorm(k, model.param_dtype)
             self.key_norm = RMSNorm(k, model.param_dtype)
+        if model.attention_bias:
+            self.query_bias = zeros((h, k), model.param_dtype)
+            self.key_bias = zeros((n, k), model.param_dtype)
+            self.value_bias = zeros((n, k), model.param_dtype)
+            self.output_bias = zeros((d,), model.param_dtype)
+        if model.attention_sinks:
+            self.sinks = zeros((h,), model.param_dtype)
 
     def __call__(
         self, x_btd: jax.Array, tokens: Tokens, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         """Returns [B, T, D] and the cache with this call's keys and values written to it."""
 
-        def project(w):
-            heads = jnp.einsum("btd,dhk->bthk", x_btd, w[...].astype(x_btd.dtype))
+        model, dtype = self.config, x_btd.dtype
+
+        def project(name: str) -> jax.Array:
+            heads = jnp.einsum("btd,dhk->bthk", x_btd, getattr(self, name)[...].astype(dtype))
+            if model.attention_bias:
+                heads += getattr(self, f"{name}_bias")[...].astype(dtype)[None, None]
             return constrain_tokens(heads, self.mesh, heads=True)
 
-        q, k, v = project(self.query), project(self.key), project(self.value)
-        if self.config.qk_norm:
+        q, k, v = project("query"), project("key"), project("value")
+        if model.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
-        q = rope(q, tokens.position_bt, self.config.rope_theta)
-        k = rope(k, tokens.position_bt, self.config.rope_theta)
+        q = rope(q, tokens.position_bt, model.rope_theta)
+        k = rope(k, tokens.position_bt, model.rope_theta)
         if cache is not None:
-            row_b1 = jnp.arange(k.shape[0])[:, None]
-            k = cache.key.at[row_b1, tokens.position_bt].set(k, mode="drop")
-            v = cache.value.at[row_b1, tokens.position_bt].set(v, mode="drop")
-            cache = Cache(k, v)
-        mixed = _attend(q, k, v, tokens.attend_bqt)
-        out = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(x_btd.dtype))
+            k, v = cache = write_cache(cache, k, v, tokens)
+        sink_h = self.sinks[...] if model.attention_sinks else None
+        mixed = attend(q, k, v, visible(model, tokens), sink_h)
+        out = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(dtype))
+        if model.attention_bias:
+            out += self.output_bias[...].astype(dtype)[None, None]
         return constrain_tokens(out, self.mesh), cache
 
 
 @jax.checkpoint
-def _attend(q, k, v, attend_bqt):
-    """Softmax attention; the backward pass recomputes the B * H * T * T scores, none is kept."""
-    return jax.nn.dot_product_attention(q, k, v, mask=attend_bqt[:, None])
+def attend(
+    q_bthk: jax.Array,
+    k_bsnk: jax.Array,
+    v_bsnv: jax.Array,
+    attend_bts: jax.Array,
+    sink_h: jax.Array | None = None,
+) -> jax.Array:
+    """Softmax attention, scaled by K**-0.5; returns [B, T, H, V].
+
+    The backward pass recomputes the B * H * T * S scores, none is kept.
+    """
+    width, v_width = q_bthk.shape[-1], v_bsnv.shape[-1]
+    bias = None
+    if sink_h is not None:  # one more key: its score is the sink, its value 0
+        bias = jnp.zeros((1, sink_h.size, 1, k_bsnk.shape[1] + 1), jnp.float32)
+        bias = bias.at[..., -1].set(sink_h.astype(jnp.float32)[None, :, None])
+        k_bsnk, v_bsnv = (_pad(x, 1, x.shape[1] + 1) for x in (k_bsnk, v_bsnv))
+        attend_bts = jnp.pad(attend_bts, ((0, 0), (0, 0), (0, 1)), constant_values=True)
+    # the library takes one width for queries, keys and values
+    q_bthk, k_bsnk, v_bsnv = (_pad(x, 3, max(width, v_width)) for x in (q_bthk, k_bsnk, v_bsnv))
+    mixed = jax.nn.dot_product_attention(
+        q_bthk, k_bsnk, v_bsnv, bias=bias, mask=attend_bts[:, None], scale=width**-0.5
+    )
+    return mixed[..., :v_width]
+
+
+def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
+    """Returns `x` with zeros behind it, up to `size`."""
+    if x.shape[axis] == size:
+        return x
+    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])

@@ -14,16 +14,35 @@ from moejax.errors import ConfigError as ConfigError  # where callers look for i
 from moejax.errors import require, require_finite, require_positive
 from moejax.moe_config import MoEConfig, Stack
 
+# A key of the model that is listed here is read by this kind of attention only.
+READ_BY_ATTENTION = {
+    **dict.fromkeys(("num_kv_heads", "head_dim", "qk_norm"), "grouped"),
+    **dict.fromkeys(("attention_bias", "attention_sinks"), "grouped"),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank"), "latent"),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), "latent"),
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only transformer: RMSNorm, grouped-query attention with RoPE, SwiGLU."""
+    """A decoder-only transformer: RMSNorm, attention with RoPE, SwiGLU."""
 
     num_layers: int = 4
     d_model: int = 128
+    # grouped-query attention, or multi-head latent attention (DeepSeek-V2)
+    attention: Literal["grouped", "latent"] = "grouped"
     num_heads: int = 4
     num_kv_heads: int = 2
     head_dim: int = 32
+    q_lora_rank: int = 96  # latent: width of what queries are made of
+    kv_lora_rank: int = 64  # latent: width of what keys and values are made of
+    qk_nope_head_dim: int = 32  # latent: width of a head's query and key without RoPE ...
+    qk_rope_head_dim: int = 16  # ... and with RoPE, one key for all heads
+    v_head_dim: int = 32  # latent: width of a head's value
+    attention_bias: bool = False  # of queries, keys, values and output
+    attention_sinks: bool = False  # a learned logit a head that takes part of each softmax
+    attention_window: int | None = None  # tokens that a layer sees, its own included; None is all
+    full_attention_every: int | None = None  # of the layers with a window, each n-th sees all
     dense_hidden: int = 512  # hidden width of the layers that are not MoE
     vocab_size: int = 264  # at least the tokenizer's; 257 ids of the byte tokenizer, rounded up
     tie_embeddings: bool = False
@@ -43,11 +62,19 @@ class ModelConfig:
             "num_heads",
             "num_kv_heads",
             "head_dim",
+            "q_lora_rank",
+            "kv_lora_rank",
+            "qk_nope_head_dim",
+            "qk_rope_head_dim",
+            "v_head_dim",
+            "attention_window",
+            "full_attention_every",
             "dense_hidden",
             "vocab_size",
         )
+        self._check_attention_reads()
         require(
-            self.num_heads % self.num_kv_heads == 0,
+            self.attention == "latent" or self.num_heads % self.num_kv_heads == 0,
             f"model.num_heads={self.num_heads} is not a multiple of "
             f"model.num_kv_heads={self.num_kv_heads}; every key/value head serves the same number "
             "of query heads",
@@ -57,9 +84,57 @@ class ModelConfig:
             f"model.head_dim={self.head_dim} is odd; RoPE rotates pairs, use an even width",
         )
         require(
+            self.qk_rope_head_dim % 2 == 0,
+            f"model.qk_rope_head_dim={self.qk_rope_head_dim} is odd; RoPE rotates pairs, use an "
+            "even width",
+        )
+        require(
             math.isfinite(self.rope_theta) and self.rope_theta > 1,
             f"model.rope_theta={self.rope_theta} must be a finite number above 1; 10000.0 is usual",
         )
+
+    def _check_attention_reads(self) -> None:
+        """Refuses a key that was set and that the attention would ignore."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, kind in READ_BY_ATTENTION.items():
+            value = getattr(self, name)
+            require(
+                self.attention == kind or value == defaults[name],
+                f"model.{name}={value} is not read by model.attention={self.attention!r}; leave it "
+                f"at {defaults[name]}, or use model.attention={kind}",
+            )
+        every = self.full_attention_every
+        require(
+            every is None or self.attention_window is not None,
+            f"model.full_attention_every={every} is not read without a window; leave it at None, "
+            "or give model.attention_window, for example 128",
+        )
+        require(
+            every is None or 2 <= every <= self.num_layers,
+            f"model.full_attention_every={every} of model.num_layers={self.num_layers} leaves "
+            "windows to all layers or to none; use 2 up to model.num_layers, or leave out "
+            "model.full_attention_every or model.attention_window",
+        )
+
+    @property
+    def qk_width(self) -> int:
+        """Width of a head's query and key."""
+        if self.attention == "latent":
+            return self.qk_nope_head_dim + self.qk_rope_head_dim
+        return self.head_dim
+
+    @property
+    def v_width(self) -> int:
+        """Width of a head's value."""
+        return self.v_head_dim if self.attention == "latent" else self.head_dim
+
+    @property
+    def num_full_layers(self) -> int:
+        """Layers that see all earlier tokens, not a window of them."""
+        if self.attention_window is None:
+            return self.num_layers
+        every = self.full_attention_every
+        return 0 if every is None else self.num_layers // every
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +401,13 @@ class Config:
         if self.num_dense_layers:
             divides("tensor", "model.dense_hidden", model.dense_hidden)
         divides("tensor", "model.num_heads", model.num_heads)
-        divides("tensor", "model.num_kv_heads", model.num_kv_heads)
+        if model.attention == "latent":
+            for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"):
+                divides("tensor", f"model.{name}", getattr(model, name))
+            for name in ("q_lora_rank", "kv_lora_rank"):
+                divides("fsdp", f"model.{name}", getattr(model, name))
+        else:
+            divides("tensor", "model.num_kv_heads", model.num_kv_heads)
         divides("tensor", "model.vocab_size", model.vocab_size)
         divides("fsdp", "model.d_model", model.d_model)
 

@@ -23,6 +23,7 @@ from moejax.flops import (
     active_counts,
     active_experts,
     active_parameters,
+    attention_products,
     flops_per_token,
     parameter_counts,
     total_parameters,
@@ -161,12 +162,11 @@ def gathered_weight_bytes(config: Config, sizes: MeshConfig) -> int:
 
 
 def _compute_facts(config: Config, sizes: MeshConfig) -> list[tuple[str, str]]:
-    model, flops = config.model, flops_per_token(config)
+    flops, attention = flops_per_token(config), attention_products(config)
     positions = config.train.batch_size * config.data.sequence_length
-    attention = model.num_layers * model.num_heads * model.head_dim * config.data.sequence_length
     return [
         ("FLOPs per token, forward and backward", f"{flops:,}"),
-        ("  = 6 * N + 6 * L * H * K * T", f"6 * {flops // 6 - attention:,} + 6 * {attention:,}"),
+        ("  = 6 * weights + 6 * attention", f"6 * {flops // 6 - attention:,} + 6 * {attention:,}"),
         ("  source", "PaLM, arXiv:2204.02311, appendix B; attention halved, it is causal"),
         ("tokens per step", _product(positions, config.train.batch_size, "sequences")),
         ("microbatches per step", str(config.train.accumulation)),

@@ -8,7 +8,7 @@ spells out what they leave open.
 import math
 from fractions import Fraction
 
-from moejax.config import Config
+from moejax.config import Config, ModelConfig
 from moejax.parameters import kind_of, moe_parameters
 
 KINDS = ("embeddings", "attention", "dense", "router", "experts", "shared", "norms")
@@ -104,20 +104,33 @@ def flops_per_token(config: Config) -> int:
 
     with N the weights that a token is multiplied by: attention projections, router, selected and
     shared experts, dense FFNs and the unembedding [D, V], tied or not. A weight costs 2 FLOPs
-    forward and 4 backward. The second term is scores and values of attention, 12 * L * H * K * T,
-    halved because it is causal. Not counted: the embedding lookup, norms, softmax, recomputation,
-    and the padding of capacity (k experts, not capacity_factor * k). Documents packed into one
-    sequence attend less than this; the convention does not say so and neither does the number.
+    forward and 4 backward. The second term is `attention_products`. Not counted: the embedding
+    lookup, norms, biases, softmax, recomputation, and the padding of capacity (k experts, not
+    capacity_factor * k).
 
     Source: PaLM (arXiv:2204.02311), appendix B, with the causal half as MaxText counts it.
     """
     model = config.model
     counts = active_counts(config)
-    # The q and k norms sit in `norms`, so that `attention` is matrices only.
-    weights = sum(counts[kind] for kind in ("attention", "dense", "router", "experts", "shared"))
-    weights += model.d_model * model.vocab_size
-    attention = model.num_layers * model.num_heads * model.head_dim * config.data.sequence_length
-    return 6 * weights + 6 * attention
+    weights = sum(counts[kind] for kind in ("dense", "router", "experts", "shared"))
+    weights += model.num_layers * _attention_matrices(model) + model.d_model * model.vocab_size
+    return 6 * weights + 6 * attention_products(config)
+
+
+def attention_products(config: Config) -> int:
+    """Returns the multiplications of one token with keys and values, forward, in all layers.
+
+    L * H * K * T: T keys and T values of K dims a head, halved because it is causal. K is the mean
+    of both widths where they differ. A window of W < T tokens leaves W - W * W / 2T keys on
+    average in place of T / 2. Documents packed into one sequence attend less than this; the
+    convention does not say so and neither does the number.
+    """
+    model, length = config.model, config.data.sequence_length
+    window = min(model.attention_window or length, length)
+    full = model.num_full_layers
+    keys = full * Fraction(length, 2)
+    keys += (model.num_layers - full) * (window - Fraction(window * window, 2 * length))
+    return round(model.num_heads * (model.qk_width + model.v_width) * keys)
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -145,16 +158,39 @@ def model_flops_utilization(
     return tokens_per_second * flops_per_token(config) / (num_devices * peak)
 
 
+def _attention_matrices(model: ModelConfig) -> int:
+    """Returns the weights of one layer's projections."""
+    d, h, qk, v = model.d_model, model.num_heads, model.qk_width, model.v_width
+    if model.attention == "grouped":
+        return 2 * d * h * qk + 2 * d * model.num_kv_heads * qk
+    q, c = model.q_lora_rank, model.kv_lora_rank
+    down = d * (q + c + model.qk_rope_head_dim)
+    return down + q * h * qk + c * h * (model.qk_nope_head_dim + v) + h * v * d
+
+
+def _attention_vectors(model: ModelConfig) -> int:
+    """Returns one layer's biases and sinks."""
+    heads = model.num_heads + 2 * model.num_kv_heads
+    biases = heads * model.head_dim + model.d_model if model.attention_bias else 0
+    return biases + (model.num_heads if model.attention_sinks else 0)
+
+
+def _attention_norms(model: ModelConfig) -> int:
+    """Returns the scales of the norms inside of one layer's attention."""
+    if model.attention == "latent":
+        return model.q_lora_rank + model.kv_lora_rank
+    return 2 * model.head_dim if model.qk_norm else 0
+
+
 def _count(config: Config, *, active: bool) -> dict[str, int]:
     """Returns parameters by kind: all, or those that a token uses."""
-    model = config.model
-    d, h, n, k = model.d_model, model.num_heads, model.num_kv_heads, model.head_dim
-    norms_of_layer = 2 * d + (2 * k if model.qk_norm else 0)
+    model, d = config.model, config.model.d_model
+    attention = _attention_matrices(model) + _attention_vectors(model)
     counts = dict.fromkeys(KINDS, Fraction(0)) | {
         "embeddings": model.vocab_size * d * (1 if model.tie_embeddings else 2),
-        "attention": model.num_layers * (2 * d * h * k + 2 * d * n * k),
+        "attention": model.num_layers * attention,
         "dense": config.num_dense_layers * 3 * d * model.dense_hidden,
-        "norms": model.num_layers * norms_of_layer + d,
+        "norms": model.num_layers * (2 * d + _attention_norms(model)) + d,
     }
     for stack, own in config.moe_stacks():
         used = _active_experts(own) / own.moe.num_experts if active else Fraction(1)

@@ -17,6 +17,7 @@ from flax import nnx
 from moejax.attention import Attention, Cache, RMSNorm, Tokens, normal, output_scale
 from moejax.config import Config
 from moejax.experts import swiglu
+from moejax.latent import LatentAttention
 from moejax.mesh import AnyMesh
 from moejax.moe import MoE
 from moejax.moe_config import MoEConfig, Stack
@@ -43,6 +44,9 @@ class Outputs(NamedTuple):
     choice_lbts: jax.Array | None
 
 
+ATTENTION = {"grouped": Attention, "latent": LatentAttention}
+
+
 class FeedForward(nnx.Module):
     """The dense SwiGLU layer."""
 
@@ -65,7 +69,7 @@ class Block(nnx.Module):
         model = config.model
         self.mesh = mesh
         self.attention_norm = RMSNorm(model.d_model, model.param_dtype)
-        self.attention = Attention(config, mesh, rngs=rngs)
+        self.attention = ATTENTION[model.attention](config, mesh, rngs=rngs)
         self.ffn_norm = RMSNorm(model.d_model, model.param_dtype)
         if sparse:
             self.moe = MoE(
@@ -136,12 +140,18 @@ class Run(nnx.Module):
         for name, sparse in zip(self.names, kinds, strict=True):
             setattr(self, name, Block(config, mesh, sparse=sparse, rngs=rngs))
 
+    @property
+    def num_layers(self) -> int:
+        """Layers of a whole stack, whose parameters have a leading dim of runs."""
+        return len(self.names) * getattr(self, self.names[0]).ffn_norm.scale.shape[0]
+
     def __call__(self, x_btd, tokens, routing: LayerRouting | None, cache_l: Cache | None):
         """Returns x, stats and choices of the MoE layer or None, and the cache [layers, ...]."""
         routed, caches = None, []
         for i, name in enumerate(self.names):
             cache = None if cache_l is None else Cache(cache_l.key[i], cache_l.value[i])
-            x_btd, layer_routed, cache = getattr(self, name)(x_btd, tokens, routing, cache)
+            here = tokens._replace(layer=tokens.layer + i)
+            x_btd, layer_routed, cache = getattr(self, name)(x_btd, here, routing, cache)
             routed = routed if layer_routed is None else layer_routed
             caches.append(cache)
         if cache_l is None:
@@ -243,7 +253,7 @@ class Decoder(nnx.Module):
                 stack, x_btd, token_bt, tokens, inputs, cache, start
             )
             routed += [] if stack_routed is None else [stack_routed]
-            start += 0 if stack_cache is None else stack_cache.key.shape[0]
+            start += stack.num_layers
             caches.append(stack_cache)
         if cache is not None:
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
@@ -265,18 +275,20 @@ class Decoder(nnx.Module):
                 cache,
             )
 
+        numbers = start + width * jnp.arange(count, dtype=jnp.int32)
+
         def body(x_btd, inputs):
-            run_params, layer, cache_l = inputs
+            run_params, layer, cache_l, number = inputs
             if layer is not None:
-                state, number, choice_bts = layer
-                layer = LayerRouting(state, number, token_bt, choice_bts)
+                state, moe_layer, choice_bts = layer
+                layer = LayerRouting(state, moe_layer, token_bt, choice_bts)
             run = nnx.merge(graphdef, run_params)
-            x_btd, routed, cache_l = run(x_btd, tokens, layer, cache_l)
+            x_btd, routed, cache_l = run(x_btd, tokens._replace(layer=number), layer, cache_l)
             return x_btd, (routed, cache_l)
 
         if self.config.model.remat != "none":
             body = jax.checkpoint(body, policy=REMAT_POLICIES[self.config.model.remat])
-        x_btd, (routed, cache) = jax.lax.scan(body, x_btd, (params, routing, cache))
+        x_btd, (routed, cache) = jax.lax.scan(body, x_btd, (params, routing, cache, numbers))
         if cache is not None:
             cache = jax.tree.map(lambda c: c.reshape(count * width, *c.shape[2:]), cache)
         return x_btd, routed, cache

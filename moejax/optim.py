@@ -35,7 +35,7 @@ def decays(params: Any) -> Any:
         owner, _, last = name.rpartition("/")
         if owner.endswith("moe"):
             return parameters.decays(last)
-        return last != "scale"
+        return last not in parameters.VECTORS
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 

@@ -23,6 +23,10 @@ AXES_OF: dict[str, tuple[str | None, ...]] = {
 }
 
 
+# Parameters outside of MoE layers that are no matrices: weight decay leaves them alone.
+VECTORS = ("scale", "query_bias", "key_bias", "value_bias", "output_bias", "sinks")
+
+
 def kind_of(name: str) -> Kind:
     """Returns what a parameter of an MoE layer is part of."""
     if name in AXES_OF:

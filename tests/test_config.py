@@ -35,6 +35,31 @@ from moejax.overrides import apply_overrides
         ),
         ("model.head_dim=31", "model.head_dim=31 is odd; RoPE rotates pairs, use an even width"),
         (
+            "model.attention=latent model.qk_rope_head_dim=3",
+            "model.qk_rope_head_dim=3 is odd; RoPE rotates pairs, use an even width",
+        ),
+        ("model.attention_window=0", "model.attention_window=0 is below 1"),
+        (
+            "model.kv_lora_rank=512",
+            "model.kv_lora_rank=512 is not read by model.attention='grouped'; leave it at 64, or "
+            "use model.attention=latent",
+        ),
+        (
+            "model.attention=latent model.attention_sinks=True",
+            "model.attention_sinks=True is not read by model.attention='latent'; leave it at "
+            "False, or use model.attention=grouped",
+        ),
+        (
+            "model.full_attention_every=2",
+            "model.full_attention_every=2 is not read without a window; leave it at None, or give "
+            "model.attention_window, for example 128",
+        ),
+        (
+            "model.attention_window=8 model.full_attention_every=1",
+            "model.full_attention_every=1 of model.num_layers=4 leaves windows to all layers or to "
+            "none; use 2 up to model.num_layers, or leave out",
+        ),
+        (
             "model.rope_theta=1",
             "model.rope_theta=1.0 must be a finite number above 1; 10000.0 is u",
         ),
@@ -381,6 +406,16 @@ def test_the_free_axis_takes_the_devices_that_are_left():
         ),
         ("", MeshConfig(data=1, tensor=4), "model.num_kv_heads=2 is not divisible by the tensor "),
         ("", MeshConfig(data=1, fsdp=3), "model.d_model=128 is not divisible by the fsdp axis (3)"),
+        (
+            "model.attention=latent model.q_lora_rank=6",
+            MeshConfig(data=1, fsdp=4),
+            "model.q_lora_rank=6 is not divisible by the fsdp axis (4)",
+        ),
+        (
+            "model.attention=latent model.qk_rope_head_dim=6",
+            MeshConfig(data=1, tensor=4),
+            "model.qk_rope_head_dim=6 is not divisible by the tensor axis (4)",
+        ),
         (
             "train.batch_size=20",
             MeshConfig(data=2, expert=4),

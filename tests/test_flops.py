@@ -11,6 +11,7 @@ from moejax.flops import (
     active_counts,
     active_experts,
     active_parameters,
+    attention_products,
     flops_per_token,
     model_flops_utilization,
     parameter_counts,
@@ -110,6 +111,42 @@ def test_flops_by_hand():
     # each of two layers 2 * 2 * 90, unembedding 110. Attention: 6 * 3 layers * 4 heads * 6 * 8
     # tokens.
     assert flops_per_token(TINY) == 6 * (2160 + 210 + 100 + 360 + 110) + 6 * 3 * 4 * 6 * 8
+
+
+def _with_model(**changes) -> Config:
+    return dataclasses.replace(TINY, model=dataclasses.replace(TINY.model, **changes))
+
+
+def test_latent_attention_by_hand():
+    """Q=4, C=6, 3 + 2 dims of query and key, 5 of the value; 4 heads, D=10, 3 layers."""
+    plain = {"num_kv_heads": 2, "head_dim": 32, "qk_norm": True, "attention": "latent"}
+    ranks = {"q_lora_rank": 4, "kv_lora_rank": 6}
+    dims = {"qk_nope_head_dim": 3, "qk_rope_head_dim": 2, "v_head_dim": 7}
+    config = _with_model(**plain, **ranks, **dims)
+    matrices = 10 * 4 + 4 * 4 * 5 + 10 * (6 + 2) + 6 * 4 * 3 + 6 * 4 * 7 + 4 * 7 * 10
+    expected = {"attention": 3 * matrices, "norms": 3 * (10 + 4 + 6 + 10) + 10}
+    assert parameter_counts(config) == parameter_counts(TINY) | expected
+    # scores of 5 dims, values of 7, 8 tokens; half of them, it is causal
+    assert attention_products(config) == 3 * 4 * (5 + 7) * 8 // 2
+    weights = 3 * matrices + 210 + 100 + 360 + 110
+    assert flops_per_token(config) == 6 * (weights + attention_products(config))
+
+
+def test_biases_and_sinks_are_parameters_and_cost_nothing():
+    config = _with_model(attention_bias=True, attention_sinks=True)
+    extra = parameter_counts(config)["attention"] - parameter_counts(TINY)["attention"]
+    assert extra == 3 * (4 * 6 + 2 * 6 + 2 * 6 + 10 + 4)
+    assert flops_per_token(config) == flops_per_token(TINY)
+
+
+def test_windows_leave_the_keys_that_they_show():
+    """8 tokens, a window of 4: as the area under min(t, 4), 8 + 16 of 32 pairs in a layer."""
+    every = _with_model(attention_window=4)
+    assert attention_products(TINY) == 3 * 4 * 12 * 4
+    assert attention_products(every) == 3 * 4 * 12 * 3
+    second = _with_model(attention_window=4, full_attention_every=2)  # one of three layers is full
+    assert attention_products(second) == 4 * 12 * (4 + 3 + 3)
+    assert attention_products(_with_model(attention_window=99)) == attention_products(TINY)
 
 
 SHARED = {"shared_experts": 2, "shared_gate": "sigmoid"}

@@ -306,6 +306,8 @@ LAYOUTS = {
     "input gates": {"moe": {"router": "elementwise_input", "capacity_factor": None}},
     "tied": {"model": {"tie_embeddings": True}},
     "no norm of queries and keys": {"model": {"qk_norm": False}},
+    "latent": {"model": {"attention": "latent", "num_kv_heads": 2, "head_dim": 32}},
+    "biases and sinks": {"model": {"attention_bias": True, "attention_sinks": True}},
 }
 
 

@@ -33,6 +33,13 @@ def test_all_but_norms_and_routers_decay(shapes):
     assert {"embedding", "unembedding", "runs/layer_0/moe/gate"} <= decayed
 
 
+def test_biases_and_sinks_of_attention_do_not_decay():
+    names = ("query", "query_bias", "key_bias", "value_bias", "output_bias", "sinks", "query_down")
+    found = decays({"runs": {"layer_0": {"attention": dict.fromkeys(names, 0.0)}}})
+    decayed = {name for name, yes in found["runs"]["layer_0"]["attention"].items() if yes}
+    assert decayed == {"query", "query_down"}
+
+
 # Parameters of an MoE layer that decay, by router and kind of expert: matrices of networks.
 DECAYS = {
     "shared experts": (

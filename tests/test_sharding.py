@@ -51,6 +51,10 @@ LAYERS = {
     "mixture of depths": {"router": "mixture_of_depths", "allow_noncausal": True},
     "soft": {"router": "soft", "capacity_factor": None, "allow_noncausal": True},
 }
+ATTENTION = {
+    "latent": {"attention": "latent", "num_kv_heads": 2, "head_dim": 32},
+    "biases and sinks": {"attention_bias": True, "attention_sinks": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,10 @@ def layers(state, mesh_of):
     for name, changes in LAYERS.items():
         moe = dataclasses.replace(CONFIG.moe, **{"router": "softmax", **changes})
         config = dataclasses.replace(CONFIG, moe=moe)
+        optimizer = make_optimizer(config.optim, 10)
+        found[name] = _named(abstract_state(config, mesh_of(1, 2, 2, 2), optimizer).params)
+    for name, changes in ATTENTION.items():
+        config = dataclasses.replace(CONFIG, model=dataclasses.replace(CONFIG.model, **changes))
         optimizer = make_optimizer(config.optim, 10)
         found[name] = _named(abstract_state(config, mesh_of(1, 2, 2, 2), optimizer).params)
     return found
@@ -79,15 +87,20 @@ def test_every_parameter_is_in_the_table(layers):
 def test_every_matrix_is_split_over_fsdp_and_tensor(layers):
     """A device holds a quarter of a matrix, an eighth of an expert stack, all of the rest.
 
-    Of what scales the outputs of experts it holds half, for half of the experts.
+    Of what scales the outputs of experts it holds half, for half of the experts; of biases and
+    sinks half, for half of the heads.
     """
     parts = {"router": 8, "norms": 8, "experts": 1}
     for params in layers.values():
         for name, leaf in params.items():
             held = np.prod(leaf.sharding.shard_shape(leaf.shape)) * 8 / leaf.size
             expected = parts.get(parameter_group(name), 2)
-            if name.endswith(("output_scale", "scale_out")):
+            halved = ("output_scale", "scale_out", "attention/sinks")
+            halved += tuple(f"attention/{of}_bias" for of in ("query", "key", "value"))
+            if name.endswith(halved):
                 expected = 4
+            if name.endswith("attention/output_bias"):
+                expected = 8
             assert held == expected, name
 
 
