@@ -159,16 +159,34 @@ class DataConfig:
         )
 
 
+# A key that is listed here is read by these optimizers only.
+OPTIM_READ_BY: dict[str, tuple[str, ...]] = {
+    "state_dtype": ("adamw", "lion", "muon"),  # Adafactor keeps sums of rows and columns, float32
+    "b1": ("adamw", "lion", "muon"),
+    "b2": ("adamw", "lion", "muon"),
+    "eps": ("adamw", "muon"),
+    "momentum": ("muon",),
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """AdamW. Weight decay acts on matrices only, never on norms, biases or the router."""
+    """Weight decay acts on matrices only, never on norms, biases or the router.
 
+    A stack of layers or experts is not one parameter: each matrix in it is optimized by itself.
+    `muon` is for matrices between layers, and AdamW with the same rate for all else: embeddings,
+    norms, biases and routers. `adafactor` multiplies the rate by the size of the parameter.
+    """
+
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
     learning_rate: float = 3e-3
     warmup_steps: int = 100
     weight_decay: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
     eps: float = 1e-8
+    momentum: float = 0.95  # of the matrices of muon
+    state_dtype: Literal["float32", "bfloat16"] = "float32"  # of moments; computed in float32
     clip_norm: float | None = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     final_fraction: float = 0.1  # of the peak learning rate, at the last step
@@ -177,16 +195,35 @@ class OptimConfig:
         require_finite(
             "optim", self, "learning_rate", "warmup_steps", "weight_decay", "final_fraction"
         )
-        for name in ("b1", "b2"):
+        for name in ("b1", "b2", "momentum"):
             value = getattr(self, name)
             require(
                 0 <= value < 1, f"optim.{name}={value} is outside [0, 1); 0.9 and 0.95 are usual"
+            )
+            # 8 bits of a number: what moves a moment by less than 1 part in 256 is rounded away
+            require(
+                self.state_dtype == "float32" or value <= 1 - 2**-8,
+                f"optim.{name}={value} with optim.state_dtype={self.state_dtype!r}: a step moves "
+                "the moment by less than bfloat16 can hold, and it would stand still; use at most "
+                "0.99, or optim.state_dtype=float32",
             )
         for name in ("eps", "clip_norm"):
             value = getattr(self, name)
             require(
                 value is None or (math.isfinite(value) and value > 0),
                 f"optim.{name}={value} must be a finite number above 0",
+            )
+        self._check_reads()
+
+    def _check_reads(self) -> None:
+        """Refuses a key that was set and that the optimizer would ignore."""
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, readers in OPTIM_READ_BY.items():
+            value = getattr(self, name)
+            require(
+                self.name in readers or value == defaults[name],
+                f"optim.{name}={value} is not read by optim.name={self.name!r}; leave it at "
+                f"{defaults[name]}, or use {' or '.join(readers)}",
             )
 
 

@@ -43,22 +43,56 @@ PARAMETER_SPECS = {
     "scale": P(None),  # of a norm: [D] or [K]
 }
 
+# Statistics of a matrix that an optimizer keeps without its columns or without its rows.
+ROW_STATE, COLUMN_STATE = "of_rows", "of_columns"
+
 
 def path_name(path: tuple[Any, ...]) -> str:
     """Returns a pytree path as `runs/layer_0/moe/gate`."""
     return "/".join(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
 
 
+def _axes_in_table(name: str) -> tuple[Any, ...]:
+    """Returns the table's axes of the suffix that `name` ends in, by whole parts; () if none."""
+    for suffix, spec in PARAMETER_SPECS.items():
+        if name == suffix or name.endswith("/" + suffix):
+            return tuple(spec)
+    return ()
+
+
+def matrix_dims(name: str) -> tuple[int, int] | None:
+    """Returns how many dims the rows and the columns of a matrix have; None for what is no matrix.
+
+    They are the last dims of the array. A matrix has its D over fsdp, and that is one side of it:
+    a query [D, H, K] has one dim of rows and two of columns, a stack of experts [E, F, D] one each.
+    """
+    axes = [axis for axis in _axes_in_table(name) if axis != "expert"]
+    if "fsdp" not in axes:
+        return None
+    others = len(axes) - 1
+    return (1, others) if axes[0] == "fsdp" else (others, 1)
+
+
+def stacked_dims(name: str) -> int:
+    """Returns how many leading dims of a parameter count layers and experts."""
+    layers = any(part.startswith("layer_") for part in name.split("/"))
+    return layers + (_axes_in_table(name)[:1] == ("expert",))
+
+
 def parameter_spec(name: str, ndim: int) -> P:
     """Returns the mesh axes of the array called `name`; what the table does not know is replicated.
 
     Optimizer state carries the names of the parameters that it belongs to, so the same rule places
-    both.
+    both; statistics of rows or columns have the axes of the dims that they keep.
     """
-    for suffix, spec in PARAMETER_SPECS.items():
-        if (name == suffix or name.endswith("/" + suffix)) and ndim >= len(spec):
-            return P(*(None,) * (ndim - len(spec)), *spec)
-    return P()
+    axes, dims = _axes_in_table(name), matrix_dims(name)
+    if dims and ROW_STATE in name.split("/"):
+        axes = axes[: -dims[1]]
+    elif dims and COLUMN_STATE in name.split("/"):
+        axes = axes[: -sum(dims)] + axes[-dims[1] :]
+    if not axes or ndim < len(axes):
+        return P()
+    return P(*(None,) * (ndim - len(axes)), *axes)
 
 
 def tree_shardings(mesh: AnyMesh, tree: Any) -> Any:

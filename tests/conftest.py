@@ -55,7 +55,10 @@ def _exempt_result(factory):
     return make
 
 
-for name in ("adamw", "cosine_decay_schedule", "linear_schedule", "join_schedules"):
+for name in (
+    *("adamw", "scale_by_adam", "scale_by_lion"),
+    *("cosine_decay_schedule", "linear_schedule", "join_schedules"),
+):
     setattr(optax, name, _exempt_result(getattr(optax, name)))
 jax.nn.dot_product_attention = _exempt(jax.nn.dot_product_attention)
 

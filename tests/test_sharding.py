@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moejax.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig
+from moejax.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, OptimConfig
 from moejax.mesh import make_mesh, mesh_config, single_device_mesh
 from moejax.optim import make_optimizer
 from moejax.sharding import PARAMETER_SPECS, parameter_spec, path_name, place_batch
@@ -121,6 +121,56 @@ def test_moments_lie_where_their_parameters_do(state):
                 moments += 1
     assert moments == 2 * len(params)
     assert state.router_state["bias"].sharding.spec == P()
+
+
+def _state_specs(mesh, **changes):
+    """Returns the spec of every array of the optimizer's state, without its path's first parts."""
+    optimizer = make_optimizer(OptimConfig(**changes), 10)
+    named = _named(abstract_state(CONFIG, mesh, optimizer).opt_state)
+    return {name: (leaf.ndim, leaf.sharding.spec) for name, leaf in named.items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"state_dtype": "bfloat16"}, {"name": "lion"}])
+def test_every_moment_of_every_optimizer_lies_with_its_parameter(state, mesh_of, changes):
+    expected = {name: leaf.sharding.spec for name, leaf in _named(state.params).items()}
+    found = _state_specs(mesh_of(1, 2, 2, 2), **changes)
+    moments = {name: spec for name, (ndim, spec) in found.items() if ndim}
+    assert len(moments) == len(expected) * (1 if "name" in changes else 2)
+    for name, spec in moments.items():
+        assert spec == expected[name.split("/mu/")[-1].split("/nu/")[-1]], name
+
+
+def test_muon_keeps_one_moment_of_a_matrix_and_two_of_the_rest(state, mesh_of):
+    expected = {name: leaf.sharding.spec for name, leaf in _named(state.params).items()}
+    found = _state_specs(mesh_of(1, 2, 2, 2), name="muon")
+    for name, spec in expected.items():
+        own = [s for key, (_, s) in found.items() if key.endswith(("/mu/" + name, "/nu/" + name))]
+        hidden = parameter_group(name) in ("attention", "dense", "experts")
+        assert own == [spec] * (1 if hidden else 2), name
+
+
+def test_factored_statistics_have_the_axes_of_the_dims_that_they_keep(mesh_of):
+    """Written by hand: [L, E, D, F], [L, D, H, K] and [L, H, K, D] without columns or rows."""
+    found = _state_specs(mesh_of(1, 2, 2, 2), name="adafactor")
+    layer, factors = "runs/layer_0", {}
+    for name, (ndim, spec) in found.items():
+        for kind in ("of_rows", "of_columns"):
+            if f"/{kind}/" in name:
+                factors[kind, name.split(f"/{kind}/")[1]] = (ndim, spec)
+    expected = {
+        f"{layer}/moe/gate": (P(None, "expert", "fsdp"), P(None, "expert", "tensor")),
+        f"{layer}/moe/down": (P(None, "expert", "tensor"), P(None, "expert", "fsdp")),
+        f"{layer}/attention/query": (P(None, "fsdp"), P(None, "tensor", None)),
+        f"{layer}/attention/output": (P(None, "tensor", None), P(None, "fsdp")),
+        "embedding": (P("tensor"), P("fsdp")),
+        "unembedding": (P("fsdp"), P("tensor")),
+    }
+    for name, (rows, columns) in expected.items():
+        assert factors["of_rows", name] == (len(rows), rows), name
+        assert factors["of_columns", name] == (len(columns), columns), name
+    assert len(factors) == 2 * (2 * 4 + 3 + 3 + 2)  # attention twice, dense, experts, embeddings
+    router = "others/inner_state/nu/runs/layer_0/moe/router"
+    assert [spec for name, (_, spec) in found.items() if name.endswith(router)] == [P()]
 
 
 def test_names_are_matched_by_whole_parts():
