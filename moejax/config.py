@@ -50,6 +50,8 @@ class ModelConfig:
     rope_theta: float = 10_000.0
     # what backward computes again; attention scores are computed again always
     remat: Literal["none", "full", "dots", "dots_with_no_batch_dims"] = "none"
+    # tokens of a device whose logits exist at once, in the loss; None: all
+    loss_chunk: int | None = 1024
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute
     param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights
 
@@ -71,6 +73,7 @@ class ModelConfig:
             "full_attention_every",
             "dense_hidden",
             "vocab_size",
+            "loss_chunk",
         )
         self._check_attention_reads()
         require(

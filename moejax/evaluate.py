@@ -22,7 +22,7 @@ from moejax.checkpoint import Checkpoints
 from moejax.config import Config, MoEConfig
 from moejax.corpus import load_corpus
 from moejax.data import Batch, ValidationBatches, check_tokens, check_vocabulary
-from moejax.loss import Totals, token_losses, totals, whole_losses
+from moejax.loss import Totals, totals, whole_losses
 from moejax.mesh import Device, make_mesh, mesh_config
 from moejax.metrics import loss_record, routing_record
 from moejax.optim import make_optimizer
@@ -70,7 +70,7 @@ def make_eval_step(config: Config, mesh: Mesh, bytes_v: np.ndarray, num_domains:
     def microbatch_sums(params, router_state, batch: Batch) -> EvalSums:
         model = nnx.merge(graph, params)
         out = model(batch.tokens, packed_tokens(batch.segments), router_state)
-        loss_bt = token_losses(model.unembed(out.hidden_btd), batch.targets)
+        loss_bt = model.token_losses(out.hidden_btd, batch.targets)
         domain_btn = jax.nn.one_hot(batch.domains, num_domains, dtype=jnp.int32)
         domain_btn *= batch.loss_mask[..., None].astype(jnp.int32)
         bytes_bt = table_v.at[batch.targets].get(mode="fill", fill_value=0)

@@ -186,9 +186,30 @@ def gather_weights(w: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.
     )
 
 
+def sum_weight_gradient(grad: jax.Array, axis: int) -> jax.Array:
+    """The way back of `gather_weights`: sums a whole weight's gradient over all tokens' devices.
+
+    By a reduce-scatter over fsdp, so that each device keeps its part.
+    """
+    if lax.axis_size(FSDP_AXIS) > 1:
+        grad = lax.psum_scatter(grad, FSDP_AXIS, scatter_dimension=axis, tiled=True)
+    axes = tuple(a for a in varying_axes(grad) if a not in (FSDP_AXIS, TENSOR_AXIS))
+    return lax.psum(grad, axes) if axes else grad
+
+
 def sum_tensor(y: jax.Array) -> jax.Array:
-    """Sums the partial products of the experts' hidden dim over the tensor axis."""
+    """Sums partial products of a dim that is split over the tensor axis."""
     return y if lax.axis_size(TENSOR_AXIS) == 1 else lax.psum(y, TENSOR_AXIS)
+
+
+def most_over_tensor(y: jax.Array) -> jax.Array:
+    """Returns the largest of the values of the devices on the tensor axis."""
+    return y if lax.axis_size(TENSOR_AXIS) == 1 else lax.pmax(y, TENSOR_AXIS)
+
+
+def tensor_index() -> jax.Array | int:
+    """Returns this device's place on the tensor axis."""
+    return 0 if lax.axis_size(TENSOR_AXIS) == 1 else lax.axis_index(TENSOR_AXIS)
 
 
 def most(count: jax.Array) -> jax.Array:

@@ -47,7 +47,8 @@ def _divide(total: jax.Array, count: jax.Array) -> jax.Array:
 def token_losses(logit_btv: jax.Array, target_bt: jax.Array) -> jax.Array:
     """Returns float32 [B, T]: -log softmax(logits)[target], nats.
 
-    A target outside the vocabulary gives NaN.
+    A target outside the vocabulary gives NaN. The oracle of `cross_entropy.token_losses`, which
+    needs no logits of a whole batch.
     """
     lse_bt = jax.nn.logsumexp(logit_btv, axis=-1)
     # Not a gather: its gradient is a scatter, which fuses with nothing.
@@ -260,9 +261,9 @@ class Losses(NamedTuple):
     terms: dict[str, jax.Array]
 
 
-def cross_entropy(loss_bt: jax.Array, mask_bt: jax.Array, total: Totals) -> jax.Array:
-    """Returns this part's share of the mean cross-entropy of the step."""
-    return _divide(jnp.sum(jnp.where(mask_bt, loss_bt, 0)), total.targets)
+def cross_entropy(summed: jax.Array, total: Totals) -> jax.Array:
+    """Returns this part's share of the mean cross-entropy of the step, from its sum."""
+    return _divide(summed, total.targets)
 
 
 def whole_losses(

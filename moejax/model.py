@@ -16,6 +16,7 @@ from flax import nnx
 
 from moejax.attention import Attention, Cache, RMSNorm, Tokens, normal, output_scale
 from moejax.config import Config
+from moejax.cross_entropy import summed_loss, token_losses
 from moejax.experts import swiglu
 from moejax.latent import LatentAttention
 from moejax.mesh import AnyMesh
@@ -294,35 +295,21 @@ class Decoder(nnx.Module):
         return x_btd, routed, cache
 
     def unembed(self, x_btd: jax.Array) -> jax.Array:
-        """Returns float32 logits [B, T, V]."""
-        tied = self.config.model.tie_embeddings
-        w_dv = self.embedding[...].T if tied else self.unembedding[...]
-        return _unembed(x_btd, w_dv.astype(x_btd.dtype))
+        """Returns float32 logits [B, T, V]: for generation, and for few tokens."""
+        w_dv = self._unembedding().astype(x_btd.dtype)
+        return jnp.einsum("btd,dv->btv", x_btd, w_dv, preferred_element_type=jnp.float32)
 
+    def token_losses(self, hidden_btd: jax.Array, target_bt: jax.Array) -> jax.Array:
+        """Returns float32 [B, T]: the cross-entropy of each target, nats."""
+        chunk = self.config.model.loss_chunk
+        return token_losses(hidden_btd, self._unembedding(), target_bt, chunk, self.mesh)
 
-@jax.custom_vjp
-def _unembed(x_btd: jax.Array, w_dv: jax.Array) -> jax.Array:
-    return jnp.einsum("btd,dv->btv", x_btd, w_dv, preferred_element_type=jnp.float32)
+    def summed_loss(
+        self, hidden_btd: jax.Array, target_bt: jax.Array, mask_bt: jax.Array
+    ) -> jax.Array:
+        """Returns the sum of `token_losses` where `mask_bt` holds, with faster gradients."""
+        w_dv, chunk = self._unembedding(), self.config.model.loss_chunk
+        return summed_loss(hidden_btd, w_dv, target_bt, mask_bt, chunk, self.mesh)
 
-
-def _unembed_forward(x_btd, w_dv):
-    return _unembed(x_btd, w_dv), (x_btd, w_dv)
-
-
-def _unembed_backward(saved, grad_btv):
-    """As JAX derives it, but for the weight's gradient x is transposed, not the larger logits.
-
-    XLA:CPU multiplies a transposed left side by a slower kernel.
-    """
-    x_btd, w_dv = saved
-    x_dbt = jax.lax.optimization_barrier(x_btd.transpose(2, 0, 1))
-    grad_btd = jax.lax.dot_general(
-        grad_btv, w_dv, (((2,), (1,)), ((), ())), preferred_element_type=x_btd.dtype
-    )
-    grad_dv = jax.lax.dot_general(
-        x_dbt, grad_btv, (((1, 2), (0, 1)), ((), ())), preferred_element_type=w_dv.dtype
-    )
-    return grad_btd, grad_dv
-
-
-_unembed.defvjp(_unembed_forward, _unembed_backward)
+    def _unembedding(self) -> jax.Array:
+        return self.embedding[...].T if self.config.model.tie_embeddings else self.unembedding[...]

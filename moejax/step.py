@@ -21,7 +21,6 @@ from moejax.loss import (
     cross_entropy,
     microbatch_balance,
     needs_whole_step,
-    token_losses,
     totals,
     whole_losses,
 )
@@ -162,8 +161,8 @@ def gradients(
     def objective(params, part: Microbatch):
         model, out = _forward(graph, params, router_state, part)
         with jax.named_scope("loss"):
-            loss_bt = token_losses(model.unembed(out.hidden_btd), part.batch.targets)
-            loss = objective_loss = cross_entropy(loss_bt, part.batch.loss_mask, total)
+            summed = model.summed_loss(out.hidden_btd, part.batch.targets, part.batch.loss_mask)
+            loss = objective_loss = cross_entropy(summed, total)
             level = None
             if out.stats is not None:
                 if whole is None:

@@ -17,7 +17,7 @@ ORDER = [
     *("parameters", "flops", "metrics", "progress", "plots"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
     *("router_stats", "router_state", "assign", "exchange", "rounds", "experts", "free_experts"),
-    *("transport", "reference", "moe", "attention", "latent", "model"),
+    *("transport", "reference", "moe", "attention", "latent", "cross_entropy", "model"),
     *("loss", "contract", "optim", "state", "traffic", "step", "checkpoint", "replay"),
     *("evaluate", "generate", "describe", "verify", "loop", "cli", "__main__"),
 ]
