@@ -48,8 +48,16 @@ class ModelConfig:
     tie_embeddings: bool = False
     qk_norm: bool = True
     rope_theta: float = 10_000.0
-    # what backward computes again; attention scores are computed again always
-    remat: Literal["none", "full", "dots", "dots_with_no_batch_dims"] = "none"
+    # what backward computes again; attention scores are computed again always. "full" repeats the
+    # exchange of tokens with the experts' devices too, "exchange" keeps what it delivered
+    remat: Literal[
+        "none",
+        "full",
+        "dots",
+        "dots_with_no_batch_dims",
+        "exchange",
+        "exchange_and_dots_with_no_batch_dims",
+    ] = "none"
     # tokens of a device whose logits exist at once, in the loss; None: all
     loss_chunk: int | None = 1024
     dtype: Literal["float32", "bfloat16"] = "float32"  # compute

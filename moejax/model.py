@@ -26,6 +26,7 @@ from moejax.router_state import state_of_stack
 from moejax.router_stats import RouterStats, of_stacks
 from moejax.routing import RouterInputs
 from moejax.sharding import constrain_tokens
+from moejax.transport import EXCHANGED
 
 
 class Outputs(NamedTuple):
@@ -202,6 +203,11 @@ REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
+    "exchange_and_dots_with_no_batch_dims": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(EXCHANGED),
+    ),
 }
 
 

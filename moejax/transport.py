@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from einops import rearrange
+from jax.ad_checkpoint import checkpoint_name
 
 from moejax import exchange
 from moejax.dispatch import Slots, combine, dispatch, grouped_slots, rank_in_expert, rows_of_slots
@@ -31,6 +32,14 @@ class Experts(NamedTuple):
     weights: Any
     on_slots: Callable
     on_rows: Callable
+
+
+EXCHANGED = "exchanged"  # what a remat policy keeps, so that backward repeats no exchange
+
+
+def _delivered(tree: Any) -> Any:
+    """Marks what a collective over the expert axis gave."""
+    return checkpoint_name(tree, EXCHANGED)
 
 
 def by_slots(experts: Experts, x_gtd, weight_gts, slots: Slots, num_experts: int):
@@ -57,11 +66,11 @@ def by_mixing(experts: Experts, x_gtd, mixing: SoftMixing):
 
 def _to_experts_and_back(experts: Experts, buf_gecd):
     with jax.named_scope("exchange"):
-        buf_ecd = exchange.slots_to_experts(exchange.groups_to_slots(buf_gecd))
+        buf_ecd = _delivered(exchange.slots_to_experts(exchange.groups_to_slots(buf_gecd)))
     with jax.named_scope("experts"):
         buf_ecd = experts.on_slots(buf_ecd, experts.weights)
     with jax.named_scope("exchange_back"):
-        buf_ecd = exchange.slots_to_tokens(buf_ecd)
+        buf_ecd = _delivered(exchange.slots_to_tokens(buf_ecd))
         return exchange.slots_to_groups(buf_ecd, buf_gecd.shape[0])
 
 
@@ -94,8 +103,8 @@ def _in_rounds(run: Callable, operands, fixed, rounds, most: int):
     """Returns `sum_rounds` and the rounds after the first; a plain call where one always fits."""
     if most <= 1:
         return run(0, operands, fixed), jnp.zeros((), jnp.int32)
-    rounds = jnp.maximum(rounds, 1)
-    y = sum_rounds(run, operands, fixed, rounds)
+    rounds = _delivered(jnp.maximum(rounds, 1))
+    y = _delivered(sum_rounds(run, operands, fixed, rounds))
     return y, exchange.most(rounds - 1)
 
 
@@ -133,8 +142,8 @@ def _at_home(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
 def _by_gather(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     """The expert group's tokens come to every device, which runs its experts on them."""
     with jax.named_scope("exchange"):
-        x_td, expert_ts, weight_ts = jax.tree.map(
-            exchange.gather_tokens, (x_td, expert_ts, weight_ts)
+        x_td, expert_ts, weight_ts = _delivered(
+            jax.tree.map(exchange.gather_tokens, (x_td, expert_ts, weight_ts))
         )
         expert_ts = exchange.local_experts(expert_ts, config.num_experts)
     degree = exchange.expert_degree()
@@ -142,7 +151,7 @@ def _by_gather(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     rows = min(balanced_rows(expert_ts.shape[0] // degree, config), expert_ts.size)
     y_td, further = _local_rounds(experts, x_td, expert_ts, weight_ts, local, rows, config)
     with jax.named_scope("exchange_back"):
-        return exchange.scatter_results(y_td), further
+        return _delivered(exchange.scatter_results(y_td)), further
 
 
 def _run_received(experts: Experts, weights: Any, x_rd, expert_r, config: MoEConfig):
@@ -177,10 +186,12 @@ def _by_peers(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
         with jax.named_scope("dispatch"):
             x_rd = dispatch(x_td, slots)
         with jax.named_scope("exchange"):
-            x_rd, expert_r = exchange.peers_exchange(x_rd), exchange.peers_exchange(expert_r)
+            x_rd, expert_r = _delivered(
+                (exchange.peers_exchange(x_rd), exchange.peers_exchange(expert_r))
+            )
         y_rd = _run_received(experts, weights, x_rd, expert_r, config)
         with jax.named_scope("exchange_back"):
-            y_rd = exchange.peers_exchange(y_rd)
+            y_rd = _delivered(exchange.peers_exchange(y_rd))
         with jax.named_scope("combine"):
             return combine(y_rd, weight_ts, slots)
 
@@ -206,7 +217,7 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     rows = min(balanced_rows(expert_ts.shape[0], config), degree * send)
     with jax.named_scope("assign"):
         slots = grouped_slots(expert_ts, num_experts=none, rows=send)
-        count_zze = exchange.gather_counts(slots.group_size_e.reshape(degree, local))
+        count_zze = _delivered(exchange.gather_counts(slots.group_size_e.reshape(degree, local)))
         count_zz = count_zze.sum(2)
         rounds = exchange.most(-(-count_zz.sum(0).max() // rows))
 
@@ -217,11 +228,11 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
             x_nd = dispatch(x_td, slots)
         with jax.named_scope("exchange"):
             plan = exchange.ragged_window(count_zze.sum(2), index, rows)
-            x_rd = exchange.ragged_exchange(x_nd, plan, rows)
+            x_rd = _delivered(exchange.ragged_exchange(x_nd, plan, rows))
             expert_r = exchange.received_experts(count_zze, index, rows)
         y_rd = _run_received(experts, weights, x_rd, expert_r, config)
         with jax.named_scope("exchange_back"):
-            y_nd = exchange.ragged_exchange(y_rd, plan.back, send)
+            y_nd = _delivered(exchange.ragged_exchange(y_rd, plan.back, send))
         with jax.named_scope("combine"):
             return combine(y_nd, weight_ts, slots)
 
