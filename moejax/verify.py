@@ -86,7 +86,7 @@ class Trace(NamedTuple):
     def choices(self) -> list[np.ndarray]:
         """The experts that tokens chose, int32 [MoE layers, B, T, S]; none for a dense model."""
         chosen = [step.choice_albts for step in self.metrics if step.choice_albts is not None]
-        return [rearrange(array, "a l b t s -> l (a b) t s") for array in chosen]
+        return [np.asarray(rearrange(a, "a l b t s -> l (a b) t s")) for a in chosen]
 
 
 @dataclasses.dataclass(frozen=True)
