@@ -4,6 +4,7 @@ ACCELERATOR ?=
 
 BIN := .venv/bin
 PEERS := .venv-peers/.made
+PLANNER := .venv/.made-plan-tpu
 STAMP := .venv/.made$(if $(ACCELERATOR),-$(ACCELERATOR))
 comma := ,
 EXTRAS := test$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
@@ -11,7 +12,7 @@ CPU_DEVICES := $(if $(ACCELERATOR),,--cpu_devices 4)
 # Compiled test programs are kept between runs and shared by the test processes.
 TEST_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
 
-.PHONY: help setup train test test-slow lint verify contract claims compare bench bench-peers bench-tpu lock clean
+.PHONY: help setup train test test-slow lint verify contract claims compare plans bench bench-peers bench-tpu lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -45,6 +46,10 @@ claims: setup ## try claims of the literature at CPU size, into docs/claims.md (
 compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an hour)
 	$(BIN)/python benchmarks/compare.py train.steps=900
 
+plans: $(PLANNER) ## memory, traffic and time of Mixtral 8x7B on 64 TPU v5p, which needs none (10 minutes)
+	-$(BIN)/moejax plan configs/models/mixtral_8x7b.py --topology v5p:4x4x4
+	-$(BIN)/moejax plan configs/models/mixtral_8x7b.py --topology v5p:4x4x4 moe.capacity_factor=1.25
+
 bench: setup ## speed and compile time of the train step, into the README table
 	$(BIN)/python benchmarks/step.py --readme README.md
 	$(BIN)/python benchmarks/compile.py
@@ -52,8 +57,7 @@ bench: setup ## speed and compile time of the train step, into the README table
 bench-peers: setup $(PEERS) ## speed next to Hugging Face transformers, which has .venv-peers
 	$(BIN)/python benchmarks/peers.py
 
-bench-tpu: setup ## FLOPs and exchanged bytes of the MoE layer compiled for TPUs, which needs none
-	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --constraint requirements.lock --editable ".[plan-tpu]"
+bench-tpu: $(PLANNER) ## FLOPs and exchanged bytes of the MoE layer compiled for TPUs, which needs none
 	$(BIN)/python benchmarks/tpu_layer.py
 
 lock: setup ## resolve requirements.lock anew from pyproject.toml
@@ -72,6 +76,10 @@ $(STAMP): pyproject.toml requirements.lock
 	  exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock uv
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --constraint requirements.lock --editable ".[$(EXTRAS)]"
+	@touch $@
+
+$(PLANNER): $(STAMP)
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --constraint requirements.lock --editable ".[plan-tpu]"
 	@touch $@
 
 # pip, not uv: it takes a CPU wheel of torch from where its own configuration says there is one

@@ -16,27 +16,22 @@ without the memory traffic and the tiles of a kernel.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
-import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hlo import collectives, matmul_flops
 from rich.console import Console
 from rich.table import Table
 
 from moejax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from moejax.hlo import collectives, matmul_flops, parse
+from moejax.topology import parse_topology, start_compiler, topology_devices
 from moejax.traffic import exchange_bytes
 
 TOKENS, EXPERT_AXIS = 4096, 8
 TOPOLOGIES = ("v5p:2x2x4", "v6e:2x4")
-NO_LIBTPU = (
-    "libtpu, the TPU's compiler, is not installed; `make bench-tpu` installs it, or "
-    "pip install 'moejax[plan-tpu]'"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,25 +79,6 @@ class TpuRow:
     @property
     def ratio(self) -> float | None:
         return None if self.value is None or not self.expected else self.value / self.expected
-
-
-def start_compiler() -> None:
-    """Makes this process compile for TPUs as for any, whatever the machine; before JAX is imported.
-
-    Raises:
-        SystemExit: libtpu is not installed.
-    """
-    if importlib.util.find_spec("libtpu") is None:
-        raise SystemExit(NO_LIBTPU)
-    os.environ |= {
-        "JAX_PLATFORMS": "cpu",  # no device is used, and a TPU that is here is left alone
-        "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud which TPU this is
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: the topology says which
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a lock guards chips, and none is used
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TPU_STDERR_LOG_LEVEL": "3",
-    }
 
 
 def compile_layer(config: Config, mesh, backward: bool) -> Any:
@@ -177,7 +153,7 @@ def compile_experts(shape: Shape, device, dropless: bool, backward: bool) -> Any
 
 def sent_bytes(text: str) -> tuple[float, int]:
     """Returns the bytes that a device sends in a program, sums left out, and in how many calls."""
-    exchanges = [c for c in collectives(text) if not c.is_sum]
+    exchanges = [c for c in collectives(parse(text)) if not c.is_sum]
     return sum(c.sent for c in exchanges), sum(c.times for c in exchanges)
 
 
@@ -185,8 +161,11 @@ def measure_flops(topology: str, devices: list, name: str) -> Iterator[TpuRow]:
     """Yields the dropless experts' FLOPs, held against those of equal slots."""
     for backward in (False, True):
         ours, expected = (
-            matmul_flops(compile_experts(SHAPES[name], devices[0], dropless, backward).as_text())
-            for dropless in (True, False)
+            matmul_flops(parse(compiled.as_text()))
+            for compiled in (
+                compile_experts(SHAPES[name], devices[0], dropless, backward)
+                for dropless in (True, False)
+            )
         )
         yield TpuRow(topology, f"experts, {name}", backward, "TFLOP", ours / 1e12, expected / 1e12)
 
@@ -230,14 +209,14 @@ def main() -> None:
     parser.add_argument("--only", choices=("flops", "bytes"), help="one of both")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
-    start_compiler()
+    pods = [parse_topology(name) for name in options.topology]
+    start_compiler(pods[0])
     import jax
-    from jax.experimental import topologies
 
     failures = (jax.errors.JaxRuntimeError, NotImplementedError)
     rows: list[TpuRow] = []
-    for topology in options.topology:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    for pod in pods:
+        topology, devices = pod.name, topology_devices(pod)
         measured = {}
         if options.only != "bytes":
             measured |= {f"experts, {n}": measure_flops(topology, devices, n) for n in SHAPES}

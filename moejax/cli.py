@@ -473,6 +473,33 @@ def _describe(line: Line) -> int:
     return DONE
 
 
+def _plan_options(parser: argparse.ArgumentParser) -> None:
+    help = "pod to compile for: v5p:4x4x8 (chips of a TPU's torus), h100:16x8 (hosts x GPUs)"
+    _option(parser, "--topology", help, metavar="CHIP:SIZES")
+    help = "try meshes, remat, microbatches and transports on paper, compile the best, rank them"
+    parser.add_argument("--search", action="store_true", help=help)
+    _json(parser)
+
+
+def _plan(line: Line) -> int:
+    config = line.load()
+    from moejax.topology import parse_topology, start_compiler
+
+    topology = parse_topology(line.options.topology)
+    start_compiler(topology)
+    if line.options.search:
+        from moejax.search import search_plan
+
+        assert line.config is not None
+        given = [line.config, *line.overrides]
+        fits = search_plan(config, topology, given, line.options.json)
+    else:
+        from moejax.plan_report import plan
+
+        fits = plan(config, topology, line.options.json)
+    return DONE if fits else CHECK_FAILED
+
+
 def _config(line: Line) -> int:
     assert line.config is not None
     in_file = load_values(line.config)
@@ -626,6 +653,20 @@ ours, pass or fail, and plots. Exit code 1 says that a claim did not hold.""",
         _describe_options,
         _describe,
         ("*",),
+    ),
+    Verb(
+        "plan",
+        "compile the train step for a pod that is not here: memory, traffic, time",
+        "moejax plan CONFIG[:ARG] --topology CHIP:SIZES [--search] [--json FILE] [key=value ...]",
+        """
+  moejax plan configs/models/mixtral_8x7b.py --topology v5p:4x4x4
+
+Needs no accelerator, but the compiler of its chips: pip install 'moejax[plan-tpu]'. Takes minutes
+for a large model. Exit code 1 says that the step does not fit into the memory of a device.""",
+        _plan_options,
+        _plan,
+        ("*",),
+        required=("topology",),
     ),
     Verb(
         "config",

@@ -72,7 +72,7 @@ def describe(config: Config, num_devices: int | None, console: Console | None = 
     """
     sizes = resolve_mesh(config, num_devices)
     kinds = placements(config, sizes)
-    out = console or _console()
+    out = console or output_console()
     _print(out, _parameter_table(config))
     _print(out, _facts("compute", _compute_facts(config, sizes)))
     _print(out, _facts("mesh", _mesh_facts(config, sizes)))
@@ -127,6 +127,14 @@ def _place(tree: Any) -> list[Placement]:
         total, per_device = math.prod(leaf.shape) * width, math.prod(local) * width
         rows.append(Placement(path_name(path), leaf.shape, leaf.sharding.spec, total, per_device))
     return rows
+
+
+def local_shape(shape: tuple[int, ...], spec: P, sizes: MeshConfig) -> tuple[int, ...]:
+    """Returns the shape of one device's part of an array."""
+    axes = [*spec, *(None,) * (len(shape) - len(spec))]
+    parts = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+    counts = (math.prod(getattr(sizes, name) for name in names) for names in parts)
+    return tuple(size // count for size, count in zip(shape, counts, strict=True))
 
 
 def layer_kinds(config: Config) -> list[str]:
@@ -241,8 +249,8 @@ def _transport_table(config: Config, sizes: MeshConfig) -> Table:
         table.add_row(
             f"{how} *" if how == chosen else how,
             f"{sent:,.0f}",
-            _bytes(sent * local_tokens(config, sizes)),
-            _bytes(held),
+            bytes_text(sent * local_tokens(config, sizes)),
+            bytes_text(held),
             FORMULAS[formula(config, how)],
         )
     return table
@@ -298,7 +306,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 # Tables
 
 
-def _console() -> Console:
+def output_console() -> Console:
     if sys.stdout.isatty():
         return Console(highlight=False)
     return Console(width=PLAIN_WIDTH, force_terminal=False, no_color=True, highlight=False)
@@ -339,10 +347,10 @@ def _memory_table(config: Config, sizes: MeshConfig, kinds: dict[str, list[Place
     table = _numbers("memory", "kind", "one copy", "per device", "bytes per device")
     for kind, rows in kinds.items():
         total, local = sum(r.total for r in rows), sum(r.per_device for r in rows)
-        table.add_row(kind, _bytes(total), _bytes(local), f"{local:,}")
+        table.add_row(kind, bytes_text(total), bytes_text(local), f"{local:,}")
     table.add_section()
     local = sum(row.per_device for rows in kinds.values() for row in rows)
-    table.add_row("state and gradients", "", _bytes(local), f"{local:,}")
+    table.add_row("state and gradients", "", bytes_text(local), f"{local:,}")
     if config.num_moe_layers:
         table.add_section()
         rows = (
@@ -351,8 +359,8 @@ def _memory_table(config: Config, sizes: MeshConfig, kinds: dict[str, list[Place
             * itemsize(config)
         )
         weights = gathered_weight_bytes(config, sizes)
-        table.add_row("dispatch buffers of one MoE layer", "", _bytes(rows), f"{rows:,}")
-        table.add_row("its experts, gathered over fsdp", "", _bytes(weights), f"{weights:,}")
+        table.add_row("dispatch buffers of one MoE layer", "", bytes_text(rows), f"{rows:,}")
+        table.add_row("its experts, gathered over fsdp", "", bytes_text(weights), f"{weights:,}")
     return table
 
 
@@ -364,11 +372,13 @@ def _sharding_table(rows: list[Placement]) -> Table:
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         shape, spec = Text(str(list(row.shape))), Text(str(row.spec).removeprefix("PartitionSpec"))
-        table.add_row(Text(row.name), shape, spec, _bytes(row.total), _bytes(row.per_device))
+        table.add_row(
+            Text(row.name), shape, spec, bytes_text(row.total), bytes_text(row.per_device)
+        )
     return table
 
 
-def _bytes(count: float) -> str:
+def bytes_text(count: float) -> str:
     """Writes a number of bytes with a binary unit."""
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if count < 1024 or unit == "TiB":

@@ -10,36 +10,9 @@ from fractions import Fraction
 
 from moejax.config import Config, ModelConfig
 from moejax.parameters import kind_of, moe_parameters
+from moejax.topology import PEAK_BF16
 
 KINDS = ("embeddings", "attention", "dense", "router", "experts", "shared", "norms")
-
-# Dense bf16 FLOP/s of one JAX device, keyed by what `device.device_kind` says. Values: Google's TPU
-# pages and NVIDIA's data sheets (without sparsity). TPU v2, v3 and 7x show each chip as two
-# devices, so those hold half a chip.
-_PEAK_BF16 = {
-    "TPU v2": 4.6e13 / 2,
-    "TPU v3": 1.23e14 / 2,
-    "TPU v4": 2.75e14,
-    "TPU v5 lite": 1.97e14,
-    "TPU v5e": 1.97e14,
-    "TPU v5": 4.59e14,
-    "TPU v5p": 4.59e14,
-    "TPU v6 lite": 9.18e14,
-    "TPU v6e": 9.18e14,
-    "TPU7x": 2.307e15 / 2,
-    "NVIDIA A100-SXM4-40GB": 3.12e14,
-    "NVIDIA A100-SXM4-80GB": 3.12e14,
-    "NVIDIA A100-PCIE-40GB": 3.12e14,
-    "NVIDIA A100 80GB PCIe": 3.12e14,
-    "NVIDIA H100 80GB HBM3": 9.89e14,
-    "NVIDIA H100 PCIe": 7.56e14,
-    "NVIDIA H800": 9.89e14,
-    "NVIDIA H200": 9.89e14,
-    "NVIDIA GH200 120GB": 9.89e14,
-    "NVIDIA GH200 480GB": 9.89e14,
-    "NVIDIA B200": 2.25e15,
-    "NVIDIA GB200": 2.5e15,
-}
 
 
 def parameter_counts(config: Config) -> dict[str, int]:
@@ -145,7 +118,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     """
     if dtype != "bfloat16":
         return None
-    return _PEAK_BF16.get(device_kind)
+    return PEAK_BF16.get(device_kind)
 
 
 def model_flops_utilization(

@@ -133,6 +133,32 @@ def _layer_rows(config: Config, sizes: MeshConfig, how: str) -> int:
     return sent + received if kind == "ragged" else tokens * degree + received
 
 
+def worst_rounds(config: Config, sizes: MeshConfig) -> int:
+    """Returns the rounds over the receive buffer that no routing exceeds; see `rounds.py`.
+
+    1 where nothing can overflow: equal buffers, and a dense model.
+    """
+    moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
+    assert degree is not None
+    how = formula(config, moe.resolved_transport)
+    if (
+        config.num_moe_layers == 0
+        or how in ("soft", "reference")
+        or (how == "slots" and degree > 1)
+    ):
+        return 1
+    sent = tokens * moe.slots_per_token
+    balanced = int(moe.buffer_factor * tokens * moe.mean_selected)
+    if degree == 1:
+        return -(-sent // min(balanced, sent))
+    if how == "gather":
+        most = degree * tokens * min(moe.slots_per_token, moe.num_experts // degree)
+        return -(-most // min(balanced, degree * sent))
+    if how == "padded":
+        return -(-sent // part_rows(config, sizes))
+    return -(-degree * sent // min(balanced, degree * sent))
+
+
 def itemsize(config: Config) -> int:
     """Returns the bytes of a number in the compute dtype."""
     return {"float32": 4, "bfloat16": 2}[config.model.dtype]

@@ -11,6 +11,7 @@ import pytest
 from moejax.cli import VERBS, main
 from moejax.config import Config, ConfigError
 from moejax.overrides import config_values, keys, load_config
+from moejax.topology import parse_topology
 from moejax.workdir import open_workdir
 
 QUICKSTART = "configs/quickstart.py"
@@ -44,6 +45,9 @@ def calls(monkeypatch):
     fake("generate", generate_workdir=[" world", "\x1b[2Jb"])
     fake("verify", verify=1)
     fake("describe", describe=None)
+    fake("plan_report", plan=True)
+    fake("search", search_plan=False)
+    monkeypatch.setattr("moejax.topology.start_compiler", lambda pod: made.append(pod.name))
     split = {"num_documents": 3, "num_tokens": 4000}
     fake("prepare", prepare={"splits": {"train": split}, "vocab_size": 257})
     sys.modules["moejax.progress"].printable = lambda text: text.replace("\x1b", "?")
@@ -123,6 +127,16 @@ def test_verify_describe_and_prepare_pass_on_what_they_are_given(calls, tmp_path
     assert calls[-1][2:] == (True, file, page)
 
 
+def test_plan_starts_the_compiler_of_its_pod_first(calls, tmp_path):
+    config, file = load_config(QUICKSTART, ["seed=1"]), tmp_path / "plan.json"
+    pod = parse_topology("v5e:2x4")
+    line = ["plan", QUICKSTART, "seed=1", "--topology", "v5e:2x4"]
+    assert main([*line, "--json", str(file)]) == 0
+    assert calls == ["v5e:2x4", ("plan", config, pod, file)]
+    assert main([*line, "--search"]) == 1  # nothing fits
+    assert calls[2:] == ["v5e:2x4", ("search_plan", config, pod, [QUICKSTART, "seed=1"], None)]
+
+
 def test_config_shows_the_values_and_what_differs(tmp_path, capsys):
     file = tmp_path / "x.py"
     file.write_text("def get_config():\n return {'train': {'steps': 20}, 'seed': 5}")
@@ -155,7 +169,7 @@ def test_help_of_each_verb_has_an_example_its_options_and_its_keys(verb, capsys)
     assert f"\n  moejax {verb} " in text
     assert max(map(len, text.splitlines())) <= 100
     shown = {name for name in keys() if f"    {name}=" in text}
-    if verb in ("train", "verify", "describe", "config"):
+    if verb in ("train", "verify", "describe", "plan", "config"):
         assert shown == set(keys())
     elif verb in ("eval", "generate"):
         assert {"mesh.expert", "model.dtype"} <= shown
@@ -176,7 +190,7 @@ def test_help_and_version(capsys):
 
 TRAIN = f"train {QUICKSTART} --workdir W"
 ERRORS = [
-    ("", "moejax: error: no verb; give one of train, eval, generate, verify, claims, describe, co"),
+    ("", "moejax: error: no verb; give one of train, eval, generate, verify, claims, describe, pl"),
     ("trian", "moejax: error: unknown verb 'trian'; did you mean train?"),
     ("zzz", "moejax: error: unknown verb 'zzz'; give one of train, eval, "),
     ("train", "moejax train: error: --workdir is missing; see moejax train --help"),
@@ -285,6 +299,14 @@ ERRORS = [
     (
         "describe",
         "moejax describe: error: no config; give a file, for example moejax describe conf",
+    ),
+    (
+        f"plan {QUICKSTART}",
+        "moejax plan: error: --topology is missing; see moejax plan --help",
+    ),
+    (
+        f"plan {QUICKSTART} --topology v5p:4x4",
+        "moejax plan: error: --topology v5p:4x4: v5p needs 3 sizes of its torus, for example",
     ),
     (
         "prepare --output x",

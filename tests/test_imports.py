@@ -14,12 +14,13 @@ PACKAGE = Path(moejax.__file__).parent
 ORDER = [
     *("errors", "moe_config", "config", "overrides", "workdir"),
     *("tokenizer", "corpus", "data", "prepare"),
-    *("parameters", "flops", "metrics", "progress", "plots"),
+    *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
     *("router_stats", "router_state", "assign", "exchange", "rounds", "experts", "free_experts"),
     *("transport", "reference", "moe", "attention", "latent", "cross_entropy", "model"),
     *("loss", "contract", "optim", "state", "traffic", "step", "checkpoint", "replay"),
-    *("evaluate", "generate", "describe", "verify", "loop", "cli", "__main__"),
+    *("evaluate", "generate", "describe", "plan", "plan_report", "search", "verify", "loop"),
+    *("cli", "__main__"),
 ]
 SOURCES = {
     path.stem: ast.parse(path.read_text(), str(path))
@@ -127,7 +128,7 @@ def test_replication_is_checked_in_every_shard_map():
         assert not {"check_vma", "check_rep"} & {keyword.arg for keyword in call.keywords}
 
 
-NO_JAX = ["config", "moe_config", "parameters", "flops", "overrides", "metrics", "cli"]
+NO_JAX = ["config", "moe_config", "parameters", "topology", "flops", "overrides", "metrics", "cli"]
 
 
 @pytest.mark.parametrize("module", ["moejax", *(f"moejax.{name}" for name in NO_JAX)])

@@ -1,0 +1,364 @@
+"""`moejax plan --search`: layouts of a config on a pod, ranked on paper, the best ones compiled.
+
+The paper model leaves out what it cannot know (attention's scores, XLA's temporaries), so it only
+chooses what to compile. What is said of a compiled layout is read from its program.
+"""
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import itertools
+import json
+import math
+import os
+import shlex
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from moejax.config import AXES, Config, ConfigError, MeshConfig, ModelConfig
+from moejax.describe import Placement, bytes_text, local_shape, output_console, placements
+from moejax.flops import flops_per_token
+from moejax.overrides import config_values
+from moejax.plan import make_plan
+from moejax.plan_report import plan_record
+from moejax.topology import Topology, topology_devices
+from moejax.traffic import TRANSPORTS, buffer_rows, exchange_bytes, itemsize, local_tokens
+
+TRIES = 4  # layouts that are compiled
+FULL = 0.9  # of the memory: what the paper model leaves out has to fit too
+EFFICIENCY = 0.7  # of the peak, in matmuls
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A config on a mesh, as the paper model sees it.
+
+    Attributes:
+        config: with the mesh, the remat policy, the microbatches and the transport of the layout.
+        bytes: of a device.
+        compute, links: seconds of a step.
+    """
+
+    config: Config
+    bytes: int
+    compute: float
+    links: float
+
+    @property
+    def seconds(self) -> float:
+        return self.compute + self.links
+
+    @property
+    def words(self) -> list[str]:
+        """What to write on a command line for it."""
+        config, mesh = self.config, self.config.mesh
+        words = [f"mesh.{axis}={getattr(mesh, axis)}" for axis in AXES]
+        words += [f"model.remat={config.model.remat}"]
+        words += [f"train.accumulation={config.train.accumulation}"]
+        return words + ([f"moe.transport={config.moe.transport}"] if config.num_moe_layers else [])
+
+
+def layouts(config: Config, topology: Topology, num_devices: int) -> list[Layout]:
+    """Returns every layout of `config` on `num_devices` that is allowed, the fastest first.
+
+    Meshes, remat policies, microbatches and transports vary; the model and the batch stay.
+    """
+    rows = placements(config, MeshConfig(data=1))
+    found = []
+    for mesh in _meshes(num_devices):
+        for changed in _variants(config, mesh):
+            try:
+                changed.check_mesh(mesh)
+            except ConfigError:
+                continue
+            found.append(_on_paper(changed, topology, rows))
+    return sorted(found, key=lambda layout: layout.seconds)
+
+
+def _meshes(num_devices: int) -> Iterator[MeshConfig]:
+    divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
+        if num_devices % (fsdp * expert * tensor) == 0:
+            data = num_devices // (fsdp * expert * tensor)
+            yield MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+
+
+def _variants(config: Config, mesh: MeshConfig) -> Iterator[Config]:
+    policies = typing.get_args(typing.get_type_hints(ModelConfig)["remat"])
+    sequences = config.train.batch_size // mesh.token_shards
+    splits = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    moves = mesh.expert != 1 and config.num_moe_layers and config.moe.router != "soft"
+    transports = TRANSPORTS if moves else (config.moe.transport,)
+    for remat, accumulation, transport in itertools.product(policies, splits, transports):
+        yield dataclasses.replace(
+            config,
+            mesh=mesh,
+            model=dataclasses.replace(config.model, remat=remat),
+            train=dataclasses.replace(config.train, accumulation=accumulation),
+            moe=dataclasses.replace(config.moe, transport=transport),
+        )
+
+
+# The paper model
+
+
+def _on_paper(config: Config, topology: Topology, rows: dict[str, list[Placement]]) -> Layout:
+    chip, mesh = topology.chip, config.mesh
+    useful = flops_per_token(config) * config.train.batch_size * config.data.sequence_length
+    again = {"none": 1.0, "full": 4 / 3}.get(config.model.remat, 7 / 6)
+    compute = useful * again / mesh.num_devices / chip.flops / EFFICIENCY
+    links = sum(sent / speed for sent, speed in _sent(config, topology, rows["parameters"]))
+    return Layout(config, _bytes(config, rows), compute, links)
+
+
+def _bytes(config: Config, rows: dict[str, list[Placement]]) -> int:
+    """Returns state, gradients, kept activations, a layer's buffers and weights, and logits."""
+    model, moe, mesh = config.model, config.moe, config.mesh
+    width, tokens = itemsize(config), local_tokens(config, mesh)
+    tensor = mesh.tensor or 1
+    state = sum(
+        math.prod(local_shape(row.shape, row.spec, mesh)) * row.total // math.prod(row.shape)
+        for kind in rows.values()
+        for row in kind
+        if row.total
+    )
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // tensor
+    hidden = moe.mean_selected * moe.expert_hidden if config.num_moe_layers else model.dense_hidden
+    products = heads + 2 * model.d_model + 2 * hidden // tensor
+    kept = {"none": products + 6 * model.d_model + hidden // tensor, "full": 0}
+    saved = model.d_model + kept.get(model.remat, products)
+    layer = products + hidden // tensor
+    if config.num_moe_layers:
+        layer += buffer_rows(config, mesh, moe.resolved_transport) * model.d_model // tokens
+    logits = 2 * 4 * tokens * model.vocab_size // tensor
+    weights = 2 * _layer_weights(config, rows["parameters"]) * width
+    return state + width * tokens * (model.num_layers * saved + 2 * layer) + logits + weights
+
+
+def _layer_weights(config: Config, parameters: Sequence[Placement]) -> int:
+    """Returns the numbers in a layer's weights on a device, whole over fsdp."""
+    whole = dataclasses.replace(config.mesh, fsdp=1)
+    stacks = [row for row in parameters if row.name.startswith(("prefix", "runs"))]
+    return sum(math.prod(local_shape(row.shape, row.spec, whole)) for row in stacks) // max(
+        1, config.model.num_layers
+    )
+
+
+def _sent(
+    config: Config, topology: Topology, parameters: Sequence[Placement]
+) -> Iterator[tuple[float, float]]:
+    """Yields the bytes that a device sends in a step, and the bytes/s of where they go."""
+    mesh, steps, width = config.mesh, config.train.accumulation, itemsize(config)
+    again = config.model.remat != "none"
+    sizes = {axis: getattr(mesh, axis) for axis in AXES}
+    tokens = local_tokens(config, mesh) * steps
+    if config.num_moe_layers and sizes["expert"] > 1:
+        how = config.moe.resolved_transport
+        sent = exchange_bytes(config, mesh, how) * tokens * config.num_moe_layers * (2 + again)
+        # All-to-all over a ring of A: V * A / 4 for V bytes a device ("How To Scale Your Model").
+        hops = sizes["expert"] / 4 if topology.chip.is_tpu and how != "gather" else 1.0
+        yield sent * max(hops, 1.0), _speed(topology, mesh, "expert")
+    for row in parameters:
+        local = math.prod(local_shape(row.shape, row.spec, mesh)) * width * steps
+        axes = {
+            name for part in row.spec for name in ((part,) if isinstance(part, str) else part or ())
+        }
+        if "fsdp" in axes:
+            passes = 2 + again * row.name.startswith(("prefix", "runs"))
+            yield local * (sizes["fsdp"] - 1) * passes, _speed(topology, mesh, "fsdp")
+        for axis in {"data", "expert"} - axes:
+            yield 2 * local * (1 - 1 / sizes[axis]), _speed(topology, mesh, axis)
+    sums = (4 + 2 * again) * config.model.num_layers * tokens * config.model.d_model * width
+    yield 2 * sums * (1 - 1 / sizes["tensor"]), _speed(topology, mesh, "tensor")
+
+
+def _speed(topology: Topology, mesh: MeshConfig, axis: str) -> float:
+    """Returns the bytes/s along an axis: a ring of a torus, or GPUs within and between hosts."""
+    chip = topology.chip
+    if chip.is_tpu or chip.network is None:
+        return 2 * chip.link
+    inner = AXES[AXES.index(axis) :]  # the last axis is the one of neighbours
+    span = math.prod(getattr(mesh, name) for name in inner)
+    return chip.link if span <= topology.shape[1] else chip.network
+
+
+# The search
+
+
+@dataclasses.dataclass(frozen=True)
+class Tried:
+    """A layout and what its compiled program says; `error` is XLA's where there is no program."""
+
+    layout: Layout
+    record: dict[str, Any] | None
+    error: str = ""
+
+    @property
+    def fits(self) -> bool:
+        return self.record is not None and self.record["fits"]
+
+    @property
+    def seconds(self) -> float:
+        """The middle of the estimate, by which layouts are ranked."""
+        if self.record is None or not self.record["fits"]:
+            return math.inf
+        return (self.record["step_seconds_low"] + self.record["step_seconds_high"]) / 2
+
+
+def search(
+    config: Config,
+    topology: Topology,
+    num_devices: int,
+    cache: Path,
+    console: Console | None = None,
+) -> tuple[list[Tried], list[Layout]]:
+    """Compiles the best layouts; what was compiled before is read from `cache`.
+
+    Returns:
+        the layouts that were compiled, best first, and all that were thought of.
+
+    Raises:
+        ConfigError: no layout can be laid out, or none fits on paper.
+    """
+    found = layouts(config, topology, num_devices)
+    room = topology.chip.memory * FULL
+    fitting = [layout for layout in found if layout.bytes <= room]
+    if not found:
+        raise ConfigError(
+            f"train.batch_size={config.train.batch_size} and the model fit no mesh of "
+            f"{num_devices} devices; use a batch that is a multiple of {num_devices}"
+        )
+    if not fitting:
+        least = min(layout.bytes for layout in found)
+        raise ConfigError(
+            f"no layout of {topology.name} fits: the smallest needs {bytes_text(least)} a device "
+            f"and {bytes_text(topology.chip.memory)} are there; use more chips"
+        )
+    tried = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=console or Console(stderr=True), transient=True) as progress:
+        for number, layout in enumerate(fitting[:TRIES], start=1):
+            words = " ".join(layout.words)
+            task = progress.add_task(f"compiling {number} of {min(TRIES, len(fitting))}: {words}")
+            tried.append(_try(layout, topology, cache))
+            progress.remove_task(task)
+    return sorted(tried, key=lambda t: t.seconds), found
+
+
+def _try(layout: Layout, topology: Topology, cache: Path) -> Tried:
+    file = cache / f"{_key(layout.config, topology)}.json"
+    if file.exists():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        return Tried(layout, stored["record"], stored["error"])
+    try:
+        tried = Tried(layout, plan_record(make_plan(layout.config, topology)))
+    except ConfigError as error:
+        tried = Tried(layout, None, str(error))
+    cache.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"record": tried.record, "error": tried.error})
+    part = file.with_suffix(f".{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    part.replace(file)  # an interrupted search leaves no half of a file
+    return tried
+
+
+def _key(config: Config, topology: Topology) -> str:
+    """Returns a name for a result, of its config, pod, compiler and this package's source."""
+    versions = {}
+    for package in ("jax", "libtpu", "jax-cuda12-plugin"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    sources = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(path.read_bytes())
+    parts = (config_values(config), topology.name, versions, sources.hexdigest())
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
+
+
+# Words
+
+
+def search_plan(
+    config: Config, topology: Topology, given: Sequence[str], json_path: Path | None
+) -> bool:
+    """Searches, prints what was found and writes it to `json_path`, if given.
+
+    `given` are the words that the config came from, for the command that trains with the best.
+    Returns whether a layout fits. What was compiled is kept in `~/.cache/moejax/plans`, so that an
+    interrupted search goes on from there.
+
+    Raises:
+        ConfigError: see `search`.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moejax", "plans")
+    tried, found = search(config, topology, len(topology_devices(topology)), cache)
+    show_search(tried, found, topology, given)
+    if json_path is not None:
+        rows = [{"words": t.layout.words, "error": t.error} | (t.record or {}) for t in tried]
+        text = json.dumps({"considered": len(found), "compiled": rows}, indent=1)
+        json_path.write_text(text + "\n", encoding="utf-8")
+    return tried[0].fits
+
+
+def show_search(
+    tried: Sequence[Tried],
+    found: Sequence[Layout],
+    topology: Topology,
+    given: Sequence[str],
+    console: Console | None = None,
+) -> None:
+    """Prints the ranking, why the others lost, and the command of the winner."""
+    out = console or output_console()
+    table = Table(title="layouts that were compiled, best first", title_justify="left")
+    for column in ("layout", "memory", "step", "why not"):
+        table.add_column(column, overflow="fold")
+    best = tried[0]
+    for one in tried:
+        table.add_row(*_row(one, best))
+    out.print(table, "")
+    out.print(_rest(tried, found, topology))
+    if best.fits:
+        chosen = {word.partition("=")[0] for word in best.layout.words}
+        kept = [word for word in given if word.partition("=")[0] not in chosen]
+        words = ["moejax", "train", *kept, "--workdir", "runs/planned", *best.layout.words]
+        out.print("\n" + shlex.join(words), soft_wrap=True)
+
+
+def _row(one: Tried, best: Tried) -> tuple[str, str, str, str]:
+    words = " ".join(one.layout.words)
+    if one.record is None:
+        return words, "", "", one.error
+    memory = bytes_text(one.record["peak_bytes"])
+    if not one.record["fits"]:
+        over = bytes_text(one.record["peak_bytes"] - one.record["memory_limit"])
+        return words, memory, "", f"does not fit, by {over}"
+    step = f"{one.record['step_seconds_low']:.3g} to {one.record['step_seconds_high']:.3g} s"
+    return words, memory, step, "" if one is best else _slower(one, best)
+
+
+def _slower(one: Tried, best: Tried) -> str:
+    """Returns by which limit a layout is slower than the best one."""
+    assert one.record is not None
+    assert best.record is not None
+    mine, theirs = one.record["roofline"], best.record["roofline"]
+    limit = max(mine, key=lambda name: mine[name] - theirs[name])
+    more = one.seconds / best.seconds - 1
+    return f"{more:.0%} slower; {limit} {mine[limit]:.3g} s against {theirs[limit]:.3g} s"
+
+
+def _rest(tried: Iterable[Tried], found: Sequence[Layout], topology: Topology) -> str:
+    room = topology.chip.memory * FULL
+    large = sum(layout.bytes > room for layout in found)
+    slower = len(found) - large - len(list(tried))
+    return (
+        f"of {len(found)} layouts {large} do not fit on paper and {slower} were not compiled: on "
+        "paper they are slower than these"
+    )

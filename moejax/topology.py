@@ -1,0 +1,177 @@
+"""Chips and the pods that are made of them: what a plan compiles for, without any of them here.
+
+Nothing here imports JAX at its top: `start_compiler` has to come before. Numbers are of one JAX
+device, which on TPU v2, v3 and 7x is half a chip. Sources: Google's TPU pages and NVIDIA's data
+sheets (FLOP/s without sparsity, memory, links); what a program can use of a TPU's memory is what
+libtpu 0.0.42 says when it refuses one. Bandwidth of links: "How To Scale Your Model"
+(jax-ml.github.io/scaling-book), chapters on TPUs and GPUs.
+"""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+from moejax.errors import ConfigError, require
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What one device can do.
+
+    Attributes:
+        kinds: what `device.device_kind` says.
+        flops: dense bf16 FLOP/s.
+        memory: bytes that a program can use.
+        bandwidth: bytes/s of that memory.
+        link: bytes/s one way over one link of a TPU's torus, or out of a GPU within its host.
+        network: bytes/s of a GPU to other hosts; None for a TPU, whose torus is all there is.
+        dims: of a TPU's torus; 0 for a GPU.
+        wraps: the size from which a dimension of the torus is a ring.
+        clock: cycles/s of a TPU, which its compiler counts in: `flops` over those of a cycle.
+    """
+
+    kinds: tuple[str, ...]
+    flops: float
+    memory: int
+    bandwidth: float
+    link: float
+    network: float | None = None
+    dims: int = 0
+    wraps: int = 0
+    clock: float | None = None
+
+    @property
+    def is_tpu(self) -> bool:
+        return self.dims > 0
+
+
+def _tpu(kinds, flops, gib: float, bandwidth, link, dims, wraps, flops_per_cycle) -> Chip:
+    memory = int(gib * GIB)
+    clock = flops / flops_per_cycle
+    return Chip(kinds, flops, memory, bandwidth, link, None, dims, wraps, clock)
+
+
+# A core multiplies 128 x 128 numbers a cycle on each of 4 units, from v6e on 256 x 256 on 2 or 4.
+CHIPS = {
+    "v4": _tpu(("TPU v4",), 2.75e14, 30.75, 1.2e12, 4.5e10, 3, 4, 2**18),
+    "v5e": _tpu(("TPU v5 lite", "TPU v5e"), 1.97e14, 15.75, 8.1e11, 4.5e10, 2, 16, 2**17),
+    "v5p": _tpu(("TPU v5", "TPU v5p"), 4.59e14, 95.74, 2.765e12, 9e10, 3, 4, 2**18),
+    "v6e": _tpu(("TPU v6 lite", "TPU v6e"), 9.18e14, 31.25, 1.6e12, 9e10, 2, 16, 2**19),
+    "tpu7x": _tpu(("TPU7x",), 2.307e15 / 2, 94.75, 7.38e12 / 2, 9e10 / 2, 3, 4, 2**19),
+    "a100": Chip(("NVIDIA A100-SXM4-80GB",), 3.12e14, 85_100_068_864, 2.039e12, 3e11, 2.5e10),
+    "h100": Chip(("NVIDIA H100 80GB HBM3",), 9.89e14, 84_942_979_072, 3.352e12, 4.5e11, 5e10),
+    "h200": Chip(("NVIDIA H200",), 9.89e14, 151_397_597_184, 4.8e12, 4.5e11, 5e10),
+    "b200": Chip(("NVIDIA B200",), 2.25e15, 191_514_411_008, 7.672e12, 9e11, 5e10),
+}
+
+# Dense bf16 FLOP/s of one device, keyed by what `device.device_kind` says.
+PEAK_BF16 = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds} | {
+    "TPU v2": 4.6e13 / 2,
+    "TPU v3": 1.23e14 / 2,
+    "NVIDIA A100-SXM4-40GB": 3.12e14,
+    "NVIDIA A100-PCIE-40GB": 3.12e14,
+    "NVIDIA A100 80GB PCIe": 3.12e14,
+    "NVIDIA H100 PCIe": 7.56e14,
+    "NVIDIA H800": 9.89e14,
+    "NVIDIA GH200 120GB": 9.89e14,
+    "NVIDIA GH200 480GB": 9.89e14,
+    "NVIDIA GB200": 2.5e15,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """A pod: chips in a torus (`v5p:4x4x8`), or hosts with GPUs (`h100:16x8`)."""
+
+    name: str
+    chip: Chip
+    shape: tuple[int, ...]
+
+    @property
+    def num_chips(self) -> int:
+        return math.prod(self.shape)
+
+    def wraps(self, dim: int) -> bool:
+        """Whether dimension `dim` of a TPU's torus is a ring, not a line."""
+        return self.shape[dim] >= self.chip.wraps and self.shape[dim] % self.chip.wraps == 0
+
+
+def parse_topology(text: str) -> Topology:
+    """Reads `CHIP:SIZES`.
+
+    Raises:
+        ConfigError: no such chip, or sizes that its pods do not have.
+    """
+    name, _, sizes = text.partition(":")
+    require(
+        name in CHIPS,
+        f"--topology {text}: {name!r} is no chip that can be planned for; use one of "
+        f"{', '.join(CHIPS)}, as in v5p:4x4x8 or h100:16x8",
+    )
+    chip = CHIPS[name]
+    dims = chip.dims or 2
+    what = f"{dims} sizes of its torus" if chip.is_tpu else "hosts and GPUs of a host"
+    example = {2: "4x8", 3: "4x4x8"}[dims]
+    require(
+        re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4})*", sizes) is not None
+        and len(sizes.split("x")) == dims,
+        f"--topology {text}: {name} needs {what}, for example {name}:{example}",
+    )
+    return Topology(text, chip, tuple(int(size) for size in sizes.split("x")))
+
+
+# Compilers
+
+_EXTRAS = {"libtpu": "plan-tpu", "jax_cuda12_plugin": "plan-gpu"}
+
+
+def start_compiler(topology: Topology) -> None:
+    """Makes this process compile for `topology`, whatever the machine; before JAX is imported.
+
+    Raises:
+        ConfigError: the compiler is not installed.
+    """
+    module = "libtpu" if topology.chip.is_tpu else "jax_cuda12_plugin"
+    if importlib.util.find_spec(module) is None:
+        raise ConfigError(
+            f"--topology {topology.name} needs {module}, the compiler of its chips, which is not "
+            f"installed; pip install 'moejax[{_EXTRAS[module]}]'"
+        )
+    os.environ |= {
+        "JAX_PLATFORMS": "cpu",  # no device is used, and a chip that is here is left alone
+        "TPU_SKIP_MDS_QUERY": "1",  # ask no cloud which TPU this is
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: the topology says which
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # a lock guards chips, and none is used
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TPU_STDERR_LOG_LEVEL": "3",
+    }
+
+
+def topology_devices(topology: Topology) -> list[Any]:
+    """Returns the devices of a pod, to compile for; nothing can run on them.
+
+    Raises:
+        ConfigError: the compiler knows no such pod.
+    """
+    import jax
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {}
+    if topology.name.startswith("v4:"):
+        options["chip_config_name"] = "megacore"  # both cores are one device, as JAX runs it
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **options
+        ).devices
+    except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+        raise ConfigError(
+            f"--topology {topology.name}: the compiler knows no such pod "
+            f"({str(error).splitlines()[0][:200]}); sizes are those of a slice that can be rented, "
+            "for example v5p:4x4x8, v5e:4x8"
+        ) from error

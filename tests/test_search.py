@@ -1,0 +1,179 @@
+"""The search over layouts: what it tries, what it skips, what it says; compiling is faked."""
+
+import dataclasses
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from moejax import search
+from moejax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from moejax.moe_config import MoEConfig
+from moejax.topology import parse_topology
+
+CONFIG = Config(
+    model=ModelConfig(num_layers=2, d_model=64, dtype="bfloat16"),
+    moe=MoEConfig(num_experts=4, expert_hidden=32, capacity_factor=None),
+    data=DataConfig(sequence_length=32),
+    train=TrainConfig(batch_size=16),
+)
+POD = parse_topology("v5e:2x4")
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search.layouts(CONFIG, POD, 8)
+
+
+def test_layouts_use_all_devices_and_are_allowed(found):
+    assert len({tuple(layout.words) for layout in found}) == len(found)
+    for layout in found:
+        assert layout.config.mesh.num_devices == 8
+        layout.config.check_mesh(layout.config.mesh)
+    sizes = {
+        axis: {getattr(layout.config.mesh, axis) for layout in found}
+        for axis in ("data", "fsdp", "expert", "tensor")
+    }
+    assert sizes["fsdp"] == sizes["data"] == {1, 2, 4, 8}
+    assert sizes["expert"] == {1, 2, 4}  # of 4 experts
+    assert sizes["tensor"] == {1, 2}  # of 2 key/value heads
+    assert {layout.config.moe.transport for layout in found} > {"gather", "ragged", "all_to_all"}
+    assert {layout.config.train.accumulation for layout in found} > {1, 2}
+    assert [layout.seconds for layout in found] == sorted(layout.seconds for layout in found)
+
+
+def _layout(found, **wanted):
+    """Returns the only layout with these words."""
+    words = [f"{key.replace('__', '.')}={value}" for key, value in wanted.items()]
+    (layout,) = [one for one in found if set(words) <= set(one.words)]
+    return layout
+
+
+def test_the_paper_model_knows_what_makes_a_step_larger_or_slower(found):
+    plain = {
+        "mesh__data": 1,
+        "mesh__fsdp": 2,
+        "mesh__expert": 4,
+        "model__remat": "none",
+        "train__accumulation": 1,
+        "moe__transport": "ragged",
+    }
+    base = _layout(found, **plain)
+    full = _layout(found, **plain | {"model__remat": "full"})
+    assert full.bytes < base.bytes
+    assert full.compute == pytest.approx(base.compute * 4 / 3)
+    split = _layout(found, **plain | {"train__accumulation": 2})
+    assert split.bytes < base.bytes
+    assert split.links > base.links  # weights are gathered twice
+    gathered = _layout(found, **plain | {"moe__transport": "gather"})
+    assert gathered.links > base.links
+    data = _layout(found, **plain | {"mesh__data": 2, "mesh__fsdp": 1})
+    assert data.bytes > base.bytes  # the state is whole on both
+
+
+def _record(layout, *, fits=True, seconds=1.0, links=0.1):
+    return {
+        "fits": fits,
+        "peak_bytes": 2**30 if fits else 2**35,
+        "memory_limit": POD.chip.memory,
+        "step_seconds_low": seconds,
+        "step_seconds_high": 2 * seconds,
+        "roofline": {"compute": 1.0, "memory": 0.5, "links": links},
+    }
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Fakes the compiler: the first does not fit, the second fails, the third is the best."""
+    seen = []
+
+    def make_plan(config, topology):
+        seen.append(config)
+        if len(seen) == 2:
+            raise ConfigError("XLA does not compile this step")
+        return len(seen)
+
+    answers = {1: {"fits": False}, 3: {"seconds": 1.0}, 4: {"seconds": 1.5, "links": 2.0}}
+    monkeypatch.setattr(search, "make_plan", make_plan)
+    monkeypatch.setattr(search, "plan_record", lambda n: _record(None, **answers[n]))
+    return seen
+
+
+def test_the_best_are_compiled_ranked_and_kept(compiled, tmp_path):
+    quiet = Console(file=io.StringIO(), width=200)
+    tried, found = search.search(CONFIG, POD, 8, tmp_path, quiet)
+    assert compiled == [layout.config for layout in found[: search.TRIES]]
+    assert [t.layout for t in tried[:2]] == [found[2], found[3]]
+    assert not tried[2].fits
+    again, _ = search.search(CONFIG, POD, 8, tmp_path, quiet)
+    assert len(compiled) == search.TRIES  # from the cache
+    assert [t.record for t in again] == [t.record for t in tried]
+    out = io.StringIO()
+    given = ["configs/a.py", "seed=3", "mesh.fsdp=16"]
+    search.show_search(tried, found, POD, given, Console(file=out, width=400))
+    text = out.getvalue()
+    command = "moejax train configs/a.py seed=3 --workdir runs/planned " + " ".join(found[2].words)
+    assert command in text
+    assert "50% slower; links 2 s against 0.1 s" in text
+    assert "does not fit, by 16.2 GiB" in text
+    assert "XLA does not compile this step" in text
+    assert f"of {len(found)} layouts 0 do not fit on paper" in text
+
+
+def test_an_interrupted_search_goes_on_where_it_was(monkeypatch, compiled, tmp_path):
+    quiet = Console(file=io.StringIO())
+    whole = search.make_plan
+
+    def interrupt(config, topology):
+        if len(compiled) == 2:
+            raise KeyboardInterrupt
+        return whole(config, topology)
+
+    monkeypatch.setattr(search, "make_plan", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        search.search(CONFIG, POD, 8, tmp_path, quiet)
+    assert len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(search, "make_plan", whole)
+    search.search(CONFIG, POD, 8, tmp_path, quiet)
+    assert len(compiled) == search.TRIES
+
+
+def test_results_are_kept_by_what_they_depend_on(found):
+    one, other = (dataclasses.replace(CONFIG, seed=seed) for seed in (0, 1))
+    assert search._key(one, POD) == search._key(CONFIG, POD)
+    assert search._key(one, POD) != search._key(other, POD)
+    assert search._key(one, POD) != search._key(one, parse_topology("v5e:4x4"))
+
+
+def test_nothing_to_lay_out_says_what_would_be(tmp_path):
+    odd = dataclasses.replace(
+        CONFIG, train=TrainConfig(batch_size=3), model=ModelConfig(num_heads=1, num_kv_heads=1)
+    )
+    with pytest.raises(ConfigError, match="use a batch that is a multiple of 8"):
+        search.search(odd, POD, 8, tmp_path)
+
+
+def test_nothing_that_fits_says_how_much_is_missing(tmp_path):
+    moe = dataclasses.replace(CONFIG.moe, num_experts=4096, expert_hidden=2**16)
+    large = dataclasses.replace(CONFIG, moe=moe)
+    with pytest.raises(ConfigError, match=r"the smallest needs .* GiB a device .* use more chips"):
+        search.search(large, POD, 8, tmp_path)
+
+
+def test_the_search_json_has_every_try(monkeypatch, compiled, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(search, "topology_devices", lambda topology: [None] * 8)
+    monkeypatch.setattr(search, "output_console", lambda: Console(file=io.StringIO()))
+    assert search.search_plan(CONFIG, POD, ["configs/a.py"], tmp_path / "s.json")
+    rows = json.loads((tmp_path / "s.json").read_text())["compiled"]
+    assert len(rows) == search.TRIES
+    assert rows[0]["step_seconds_low"] == 1.0
+    assert (tmp_path / "moejax" / "plans").is_dir()
+
+
+def test_links_of_gpus_end_at_the_host():
+    pod = parse_topology("h100:2x8")
+    mesh = MeshConfig(data=1, fsdp=2, expert=8)
+    assert search._speed(pod, mesh, "expert") == pod.chip.link
+    assert search._speed(pod, mesh, "fsdp") == pod.chip.network
