@@ -661,8 +661,9 @@ ours, pass or fail, and plots. Exit code 1 says that a claim did not hold.""",
         """
   moejax plan configs/models/mixtral_8x7b.py --topology v5p:4x4x4
 
-Needs no accelerator, but the compiler of its chips: pip install 'moejax[plan-tpu]'. Takes minutes
-for a large model. Exit code 1 says that the step does not fit into the memory of a device.""",
+Needs no accelerator, but the compiler of its chips: pip install 'moejax[plan-tpu]' or
+'moejax[plan-gpu]'. Takes minutes for a large model. `--search` tries other meshes, remat policies,
+microbatches and transports too. Exit code 1: the step does not fit into the memory of a device.""",
         _plan_options,
         _plan,
         ("*",),

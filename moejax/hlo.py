@@ -341,7 +341,7 @@ class Cost:
     Attributes:
         scope: see `Program.scope`.
         flops: of products; of a kernel what it is said to have. A TPU's products are convolutions,
-            batched ones over a dilated dimension.
+            batched ones over a dilated dimension, a GPU's are calls of cuBLAS.
         kernel: whether it is a kernel, which XLA estimates no cycles for.
         memory_bytes: read from and written to the device's memory: outside a fusion the operands
             and the result. Of an operand that is only sliced the slices count, of a result that is
@@ -379,6 +379,10 @@ def _flops(run: Run) -> tuple[int, bool]:
         left = _dims(run.types[0])
         over = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", attributes)
         inner = [left[int(i)] for i in over[1].split(",") if i] if over else []
+        return 2 * math.prod(_dims(run.instruction.type) + inner), False
+    if '"__cublas$' in attributes:
+        over = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', attributes)
+        inner = [_dims(run.types[0])[int(i)] for i in re.findall(r"\d+", over[1] if over else "")]
         return 2 * math.prod(_dims(run.instruction.type) + inner), False
     if run.instruction.opcode == "custom-call":
         kernel = re.search(r'"cost_estimate":\{"flops":"(\d+)"', attributes)

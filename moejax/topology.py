@@ -85,6 +85,28 @@ PEAK_BF16 = {kind: chip.flops for chip in CHIPS.values() for kind in chip.kinds}
 
 
 @dataclasses.dataclass(frozen=True)
+class _Gpu:
+    """What XLA's compiler asks of a GPU; from XLA's own descriptions (`target_config/specs`)."""
+
+    capability: int  # major
+    cores: int  # multiprocessors, each with ...
+    units: int  # ... that many float32 units and ...
+    shared: int  # ... that many bytes of shared memory, of which a block gets ...
+    block: int  # ... that many
+    cache: int  # bytes
+    clock: float  # GHz
+
+
+_H100 = _Gpu(9, 132, 128, 233_472, 232_448, 52_428_800, 1.98)
+_GPUS = {
+    "a100": _Gpu(8, 108, 64, 167_936, 166_912, 41_943_040, 1.41),
+    "h100": _H100,
+    "h200": _H100,
+    "b200": _Gpu(10, 148, 128, 233_472, 232_448, 132_644_864, 1.965),
+}
+
+
+@dataclasses.dataclass(frozen=True)
 class Topology:
     """A pod: chips in a torus (`v5p:4x4x8`), or hosts with GPUs (`h100:16x8`)."""
 
@@ -151,6 +173,11 @@ def start_compiler(topology: Topology) -> None:
         "TPU_MIN_LOG_LEVEL": "3",
         "TPU_STDERR_LOG_LEVEL": "3",
     }
+    if not topology.chip.is_tpu:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # it misses the driver that is not here
+        # Kernels are chosen by trying them, for which a GPU would be needed.
+        untried = "--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {untried}".strip()
 
 
 def topology_devices(topology: Topology) -> list[Any]:
@@ -162,16 +189,55 @@ def topology_devices(topology: Topology) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
-    options: dict[str, Any] = {}
-    if topology.name.startswith("v4:"):
+    platform, name, options = "tpu", topology.name, {}
+    if name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # both cores are one device, as JAX runs it
+    if not topology.chip.is_tpu:
+        hosts, gpus = topology.shape
+        platform = "cuda"
+        options = {"target_config": _target_config(topology), "topology": f"{hosts}x1x{gpus}"}
     try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, **options
-        ).devices
+        return topologies.get_topology_desc(name, platform, **options).devices
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
         raise ConfigError(
             f"--topology {topology.name}: the compiler knows no such pod "
             f"({str(error).splitlines()[0][:200]}); sizes are those of a slice that can be rented, "
             "for example v5p:4x4x8, v5e:4x8"
         ) from error
+
+
+def _target_config(topology: Topology) -> str:
+    """Returns a GPU as XLA's `GpuTargetConfigProto`, in text."""
+    chip, gpu = topology.chip, _GPUS[topology.name.partition(":")[0]]
+    return f"""
+gpu_device_info {{
+  cuda_compute_capability {{ major: {gpu.capability} minor: 0 }}
+  core_count: {gpu.cores}
+  fpus_per_core: {gpu.units}
+  clock_rate_ghz: {gpu.clock}
+  device_memory_size: {chip.memory}
+  memory_bandwidth: {round(chip.bandwidth)}
+  l2_cache_size: {gpu.cache}
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: {gpu.block}
+  shared_memory_per_core: {gpu.shared}
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 }}
+device_description_str: "{chip.kinds[0]}"
+"""

@@ -132,6 +132,26 @@ def test_flops_of_products_by_hand():
     assert hlo.matmul_flops(hlo.parse(PRODUCTS)) == 3 * one + one + one + 1000
 
 
+# As for a GPU: a batch of 3 products by cuBLAS, whose result comes with its working memory.
+CUBLAS = """\
+HloModule jit_products
+
+ENTRY %main (a: bf16[3,5,7], b: bf16[3,7,11]) -> bf16[3,5,11] {
+  %a = bf16[3,5,7]{2,1,0} parameter(0)
+  %b = bf16[3,7,11]{2,1,0} parameter(1)
+  %call = (bf16[3,5,11]{2,1,0}, s8[4096]{0}) custom-call(%a, %b), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{"beta":0,\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["2"],"rhs_contracting_dimensions":["1"],\
+"lhs_batch_dimensions":["0"],"rhs_batch_dimensions":["0"]}}}
+  ROOT %out = bf16[3,5,11]{2,1,0} get-tuple-element(%call), index=0
+}
+"""
+
+
+def test_flops_of_a_gpus_products_by_hand():
+    assert hlo.matmul_flops(hlo.parse(CUBLAS)) == 3 * 2 * 5 * 7 * 11
+
+
 def test_products_of_a_window_by_hand():
     # 4 numbers, padded by 1, a window of 3: the ends take 2 products and the rest 3.
     plain = {"size": 3, "stride": 1, "pad": 1, "lhs_dilate": 1, "rhs_dilate": 1}

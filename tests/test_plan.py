@@ -240,34 +240,61 @@ def test_rounds_of_the_worst_routing(moe, mesh, rounds):
 # The real thing
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed; pip install 'moejax[plan-tpu]'",
-)
-def test_plan_of_a_tiny_model_by_libtpu(tmp_path):
-    """A whole train step for 8 chips: two layers of 4 experts, on a process of its own."""
-    file = tmp_path / "plan.json"
+def _compiler(module: str, extra: str):
+    return pytest.mark.skipif(
+        importlib.util.find_spec(module) is None,
+        reason=f"{module} is not installed; pip install 'moejax[{extra}]'",
+    )
+
+
+def _run(file: Path, topology: str) -> dict:
+    """Plans a whole train step for 8 chips, two layers of 4 experts, in a process of its own."""
     words = "model.num_layers=2 model.d_model=256 model.dtype=bfloat16 model.remat=full"
     words += " moe.num_experts=4 moe.capacity_factor=1.25 moe.expert_hidden=256"
     words += " data.sequence_length=256 train.batch_size=16"
     words += " mesh.data=1 mesh.fsdp=2 mesh.expert=4"
     command = [sys.executable, "-m", "moejax", "plan", "configs/quickstart.py"]
-    command += ["--topology", "v5e:2x4", "--json", str(file), *words.split()]
+    command += ["--topology", topology, "--json", str(file), *words.split()]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "fits: " in result.stdout
-    record = json.loads(file.read_text())
+    return json.loads(file.read_text())
+
+
+def useful_flops() -> float:
+    """6 FLOPs a weight and token of a device; full remat, empty slots and attention come on top.
+
+    Of 512 tokens a device: 2 layers of query and output, 256 * 128 each, and of 2 experts a token,
+    3 * 256 * 256 each.
+    """
+    return 6 * 512 * 2 * (2 * 256 * 128 + 2 * 3 * 256 * 256)
+
+
+def _check_record(record: dict) -> None:
     assert record["fits"] is True
     assert record["argument_bytes"] < record["peak_bytes"] < 2**28
     assert sum(record["memory"].values()) == record["peak_bytes"]
     exchange, weights, gradients = record["checks"]
     assert exchange["sent"] == pytest.approx(exchange["expected"], rel=0.05)
     assert weights["sent"] >= 0.9 * weights["expected"]  # XLA gathers some a third time
-    assert gradients["sent"] >= gradients["expected"]
+    assert gradients["sent"] >= 0.9 * gradients["expected"]  # some go over fsdp and expert at once
+
+
+@_compiler("libtpu", "plan-tpu")
+def test_plan_of_a_tiny_model_for_tpus(tmp_path):
+    record = _run(tmp_path / "plan.json", "v5e:2x4")
+    _check_record(record)
     assert {"all-to-all over expert", "all-gather over fsdp"} <= set(
         record["wire_bytes_by_kind_and_axis"]
     )
-    assert record["step_seconds_low"] <= record["step_seconds_high"]
-    # 6 FLOPs a weight and token, 8 with the recomputation, capacity a quarter more for experts.
+    assert 0 < record["step_seconds_low"] <= record["step_seconds_high"]
     assert 0 < record["mfu_bound"] < 1
+    assert record["flops"] > useful_flops()
     assert record["cycles"] > 0
+
+
+@_compiler("jax_cuda12_plugin", "plan-gpu")
+def test_plan_of_a_tiny_model_for_gpus(tmp_path):
+    record = _run(tmp_path / "plan.json", "h100:1x8")
+    _check_record(record)
+    assert record["cycles"] is None
