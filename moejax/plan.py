@@ -340,9 +340,9 @@ def _layer_carries(config: Config, sizes: MeshConfig, program: hlo.Program) -> t
     dtype = {"float32": "f32", "bfloat16": "bf16"}[config.model.dtype]
     copied = config.model.dtype != config.model.param_dtype
     copies = saved = 0
-    moe_runs = config.num_moe_layers
-    prefix = config.moe.first_dense if moe_runs else config.model.num_layers
-    for layers in {count for count in (prefix, moe_runs) if count > 1}:
+    prefix = config.moe.first_dense if config.num_moe_layers else config.model.num_layers
+    lengths = {prefix, *(stack.num_layers for stack, _ in config.moe_stacks())}
+    for layers in lengths - {0, 1}:  # a loop that runs once is none
         found = [[0, 0]]
         for carried in hlo.loop_carries(program, layers):
             sums = [0, 0]

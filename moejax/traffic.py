@@ -136,16 +136,17 @@ def _layer_rows(config: Config, sizes: MeshConfig, how: str) -> int:
 def worst_rounds(config: Config, sizes: MeshConfig) -> int:
     """Returns the rounds over the receive buffer that no routing exceeds; see `rounds.py`.
 
-    1 where nothing can overflow: equal buffers, and a dense model.
+    1 where nothing can overflow: equal buffers, and a dense model. Of layers that differ it is the
+    most.
     """
+    return max((_layer_rounds(own, sizes) for _, own in config.moe_stacks()), default=1)
+
+
+def _layer_rounds(config: Config, sizes: MeshConfig) -> int:
     moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
     assert degree is not None
     how = formula(config, moe.resolved_transport)
-    if (
-        config.num_moe_layers == 0
-        or how in ("soft", "reference")
-        or (how == "slots" and degree > 1)
-    ):
+    if how in ("soft", "reference") or (how == "slots" and degree > 1):
         return 1
     sent = tokens * moe.slots_per_token
     balanced = int(moe.buffer_factor * tokens * moe.mean_selected)
