@@ -177,7 +177,7 @@ def measure_bytes(topology: str, devices: list, name: str) -> Iterator[TpuRow]:
     sizes = MeshConfig(data=None, expert=EXPERT_AXIS).resolve(len(devices))
     mesh = make_mesh(sizes, devices)
     config = SHAPES["fine"].config(sizes.token_shards, **EXCHANGES[name])
-    formula = exchange_bytes(config, sizes, config.moe.resolved_transport) / 1024
+    formula = exchange_bytes(config, sizes, config.moe.transport_over(EXPERT_AXIS)) / 1024
     for backward in (False, True):
         sent, calls = sent_bytes(compile_layer(config, mesh, backward).as_text())
         value, expected = sent / TOKENS / 1024, formula * (1 + backward)

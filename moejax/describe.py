@@ -151,7 +151,7 @@ def gathered_weight_bytes(config: Config, sizes: MeshConfig) -> int:
 
     Of layers that differ it is the largest, as one layer is computed at a time.
     """
-    if config.moe.resolved_transport == "reference":
+    if config.moe.transport == "reference":
         return 0
     split = {"expert": sizes.expert, "tensor": sizes.tensor}
 
@@ -222,7 +222,8 @@ def _moe_facts(config: Config, sizes: MeshConfig) -> list[tuple[str, str]]:
     if moe.takes_capacity:
         name = "capacity in the second evaluation"
         facts += _capacity_facts(name, config, moe.eval_capacity_factor)
-    facts.append(("transport", f"{moe.resolved_transport} over expert={sizes.expert}"))
+    how = moe.transport_over(sizes.expert or 1)
+    facts.append(("transport", f"{how} over expert={sizes.expert}"))
     return facts
 
 
@@ -241,7 +242,7 @@ def _transport_table(config: Config, sizes: MeshConfig) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("transport", "bytes", "per device, microbatch and layer", "buffers", "formula"):
         table.add_column(column, justify="left" if column in ("transport", "formula") else "right")
-    chosen = config.moe.resolved_transport
+    chosen = config.moe.transport_over(sizes.expert or 1)
     possible = ("all_to_all",) if config.moe.router == "soft" else TRANSPORTS
     for how in ("reference",) if chosen == "reference" else possible:
         sent = exchange_bytes(config, sizes, how)
@@ -354,7 +355,7 @@ def _memory_table(config: Config, sizes: MeshConfig, kinds: dict[str, list[Place
     if config.num_moe_layers:
         table.add_section()
         rows = (
-            buffer_rows(config, sizes, config.moe.resolved_transport)
+            buffer_rows(config, sizes, config.moe.transport_over(sizes.expert or 1))
             * config.model.d_model
             * itemsize(config)
         )

@@ -324,7 +324,8 @@ def _run_experts(
 
 
 def _by_equal_slots(config: MoEConfig) -> bool:
-    return config.resolved_transport == "all_to_all" and exchange.expert_degree() > 1
+    degree = exchange.expert_degree()
+    return config.transport_over(degree) == "all_to_all" and degree > 1
 
 
 @functools.partial(jax.named_call, name="assign")

@@ -219,13 +219,17 @@ class MoEConfig:
         """Whether a capacity factor has a meaning for the router."""
         return self.router not in NO_CAPACITY
 
-    @property
-    def resolved_transport(self) -> str:
-        """What `transport="auto"` stands for."""
+    def transport_over(self, degree: int) -> str:
+        """Returns what `transport="auto"` stands for over an expert axis of `degree`.
+
+        Of the ways that every platform has the one that sends less: dropless, an all-to-all sends
+        `buffer_factor * top_k` rows a token where a gather sends `degree`.
+        """
         if self.transport != "auto":
             return self.transport
         equal_buffers = self.capacity_factor is not None or self.router == "soft"
-        return "all_to_all" if equal_buffers else "gather"
+        fewer_rows = self.buffer_factor * self.mean_selected < degree
+        return "all_to_all" if equal_buffers or fewer_rows else "gather"
 
     @property
     def noncausal_reason(self) -> str | None:

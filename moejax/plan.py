@@ -311,7 +311,8 @@ def _memory_by_kind(
     rest = arguments - sum(state.values())
     memory = {**state, "batch and layout": max(rest, 0)}
     copies, saved = _layer_carries(config, sizes, program)
-    rows = buffer_rows(config, sizes, config.moe.resolved_transport) if config.num_moe_layers else 0
+    how = config.moe.transport_over(sizes.expert or 1)
+    rows = buffer_rows(config, sizes, how) if config.num_moe_layers else 0
     parts = {
         "gradients": sum(row.per_device for row in kinds["gradients"]),
         "activations kept for backward": saved,
@@ -445,12 +446,13 @@ def _checks(config: Config, sizes: MeshConfig, traffic: Sequence[Traffic]) -> It
         return sum(t.sent for t in found if not places or t.place in places)
 
     if config.num_moe_layers and degree > 1:
-        token = exchange_bytes(config, sizes, moe.resolved_transport)
+        how = moe.transport_over(degree)
+        token = exchange_bytes(config, sizes, how)
         rows = local_tokens(config, sizes) * config.num_moe_layers * steps
         kinds = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce")
         measured = sent(("expert",), kinds, ("exchange", "exchange_back"))
         passes = 2 + again
-        formula = f"{passes} passes of moejax.traffic's {moe.resolved_transport}"
+        formula = f"{passes} passes of moejax.traffic's {how}"
         yield Check("exchange over expert", formula, measured, token * rows * passes)
     if fsdp > 1:
         rows = placements(config, sizes)["parameters"]

@@ -135,7 +135,11 @@ def _bytes(config: Config, rows: dict[str, list[Placement]]) -> int:
     saved = model.d_model + kept.get(model.remat, products)
     layer = products + hidden // tensor
     if config.num_moe_layers:
-        layer += buffer_rows(config, mesh, moe.resolved_transport) * model.d_model // tokens
+        layer += (
+            buffer_rows(config, mesh, moe.transport_over(mesh.expert or 1))
+            * model.d_model
+            // tokens
+        )
     logits = 2 * 4 * tokens * model.vocab_size // tensor
     weights = 2 * _layer_weights(config, rows["parameters"]) * width
     return state + width * tokens * (model.num_layers * saved + 2 * layer) + logits + weights
@@ -159,7 +163,7 @@ def _sent(
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     tokens = local_tokens(config, mesh) * steps
     if config.num_moe_layers and sizes["expert"] > 1:
-        how = config.moe.resolved_transport
+        how = config.moe.transport_over(sizes["expert"])
         sent = exchange_bytes(config, mesh, how) * tokens * config.num_moe_layers * (2 + again)
         # All-to-all over a ring of A: V * A / 4 for V bytes a device ("How To Scale Your Model").
         hops = sizes["expert"] / 4 if topology.chip.is_tpu and how != "gather" else 1.0

@@ -145,7 +145,7 @@ def worst_rounds(config: Config, sizes: MeshConfig) -> int:
 def _layer_rounds(config: Config, sizes: MeshConfig) -> int:
     moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
     assert degree is not None
-    how = formula(config, moe.resolved_transport)
+    how = formula(config, moe.transport_over(degree))
     if how in ("soft", "reference") or (how == "slots" and degree > 1):
         return 1
     sent = tokens * moe.slots_per_token

@@ -77,7 +77,7 @@ def _to_experts_and_back(experts: Experts, buf_gecd):
 def by_assignments(
     experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves assignments by `config.resolved_transport`; none is dropped.
+    """Moves assignments by `config.transport_over`; none is dropped.
 
     Args:
         expert_ts: int32 [T, S]; num_experts marks no assignment.
@@ -90,7 +90,7 @@ def by_assignments(
     if exchange.expert_degree() == 1:
         run = _at_home
     else:
-        run = way[config.resolved_transport]
+        run = way[config.transport_over(exchange.expert_degree())]
     return run(experts, x_td, expert_ts, weight_ts, config)
 
 

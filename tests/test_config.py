@@ -336,23 +336,33 @@ def test_a_router_of_one_expert_needs_no_top_k():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        # choices, slots_per_token, mean_selected, resolved_transport
+        # choices, slots_per_token, mean_selected, transport over 8 devices
         ({}, (8, 2, 2, "all_to_all")),
-        ({"capacity_factor": None}, (8, 2, 2, "gather")),
+        ({"capacity_factor": None}, (8, 2, 2, "all_to_all")),
         ({"capacity_factor": None, "transport": "all_to_all"}, (8, 2, 2, "all_to_all")),
         ({"transport": "ragged"}, (8, 2, 2, "ragged")),
         ({"zero_experts": 1, "copy_experts": 1, "constant_experts": 2}, (12, 2, 2, "all_to_all")),
         ({"router": "soft", "capacity_factor": None}, (8, 1, 1, "all_to_all")),
         ({"router": "dense", "capacity_factor": None}, (8, 8, 8, "gather")),
-        ({"router": "expert_choice", "capacity_factor": None}, (8, 8, 2, "gather")),
+        ({"router": "expert_choice", "capacity_factor": None}, (8, 8, 2, "all_to_all")),
         ({"router": "relu", "top_k": 3}, (8, 8, 3, "all_to_all")),
         ({"router": "hash", "top_k": 1}, (8, 1, 1, "all_to_all")),
     ],
 )
 def test_sizes_of_a_layer_by_hand(changes, expected):
     moe = MoEConfig(**changes)
-    found = (moe.choices, moe.slots_per_token, moe.mean_selected, moe.resolved_transport)
+    found = (moe.choices, moe.slots_per_token, moe.mean_selected, moe.transport_over(8))
     assert found == expected
+
+
+def test_the_transport_of_dropless_routing_sends_least():
+    """1.5 * 2 rows a token by all-to-all, as many as there are devices by gather."""
+    dropless = MoEConfig(capacity_factor=None)
+    assert [dropless.transport_over(n) for n in (1, 2, 3, 4)] == [*["gather"] * 3, "all_to_all"]
+    tight = MoEConfig(capacity_factor=None, buffer_factor=1.0)
+    assert [tight.transport_over(n) for n in (2, 3)] == ["gather", "all_to_all"]
+    assert MoEConfig(capacity_factor=None, transport="ragged").transport_over(2) == "ragged"
+    assert MoEConfig().transport_over(2) == "all_to_all"
 
 
 @pytest.mark.parametrize(

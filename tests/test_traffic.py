@@ -189,7 +189,7 @@ def _received(equation, degree: int) -> float:
 @pytest.mark.parametrize("degree", [2, 4])
 def test_exchange_bytes_are_those_of_the_traced_collectives(config, degree):
     mesh = make_mesh(MeshConfig(data=8 // degree, fsdp=1, expert=degree, tensor=1))
-    sizes, how = mesh_config(mesh), config.moe.resolved_transport
+    sizes, how = mesh_config(mesh), config.moe.transport_over(degree)
     jaxpr = _trace(config, mesh).jaxpr.jaxpr
     received = sum(_received(equation, degree) for equation in _first_round(jaxpr))
     assert received > 0
@@ -239,7 +239,8 @@ def _shapes(equations, name: str) -> list[tuple[int, ...]]:
 @pytest.mark.parametrize("config", TRACED.values(), ids=TRACED)
 def test_buffers_are_those_of_the_traced_layer(config):
     mesh = make_mesh(MESH)
-    sizes, how = mesh_config(mesh), config.moe.resolved_transport
+    sizes = mesh_config(mesh)
+    how = config.moe.transport_over(sizes.expert)
     equations = list(_first_round(_trace(config, mesh).jaxpr.jaxpr))
     held = buffer_rows(config, sizes, how)
     if how == "gather":
