@@ -3,41 +3,117 @@ r"""Runs one `moejax` command as several processes on this machine, each with it
     python launch/local.py --processes 2 -- \
       train configs/quickstart.py --workdir runs/a --cpu_devices 4
 
-`--cpu_devices` is per process. What process 0 prints is shown; the others write to --logs, and the
-end of a log is shown when its process fails. The first process that fails ends the others; its exit
-code is returned.
+`--cpu_devices` is per process. Where there are GPUs or TPUs and no --cpu_devices, each process gets
+an equal share of them. What process 0 prints is shown; the others write to --logs, and the end of a
+log is shown when its process fails. The first process that fails ends the others; its exit code is
+returned. SIGTERM goes on to every process: `train` then saves and ends with exit code 75.
 """
 
 import argparse
 import contextlib
+import glob
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0
+JOIN_SECONDS = 60  # the processes start together
+# How the TPU chips of a host lie next to each other, for one process a chip
+TPU_BOUNDS = {4: "2,2,1", 8: "2,4,1"}
+TPU_PORT = 8476
 
 
-def free_port() -> int:
-    """Returns a TCP port on the loopback interface that nothing listens on."""
+def choose_port(port: int | None) -> int:
+    """Returns `port`, or one that is free for None.
+
+    Raises:
+        ValueError: something listens on it.
+    """
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one just let go of will do
+        try:
+            listener.bind(("127.0.0.1", port or 0))
+        except OSError as error:
+            raise ValueError(
+                f"--port {port} cannot be used ({error.strerror}); give another one, or leave it "
+                "out to take a free one"
+            ) from None
         return listener.getsockname()[1]
 
 
-def start(command: list[str], processes: int, logs: Path) -> list[subprocess.Popen]:
-    """Starts `moejax command` once a process, with the coordinator's address in the environment."""
-    address = f"127.0.0.1:{free_port()}"
+def numbered(pattern: str) -> list[str]:
+    """Returns the numbers that end the files of a pattern: the chips of this machine, in order."""
+    found = (re.search(r"\d+$", path) for path in glob.glob(pattern))
+    return [str(n) for n in sorted(int(match[0]) for match in found if match)]
+
+
+def share_devices(
+    processes: int, environment: Mapping[str, str], gpus: list[str], tpus: list[str]
+) -> list[dict[str, str]]:
+    """Returns the variables that give each process its share of this machine's accelerators.
+
+    Args:
+        environment: what the user set already: CUDA_VISIBLE_DEVICES limits the GPUs to share.
+        gpus: the numbers of the GPUs that are there.
+        tpus: the numbers of the TPU chips.
+
+    Raises:
+        ValueError: they cannot be shared equally.
+    """
+    if "CUDA_VISIBLE_DEVICES" in environment:
+        gpus = [gpu for gpu in environment["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    kind, chips = ("GPUs", gpus) if gpus else ("TPU chips", tpus)
+    if processes == 1 or not chips:
+        return [{} for _ in range(processes)]
+    sizes = [n for n in range(1, len(chips) + 1) if len(chips) % n == 0]
+    if not gpus:  # a chip each, or all in one
+        sizes = [n for n in sizes if n == 1 or (n == len(chips) and n in TPU_BOUNDS)]
+    if processes not in sizes:
+        fit = ", ".join(map(str, sizes))
+        raise ValueError(
+            f"--processes {processes} cannot share the {len(chips)} {kind} of this machine "
+            f"equally; use {fit}, or --cpu_devices N in the command"
+        )
+    size = len(chips) // processes
+    parts = [chips[i * size : (i + 1) * size] for i in range(processes)]
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(part)} for part in parts]
+    addresses = ",".join(f"localhost:{TPU_PORT + i}" for i in range(processes))
+    return [
+        {
+            "TPU_VISIBLE_DEVICES": chip,
+            "TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1,1",
+            "TPU_PROCESS_BOUNDS": TPU_BOUNDS[processes],
+            "TPU_PROCESS_ADDRESSES": addresses,
+            "TPU_PROCESS_PORT": str(TPU_PORT + i),
+            "CLOUD_TPU_TASK_ID": str(i),
+        }
+        for i, (chip,) in enumerate(parts)
+    ]
+
+
+def start(
+    command: list[str], shares: list[dict[str, str]], port: int, logs: Path
+) -> list[subprocess.Popen]:
+    """Starts `moejax command` once a share, with the coordinator's address in the environment."""
+    address = f"127.0.0.1:{port}"
     started = []
-    for index in range(processes):
+    for index, share in enumerate(shares):
         environment = {
+            "MOEJAX_JOIN_SECONDS": str(JOIN_SECONDS),
             **os.environ,
+            **share,
             "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_NUM_PROCESSES": str(processes),
+            "JAX_COORDINATOR_BIND_ADDRESS": address,  # nobody outside of this machine can connect
+            "JAX_NUM_PROCESSES": str(len(shares)),
             "JAX_PROCESS_ID": str(index),
         }
         with contextlib.ExitStack() as stack:
@@ -64,9 +140,7 @@ def wait(started: list[subprocess.Popen]) -> int:
 
 def stop(started: list[subprocess.Popen]) -> None:
     """Asks every process that still runs to end, and kills those that do not."""
-    for process in started:
-        if process.poll() is None:
-            process.terminate()
+    terminate(started)
     deadline = time.monotonic() + GRACE_SECONDS
     for process in started:
         try:
@@ -76,19 +150,36 @@ def stop(started: list[subprocess.Popen]) -> None:
             process.wait()
 
 
+def terminate(started: list[subprocess.Popen]) -> None:
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--processes", type=int, required=True, help="how many, at least 1")
+    parser.add_argument("--port", type=int, help="of process 0 (default: a free one)")
     parser.add_argument("--logs", type=Path, help="folder of the other processes' output")
     parser.add_argument("command", nargs="+", help="after --: a verb of moejax and its words")
     options = parser.parse_args()
     if options.processes < 1:
         parser.error(f"--processes {options.processes} is below 1")
+    on_cpu = any(word.startswith("--cpu_devices") for word in options.command)
+    gpus = [] if on_cpu else numbered("/dev/nvidia[0-9]*")
+    tpus = [] if on_cpu else numbered("/dev/accel[0-9]*") or numbered("/dev/vfio/[0-9]*")
+    environment = {} if on_cpu else os.environ
+    try:
+        shares = share_devices(options.processes, environment, gpus, tpus)
+        port = choose_port(options.port)
+    except ValueError as error:
+        parser.error(str(error))
     logs = options.logs or Path(tempfile.mkdtemp(prefix="moejax-"))
     logs.mkdir(parents=True, exist_ok=True)
-    started = start(options.command, options.processes, logs)
+    started = start(options.command, shares, port, logs)
+    signal.signal(signal.SIGTERM, lambda *_: terminate(started))
     try:
         code = wait(started)
     except KeyboardInterrupt:

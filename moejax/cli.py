@@ -5,6 +5,8 @@ Exit codes, which schedulers and scripts act on:
       0  done
       1  a check failed: `verify` above tolerance, a claim, a loss that is not finite
       2  bad input: one line on stderr says what, and what to do
+     69  another process of the run did not come, or ended
+     75  SIGTERM: `train` saved a checkpoint and ended; the same command goes on from it
     130  interrupted (Ctrl-C)
 """
 
@@ -20,6 +22,7 @@ from typing import Any
 
 import moejax
 from moejax.config import Config, ConfigError
+from moejax.errors import CHECK_FAILED, DONE, INTERRUPTED
 from moejax.overrides import (
     apply_overrides,
     build_config,
@@ -34,8 +37,6 @@ from moejax.overrides import (
     value_difference,
 )
 from moejax.workdir import check_workdir, matches, read_config
-
-DONE, CHECK_FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 
 # What a checkpoint does not fix: where the model runs and how it is measured.
 MAY_CHANGE_AFTER_TRAINING = (
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except ConfigError as error:
         print(f"{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        return BAD_INPUT
+        return error.code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -1,10 +1,21 @@
-"""What the user asked for cannot be: the error, and the checks that raise it. No JAX."""
+"""What the user asked for cannot be: the error, the checks that raise it, exit codes. No JAX."""
 
 import math
+
+# Exit codes, which schedulers and scripts act on; the command line's help lists them.
+DONE, CHECK_FAILED, BAD_INPUT, UNAVAILABLE, PREEMPTED, INTERRUPTED = 0, 1, 2, 69, 75, 130
 
 
 class ConfigError(ValueError):
     """What the user asked for cannot be: the message is one line with values, rule and remedy."""
+
+    code = BAD_INPUT  # with which a process ends for it
+
+
+class UnavailableError(ConfigError):
+    """Another process did not come, or ended: the same command may do later."""
+
+    code = UNAVAILABLE
 
 
 def require(condition: bool, message: str) -> None:

@@ -1,6 +1,5 @@
 """The training loop: batch, step, hooks; metrics one step late, so that devices never wait."""
 
-import hashlib
 import math
 import sys
 import time
@@ -10,22 +9,24 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 import moejax
 from moejax.checkpoint import Checkpoints
+from moejax.cluster import check_agreement, check_shared
 from moejax.config import Config, ConfigError
 from moejax.corpus import load_corpus
 from moejax.data import Batch, Prefetch, TrainBatches, check_tokens, check_vocabulary
+from moejax.errors import CHECK_FAILED, DONE, PREEMPTED
 from moejax.evaluate import Evaluator
 from moejax.flops import model_flops_utilization
 from moejax.generate import generate
 from moejax.mesh import make_mesh, mesh_config
 from moejax.metrics import MetricWriter, loss_record, read_metrics, routing_record, state_record
 from moejax.optim import make_optimizer
-from moejax.overrides import config_to_dict, config_to_json
+from moejax.overrides import config_to_dict, config_to_json, config_values
 from moejax.plots import plot_expert_load, plot_loss
+from moejax.preemption import Preemption
 from moejax.progress import TrainProgress, show_summary
 from moejax.replay import load_choices, save_choices
 from moejax.sharding import place_batch
@@ -44,45 +45,34 @@ def train(config: Config, workdir: Path) -> int:
     """Trains, or resumes, the run in `workdir` to `config.train.steps`.
 
     Returns:
-        0, or 1 when a quantity was not finite.
+        0, or 1 when a quantity was not finite, or 75 when SIGTERM ended it, saved, before that.
 
     Raises:
-        ConfigError: the config does not fit the devices or the data.
+        ConfigError: the config does not fit the devices or the data, or processes differ.
     """
+    check_agreement("config", config_values(config))
     mesh = make_mesh(config.mesh)
     config.check_mesh(mesh_config(mesh))
     corpus = load_corpus(config.data, "train")
     check_vocabulary(corpus, config.model.vocab_size)
     data = TrainBatches(corpus, config.data.sequence_length, config.train.batch_size, config.seed)
     evaluator = Evaluator(config, mesh)
-    _check_processes(config, data.fingerprint)
+    check_agreement("data", {"data fingerprint": data.fingerprint[:12]})
+    check_shared(workdir)
     hashed = config.moe.router == "hash"
     token_counts = corpus.token_counts(config.model.vocab_size) if hashed else None
-    with Checkpoints(workdir, config.checkpoint) as checkpoints:
+    with Checkpoints(workdir, config.checkpoint) as checkpoints, Preemption() as preemption:
         training = Training(config, workdir, mesh, data, evaluator, checkpoints, token_counts)
         try:
-            training.train()
-            training.finish()
+            if training.train(preemption):
+                training.finish()
+                return DONE
+            return PREEMPTED
         except NonFinite as error:
             print(f"moejax train: {error}", file=sys.stderr)
-            return 1
+            return CHECK_FAILED
         finally:
             training.writer.close()
-    return 0
-
-
-def _check_processes(config: Config, fingerprint: str) -> None:
-    """Checks that every process of a run has the same config and reads the same text."""
-    if jax.process_count() == 1:
-        return
-    digest = hashlib.sha256((config_to_json(config) + fingerprint).encode()).digest()
-    mine = np.frombuffer(digest, np.uint8).astype(np.int32)
-    if (multihost_utils.process_allgather(mine) != mine).any():
-        raise ConfigError(
-            f"process {jax.process_index()} of {jax.process_count()} has another config or other "
-            f"data than the rest (data fingerprint here {fingerprint[:12]}); start all with the "
-            "same command, the same files and the same Python"
-        )
 
 
 class Training:
@@ -138,8 +128,8 @@ class Training:
                     "interpreter), or give another --workdir"
                 )
 
-    def train(self) -> None:
-        """Runs the steps that are left."""
+    def train(self, preemption: Preemption) -> bool:
+        """Runs the steps that are left; returns False when it was preempted, and saved, before."""
         config = self.config
         positions = config.train.batch_size * config.data.sequence_length
         self.writer.write_text("config", f"```\n{config_to_json(config)}\n```")
@@ -157,8 +147,19 @@ class Training:
                 choices = self._choices_to_replay(step)
                 self.state, metrics = self.step_function(self.state, next(batches), choices)
                 late.push(step, metrics)
-                self._hooks(step, late)
+                preempted = preemption.reached(step) and step < config.train.steps
+                self._hooks(step, late, preempted)
+                if preempted:
+                    return self._stop(step)
             late.flush()
+        return True
+
+    def _stop(self, step: int) -> bool:
+        self.checkpoints.wait()
+        if self.main_process:
+            ended = f"stopped by SIGTERM, saved at step {step}; the same command goes on from there"
+            print(f"moejax train: {ended}", file=sys.stderr)
+        return False
 
     def _batch(self, finished: int) -> Batch:
         """Returns the batch after `finished` steps, on the devices; reads this process's rows."""
@@ -175,10 +176,10 @@ class Training:
         replays = self.config.train.replay is not None and self.config.num_moe_layers > 0
         return load_choices(self.config, self.mesh, step) if replays else None
 
-    def _hooks(self, step: int, late: "LateMetrics") -> None:
+    def _hooks(self, step: int, late: "LateMetrics", preempted: bool) -> None:
         config, last = self.config, step == self.config.train.steps
         evaluates = last or (config.eval.every is not None and step % config.eval.every == 0)
-        saves = last or step % config.checkpoint.every == 0
+        saves = last or preempted or step % config.checkpoint.every == 0
         if not (evaluates or saves):
             return
         late.flush()  # nothing that is not finite is evaluated or saved

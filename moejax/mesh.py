@@ -10,17 +10,11 @@ from absl import flags
 from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from moejax.cluster import join_processes
 from moejax.config import AXES, ConfigError, MeshConfig
 
 AnyMesh: TypeAlias = Mesh | AbstractMesh  # an abstract one has no devices: for shapes and shardings
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  jax types it as a variable
-
-
-COORDINATOR, PROCESSES, PROCESS_ID = (
-    "JAX_COORDINATOR_ADDRESS",
-    "JAX_NUM_PROCESSES",
-    "JAX_PROCESS_ID",
-)
 
 
 def start_jax(cpu_devices: int | None = None) -> None:
@@ -44,7 +38,7 @@ def start_jax(cpu_devices: int | None = None) -> None:
             ) from error
     if cpu_devices is not None or os.environ.get("JAX_PLATFORMS") == "cpu":
         _keep_freed_memory()
-    _join_processes()
+    join_processes()
     if cpu_devices is not None and jax.default_backend() != "cpu":
         raise ConfigError(
             f"--cpu_devices {cpu_devices} was given and JAX runs on {jax.default_backend()}; "
@@ -65,26 +59,6 @@ def _keep_freed_memory() -> None:
     arena_max, mmap_max, trim_threshold = -8, -4, -1  # as malloc.h numbers them
     for parameter, value in ((arena_max, 1), (mmap_max, 0), (trim_threshold, 2**31 - 1)):
         mallopt(parameter, value)
-
-
-def _join_processes() -> None:
-    """Joins the processes that a launcher started, if one did (see `launch/`)."""
-    address = os.environ.get(COORDINATOR)
-    if address is None or jax.distributed.is_initialized():
-        return
-    missing = [name for name in (PROCESSES, PROCESS_ID) if name not in os.environ]
-    if missing:
-        raise ConfigError(
-            f"{COORDINATOR}={address} is set and {', '.join(missing)} is not; a launcher sets all "
-            "three, see launch/local.py"
-        )
-    jax.distributed.initialize(
-        address,
-        num_processes=int(os.environ[PROCESSES]),
-        process_id=int(os.environ[PROCESS_ID]),
-        initialization_timeout=60,
-        shutdown_timeout_seconds=20,
-    )
 
 
 def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:

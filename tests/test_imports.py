@@ -15,6 +15,7 @@ ORDER = [
     *("errors", "moe_config", "config", "overrides", "workdir"),
     *("tokenizer", "corpus", "data", "prepare"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots"),
+    *("cluster", "preemption"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
     *("router_stats", "router_state", "assign", "exchange", "rounds", "experts", "free_experts"),
     *("transport", "reference", "moe", "attention", "latent", "cross_entropy", "model"),

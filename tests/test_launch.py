@@ -1,12 +1,21 @@
-"""launch/local.py: two real processes train what one process trains."""
+"""launch/local.py: several real processes train what one does, stop together, refuse together."""
 
+import importlib.util
+import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
+from moejax.evaluate import restore_for_use
 from moejax.metrics import read_metrics
+from moejax.workdir import checkpoint_steps, read_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
@@ -19,43 +28,77 @@ SMALL = [
     "moe.expert_hidden=16",
     "data.sequence_length=32",
     "train.batch_size=8",
-    "train.steps=4",
+    "train.steps=20",
     "logging.every=1",
-    "eval.every=4",
+    "eval.every=20",
     "eval.batches=1",
-    "checkpoint.every=4",
+    "checkpoint.every=20",
     "mesh.data=1",
     "mesh.expert=8",
 ]
 
 
-def run(*words: str) -> subprocess.CompletedProcess:
+def _local():
+    spec = importlib.util.spec_from_file_location("local", ROOT / "launch/local.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+share_devices = _local().share_devices
+
+
+def command(processes: int, workdir: Path, *words: str, options: tuple = ()) -> list[str]:
+    start = [sys.executable, "launch/local.py", "--processes", str(processes), *options]
+    logs = ["--logs", str(workdir / "logs")]
+    train = ["--", "train", "configs/quickstart.py", "--workdir", str(workdir)]
+    devices = ["--cpu_devices", str(8 // processes)]
+    keys = {word.split("=")[0]: word for word in (*SMALL, *words)}
+    return [*start, *logs, *train, *devices, *keys.values()]
+
+
+def launch(processes: int, workdir: Path, *words: str, **more) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, *words], capture_output=True, text=True, timeout=300, cwd=ROOT
+        command(processes, workdir, *words, **more),
+        capture_output=True,
+        text=True,
+        timeout=400,
+        cwd=ROOT,
     )
 
 
-def launch(processes: int, workdir: Path, *words: str) -> subprocess.CompletedProcess:
-    start = ["launch/local.py", "--processes", str(processes), "--logs", str(workdir / "logs")]
-    train = ["--", "train", "configs/quickstart.py", "--workdir", str(workdir)]
-    devices = ["--cpu_devices", str(8 // processes)]
-    return run(*start, *train, *devices, *SMALL, *words)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> Path:
+    """The run of one process with all 8 devices."""
+    workdir = tmp_path_factory.mktemp("launch") / "alone"
+    done = launch(1, workdir)
+    assert done.returncode == 0, done.stderr
+    return workdir
 
 
-def test_two_processes_train_what_one_does(tmp_path):
-    losses = {}
-    for processes in (1, 2):
-        workdir = tmp_path / str(processes)
-        done = launch(processes, workdir)
-        assert done.returncode == 0, done.stderr
-        found = read_metrics(workdir)
-        assert [r["step"] for r in found] == [1, 2, 3, 4, 4], "metrics are written once"
-        losses[processes] = [r["loss"] for r in found]
-        assert "validation at step 4" in done.stdout
-        if processes == 2:
-            log = (workdir / "logs" / "process_1.log").read_text()
-            assert "validation" not in log, "only the first process reports"
-    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
+def _params(workdir: Path):
+    _, step, params, _ = restore_for_use(read_config(workdir), workdir, None)
+    assert step == 20
+    return params
+
+
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_several_processes_train_what_one_does(alone, tmp_path, processes):
+    done = launch(processes, tmp_path)
+    assert done.returncode == 0, done.stderr
+    found, expected = read_metrics(tmp_path), read_metrics(alone)
+    assert [r["step"] for r in found] == [*range(1, 21), 20], "metrics are written once"
+    losses = [[record["loss"] for record in records] for records in (found, expected)]
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert "validation at step 20" in done.stdout
+    log = (tmp_path / "logs" / "process_1.log").read_text()
+    assert "validation" not in log, "only the first process reports"
+    assert not list(tmp_path.glob(".seen-by-all*"))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), _params(tmp_path), _params(alone)
+    )
 
 
 def test_an_error_of_the_user_ends_all_processes_with_code_2(tmp_path):
@@ -63,3 +106,142 @@ def test_an_error_of_the_user_ends_all_processes_with_code_2(tmp_path):
     assert done.returncode == 2
     assert "moe.top_k=99 is larger than moe.num_experts=8" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_sigterm_saves_on_every_process(tmp_path):
+    """The launcher gets the signal; the checkpoint is of a step that nobody asked to save."""
+    words = ["train.steps=100000", "checkpoint.every=100000", "eval.every=None"]
+    process = subprocess.Popen(
+        command(2, tmp_path, *words), stderr=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "metrics.jsonl").exists() or len(read_metrics(tmp_path)) < 3:
+        assert process.poll() is None, "it ended before step 3"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    (saved,) = checkpoint_steps(tmp_path)
+    assert f"stopped by SIGTERM, saved at step {saved}" in errors
+    assert read_metrics(tmp_path)[-1]["step"] == saved
+
+
+def test_a_taken_port_is_refused(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = str(listener.getsockname()[1])
+        done = launch(2, tmp_path, options=("--port", port))
+    assert done.returncode == 2
+    assert f"--port {port} cannot be used" in done.stderr
+    assert "give another one" in done.stderr
+
+
+# Processes that a launcher did not start alike
+
+START = "import sys; from moejax.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def start(index: int, port: int, workdir: Path, *words: str, seconds=60, code=START):
+    train = ["train", "configs/quickstart.py", "--workdir", str(workdir), "--cpu_devices", "4"]
+    environment = os.environ | {
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+        "JAX_PROCESS_ID": str(index),
+        "MOEJAX_JOIN_SECONDS": str(seconds),
+    }
+    keys = {word.split("=")[0]: word for word in (*SMALL, *words)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *train, *keys.values()],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def errors_of(*started: subprocess.Popen, code: int = 2) -> list[str]:
+    """Waits for the processes, which have to refuse, and returns what they said."""
+    said = [process.communicate(timeout=120)[1] for process in started]
+    assert [process.returncode for process in started] == [code] * len(started), said
+    assert not any("Traceback" in text for text in said)
+    return said
+
+
+@pytest.fixture
+def port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (0, "process 0 of 2 waited 2 s at {} and not all 2 processes came"),
+        (1, "process 1 of 2 did not reach process 0 at {} in 2 s"),
+    ],
+)
+def test_a_process_that_stays_alone_says_where_it_waited(tmp_path, port, index, message):
+    begun = time.monotonic()
+    (said,) = errors_of(start(index, port, tmp_path, seconds=2), code=69)
+    assert message.format(f"127.0.0.1:{port}") in said
+    assert "MOEJAX_JOIN_SECONDS" in said
+    assert time.monotonic() - begun < 60, "JAX itself would wait longer"
+
+
+def test_another_config_is_refused_by_all(tmp_path, port):
+    """Before anything is compiled; also by the process that has the right one."""
+    both = [start(0, port, tmp_path), start(1, port, tmp_path, "train.steps=21")]
+    for said in errors_of(*both):
+        assert "process 1 has train.steps=21 where process 0 has 20" in said
+        assert "start every process with the same command" in said
+
+
+def test_other_software_is_refused_by_all(tmp_path, port):
+    other = f"import moejax; moejax.__version__ = '9.9'; {START}"
+    both = [start(0, port, tmp_path), start(1, port, tmp_path, code=other)]
+    for said in errors_of(*both):
+        assert "process 1 has moejax='9.9' where process 0 has" in said
+
+
+def test_a_workdir_of_its_own_is_refused_by_all(tmp_path, port):
+    """The part of a checkpoint that process 1 writes would be missing where process 0 looks."""
+    both = [start(index, port, tmp_path / str(index)) for index in (0, 1)]
+    for said in errors_of(*both):
+        assert f"process 1 has another workdir {tmp_path / '1'}" in said
+        assert "use a shared file system" in said
+
+
+# Shares of the accelerators of a machine
+
+EIGHT = [str(i) for i in range(8)]
+
+
+def test_gpus_are_shared_equally():
+    key = "CUDA_VISIBLE_DEVICES"
+    assert share_devices(2, {}, EIGHT, []) == [{key: "0,1,2,3"}, {key: "4,5,6,7"}]
+    assert share_devices(2, {key: "3,5"}, EIGHT, []) == [{key: "3"}, {key: "5"}]
+    assert share_devices(1, {}, EIGHT, []) == [{}]
+    assert share_devices(2, {}, [], []) == [{}, {}]
+
+
+def test_tpu_chips_are_shared_one_each():
+    shares = share_devices(4, {}, [], EIGHT[:4])
+    assert [share["TPU_VISIBLE_DEVICES"] for share in shares] == ["0", "1", "2", "3"]
+    assert [share["CLOUD_TPU_TASK_ID"] for share in shares] == ["0", "1", "2", "3"]
+    ports = [share["TPU_PROCESS_PORT"] for share in shares]
+    addresses = ",".join(f"localhost:{p}" for p in ports)
+    assert {share["TPU_PROCESS_ADDRESSES"] for share in shares} == {addresses}
+    assert {share["TPU_PROCESS_BOUNDS"] for share in shares} == {"2,2,1"}
+
+
+@pytest.mark.parametrize(
+    ("processes", "gpus", "tpus", "message"),
+    [
+        (3, EIGHT, [], "--processes 3 cannot share the 8 GPUs .*; use 1, 2, 4, 8, or"),
+        (2, [], EIGHT[:4], "--processes 2 cannot share the 4 TPU chips .*; use 1, 4, or"),
+    ],
+)
+def test_unequal_shares_are_refused(processes, gpus, tpus, message):
+    with pytest.raises(ValueError, match=message):
+        share_devices(processes, {}, gpus, tpus)

@@ -98,6 +98,28 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(straight, tmp_pat
     assert records(workdir) == records(straight)
 
 
+def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_undisturbed_run(straight, tmp_path):
+    """Exit 75 at the step that was running, saved though it is not one of checkpoint.every."""
+    workdir, words = tmp_path / "stopped", ["checkpoint.every=19"]
+    process = subprocess.Popen(
+        command(workdir, *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while not (workdir / "metrics.jsonl").exists():
+        assert process.poll() is None, "it ended before step 1"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    (reached,) = checkpoint_steps(workdir)
+    assert reached < 19, "it was stopped too late to show anything"
+    assert f"stopped by SIGTERM, saved at step {reached}; the same command goes on" in errors
+    resumed = train(workdir, *words)
+    assert resumed.returncode == 0, resumed.stderr
+    assert records(workdir) == records(straight)
+
+
 def test_the_last_checkpoints_are_kept(straight):
     """keep=2 of steps 4, 8, 12, 16, 20; the best, at 20, is among them."""
     assert checkpoint_steps(straight) == [16, 20]

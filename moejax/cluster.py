@@ -1,0 +1,382 @@
+"""How the processes of one run find each other, and check that they are one run.
+
+The one place that starts `jax.distributed`. A launcher says where process 0 waits (`launch/`), or
+SLURM or a TPU pod does; every process then joins within a time, or says which address it tried.
+"""
+
+import contextlib
+import glob
+import json
+import os
+import platform
+import re
+import secrets
+import socket
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax._src import distributed  # its client has the key-value store, and no public name
+
+import moejax
+from moejax.errors import UNAVAILABLE, ConfigError, UnavailableError
+
+COORDINATOR, PROCESSES, PROCESS_ID = (
+    "JAX_COORDINATOR_ADDRESS",
+    "JAX_NUM_PROCESSES",
+    "JAX_PROCESS_ID",
+)
+BIND = "JAX_COORDINATOR_BIND_ADDRESS"
+JOIN_SECONDS = "MOEJAX_JOIN_SECONDS"
+DEFAULT_JOIN_SECONDS = 300  # on a cluster the slowest process still pulls its image
+SHUTDOWN_SECONDS = 20
+TPU_PORT = 8476 + 6  # beside those that libtpu takes
+
+
+class Cluster(NamedTuple):
+    """The processes of one run, and which of them this one is."""
+
+    address: str  # host:port of process 0
+    num_processes: int
+    process_id: int
+
+
+# Finding
+
+
+def find_cluster(environment: Mapping[str, str]) -> Cluster | None:
+    """Returns the cluster that the environment tells of; None for a process alone.
+
+    A launcher's variables come first, then SLURM's, then those of a TPU pod on Kubernetes, then
+    what a TPU virtual machine says of itself.
+
+    Raises:
+        ConfigError: variables are missing or do not fit together.
+    """
+    for find in (_from_launcher, _from_slurm, _from_tpu_pod, _from_tpu_vm):
+        cluster = find(environment)
+        if cluster is not None:
+            return _checked(cluster)
+    return None
+
+
+def _checked(cluster: Cluster) -> Cluster | None:
+    address, count, index = cluster
+    if not re.fullmatch(r".+:\d+", address):
+        raise ConfigError(
+            f"the coordinator's address is {address!r}, not HOST:PORT; for example 10.0.0.1:8476"
+        )
+    if not 0 <= index < count:
+        raise ConfigError(
+            f"process {index} of {count} at {address}: processes are numbered from 0 to "
+            f"{count - 1}; start as many as {PROCESSES} says, each with its own {PROCESS_ID}"
+        )
+    return cluster if count > 1 else None
+
+
+def _from_launcher(environment: Mapping[str, str]) -> Cluster | None:
+    address = environment.get(COORDINATOR)
+    missing = [name for name in (PROCESSES, PROCESS_ID) if name not in environment]
+    if address is None or (len(missing) == 2 and "SLURM_PROCID" in environment):
+        return None
+    if missing:
+        raise ConfigError(
+            f"{COORDINATOR}={address} is set and {', '.join(missing)} is not; a launcher sets all "
+            "three, see docs/launching.md"
+        )
+    return Cluster(address, _whole(environment, PROCESSES), _whole(environment, PROCESS_ID))
+
+
+def _from_slurm(environment: Mapping[str, str]) -> Cluster | None:
+    """Inside `srun`: one process a task, the first node the coordinator's, the port by the job."""
+    nodes = environment.get("SLURM_STEP_NODELIST")
+    if nodes is None or "SLURM_PROCID" not in environment:
+        return None
+    port = 61_440 + _whole(environment, "SLURM_JOB_ID") % 4096  # two jobs on a node do not meet
+    address = environment.get(COORDINATOR) or f"{first_host(nodes)}:{port}"
+    count, index = (_whole(environment, name) for name in ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"))
+    return Cluster(address, count, index)
+
+
+def first_host(nodes: str) -> str:
+    """Returns the first of SLURM's compressed list: `a[03-07,9]-x,b1` begins with `a03-x`."""
+    match = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\]([^,\[]*))?", nodes)
+    assert match is not None
+    return "".join(part or "" for part in match.groups())
+
+
+def _from_tpu_pod(environment: Mapping[str, str]) -> Cluster | None:
+    """On Kubernetes: what GKE puts into every container that asks for TPUs."""
+    if "TPU_WORKER_ID" not in environment or "TPU_WORKER_HOSTNAMES" not in environment:
+        return None
+    hosts = environment["TPU_WORKER_HOSTNAMES"].split(",")
+    return _tpu_cluster(hosts, _whole(environment, "TPU_WORKER_ID"), environment)
+
+
+def _from_tpu_vm(environment: Mapping[str, str]) -> Cluster | None:
+    """On a virtual machine with TPUs: what its metadata server says."""
+    on_cpu = environment.get("JAX_PLATFORMS") == "cpu" or "TPU_SKIP_MDS_QUERY" in environment
+    if on_cpu or not (glob.glob("/dev/accel[0-9]*") or glob.glob("/dev/vfio/[0-9]*")):
+        return None
+    return tpu_vm_cluster(_metadata)
+
+
+def tpu_vm_cluster(metadata: Callable[[str], str | None]) -> Cluster | None:
+    """Returns the cluster of a TPU virtual machine; None where the metadata know of no TPU.
+
+    Args:
+        metadata: the value of an attribute of the instance, or None.
+    """
+    worker, endpoints = metadata("agent-worker-number"), metadata("worker-network-endpoints")
+    if worker is None or endpoints is None:
+        return None
+    hosts = [endpoint.split(":")[-1] for endpoint in endpoints.split(",")]  # name:id:address
+    slices = dict(re.findall(r"^(MEGASCALE_\w+):\s*'?([^'\n]*)", metadata("tpu-env") or "", re.M))
+    return _tpu_cluster(hosts, int(worker), slices)
+
+
+def _tpu_cluster(hosts: list[str], worker: int, slices: Mapping[str, str]) -> Cluster:
+    """Numbers the hosts of one slice, or of several that are joined over the data center."""
+    first = slices.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
+    num_slices = int(slices.get("MEGASCALE_NUM_SLICES") or 1)
+    index = int(slices.get("MEGASCALE_SLICE_ID") or 0) * len(hosts) + worker
+    return Cluster(f"{first.split(':')[0]}:{TPU_PORT}", num_slices * len(hosts), index)
+
+
+def _metadata(attribute: str) -> str | None:
+    host = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{host}/computeMetadata/v1/instance/attributes/{attribute}",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.read().decode()
+    except (urllib.error.URLError, TimeoutError):  # not a machine of this cloud, or without TPU
+        return None
+
+
+def _whole(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name, "")
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise ConfigError(f"{name}={text!r} is not a whole number; see docs/launching.md")
+    return int(text)
+
+
+# Joining
+
+
+def join_processes() -> None:
+    """Joins the processes of this run, if it has several; else does nothing.
+
+    Raises:
+        ConfigError: the port of process 0 is taken, or the processes run different software.
+        UnavailableError: process 0 does not answer in time.
+    """
+    if jax.distributed.is_initialized():
+        return
+    cluster = find_cluster(os.environ)
+    if cluster is None:
+        return
+    seconds = _join_seconds()
+    if cluster.process_id == 0:
+        _check_port(os.environ.get(BIND) or f":{cluster.address.rpartition(':')[2]}")
+    else:
+        _await_coordinator(cluster, seconds)
+    with _give_up_after(seconds, cluster):
+        jax.distributed.initialize(
+            cluster.address,
+            cluster.num_processes,
+            cluster.process_id,
+            cluster_detection_method="deactivate",  # else on SLURM it sees one GPU of a node only
+            initialization_timeout=seconds + 60,  # JAX aborts then; we say why before
+            shutdown_timeout_seconds=SHUTDOWN_SECONDS,
+        )
+    check_agreement("software", software())
+
+
+def software() -> dict[str, str]:
+    """Returns the versions on which all processes of a run must agree."""
+    ours = {"moejax": moejax.__version__, "python": platform.python_version()}
+    return ours | {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+
+
+def _join_seconds() -> int:
+    return _whole(os.environ, JOIN_SECONDS) if JOIN_SECONDS in os.environ else DEFAULT_JOIN_SECONDS
+
+
+def _check_port(bind: str) -> None:
+    """Checks that nothing listens at `HOST:PORT`, where an empty host is every interface."""
+    host, _, port = bind.rpartition(":")
+    host = host.strip("[]")
+    everywhere = host in ("", "::") and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if everywhere or ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, int(port)), family=family, dualstack_ipv6=everywhere).close()
+    except OSError as error:
+        raise ConfigError(
+            f"process 0 cannot listen on port {port} ({error.strerror or error}): another program "
+            f"has it; end that one, or give another port in {COORDINATOR} to every process"
+        ) from None
+
+
+def _await_coordinator(cluster: Cluster, seconds: int) -> None:
+    """Waits until process 0 listens. JAX would wait too, and then abort without a Python error."""
+    host, _, port = cluster.address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        left = deadline - time.monotonic()
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), max(0.1, min(5, left))).close()
+            return
+        except OSError as error:
+            if left <= 0:
+                reason = error.strerror or error
+                raise UnavailableError(_unreached(cluster, seconds, reason)) from None
+        time.sleep(min(0.2, max(0.0, left)))
+
+
+def _unreached(cluster: Cluster, seconds: int, reason: object) -> str:
+    return (
+        f"process {cluster.process_id} of {cluster.num_processes} did not reach process 0 at "
+        f"{cluster.address} in {seconds} s ({reason}); see whether process 0 runs, on that host, "
+        f"with that port open to this one; {JOIN_SECONDS} is how long to wait"
+    )
+
+
+@contextlib.contextmanager
+def _give_up_after(seconds: int, cluster: Cluster) -> Iterator[None]:
+    """Ends this process with a line that says why, if the others do not come in time.
+
+    The wait is inside C++, which no exception of Python interrupts.
+    """
+
+    def give_up() -> None:
+        index, count = cluster.process_id, cluster.num_processes
+        print(
+            f"moejax: error: process {index} of {count} waited {seconds} s at {cluster.address} "
+            f"and not all {count} processes came; look at the logs of the others, start all of "
+            f"them, or wait longer with {JOIN_SECONDS}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(UNAVAILABLE)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+# Agreeing
+
+
+def check_agreement(topic: str, mine: Mapping[str, object]) -> None:
+    """Refuses the run, on every process alike, where one has another value than process 0.
+
+    It goes through the coordinator, not through devices: nothing is compiled.
+
+    Args:
+        topic: what is compared; a name used once in a run.
+        mine: the values of this process, which JSON can hold.
+
+    Raises:
+        ConfigError: which process has which value.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return
+    index, values = distributed.global_state.process_id, json.dumps(dict(mine), default=str)
+    if index == 0:
+        client.key_value_set(f"moejax/{topic}/0", values)
+    with _explained(topic):
+        key = f"moejax/{topic}/0"
+        first = json.loads(client.blocking_key_value_get(key, _join_seconds() * 1000))
+    ours = json.loads(values)
+    rows = [
+        f"{name}={ours.get(name)!r} where process 0 has {first.get(name)!r}"
+        for name in {**first, **ours}
+        if first.get(name) != ours.get(name)
+    ]
+    refuse_together(topic, ", ".join(rows) and f"has {', '.join(rows)}")
+
+
+def check_shared(folder: Path) -> None:
+    """Refuses the run unless every process sees in `folder` what process 0 writes there.
+
+    Each process saves its part of a checkpoint: in folders of their own the parts would be lost.
+
+    Raises:
+        ConfigError: which process does not see it.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return
+    key, complaint = "moejax/shared/mark", ""
+    first = distributed.global_state.process_id == 0
+    if first:
+        mark = folder / f".seen-by-all-{secrets.token_hex(8)}"
+        mark.touch()
+        client.key_value_set(key, mark.name)
+    else:
+        with _explained("workdir"):
+            mark = folder / client.blocking_key_value_get(key, _join_seconds() * 1000)
+        if not _appears(mark, seconds=30):  # file systems over a network show it late
+            complaint = f"has another workdir {folder} than process 0; use a shared file system"
+    try:
+        refuse_together("shared", complaint)
+    finally:
+        if first:
+            mark.unlink()
+
+
+@contextlib.contextmanager
+def _explained(topic: str) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        raise UnavailableError(
+            f"the processes could not compare their {topic}: one ended, or did not come in "
+            f"{_join_seconds()} s ({str(error).splitlines()[0][:200]}); look at the logs of the "
+            "others"
+        ) from None
+
+
+def _appears(file: Path, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if file.name in os.listdir(file.parent):  # asks the server, where exists() may not
+            return True
+        time.sleep(0.1)
+    return False
+
+
+def refuse_together(topic: str, complaint: str) -> None:
+    """Waits for all processes; if any has a complaint, all of them raise it.
+
+    Raises:
+        ConfigError: the complaints, each with its process.
+    """
+    client, index = distributed.global_state.client, distributed.global_state.process_id
+    if client is None:
+        return
+    if complaint:
+        client.key_value_set(f"moejax/{topic}/complaints/{index}", f"process {index} {complaint}")
+    with _explained(topic):
+        client.wait_at_barrier(f"moejax/{topic}", _join_seconds() * 1000)
+    complaints = [text for _, text in client.key_value_dir_get(f"moejax/{topic}/complaints/")]
+    if complaints:
+        raise ConfigError(
+            f"{'; '.join(sorted(complaints)[:3])}; start every process with the same command, the "
+            "same files and the same software"
+        )
