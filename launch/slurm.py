@@ -1,0 +1,179 @@
+r"""Submits one `moejax` command to SLURM: one process a node, requeued where it was preempted.
+
+    python launch/slurm.py --nodes 2 --gpus_per_node 8 --time 4:00:00 -- \
+      train configs/quickstart.py --workdir runs/a
+    python launch/slurm.py --nodes 1 --array sweep.txt -- \
+      train configs/quickstart.py --workdir runs/sweep
+
+--array FILE has a line of `key=value` words for each run, which trains in WORKDIR/0, WORKDIR/1 and
+so on. The command line and the config, of every run, are checked before anything is submitted. Each
+process writes LOGS/JOB-PROCESS.log, the script itself LOGS/JOB.log. --dry_run prints the script.
+"""
+
+import argparse
+import dataclasses
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from moejax.cli import VERBS
+from moejax.errors import BAD_INPUT, PREEMPTED, ConfigError
+
+PORTS = 61_440  # the first of those that jobs take, by their number: two on a node do not meet
+# What every process waits for the others, once its own part of the work is done or has failed
+WAIT_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What to run, once an override set, and what to ask SLURM for."""
+
+    command: list[str]
+    nodes: int
+    runs: list[list[str]] | None = None  # override sets of an array; None is a single run
+    logs: Path = Path("logs")
+    name: str = "moejax"
+    gpus_per_node: int | None = None
+    time: str | None = None
+    grace: int = 120
+    sbatch: tuple[str, ...] = ()  # further options, as they stand
+
+
+def read_runs(file: Path) -> list[list[str]]:
+    """Returns the `key=value` words of each line that is not empty and no remark."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--array {file} cannot be read: {error.strerror}") from None
+    runs = [shlex.split(line) for line in lines if line.strip() and not line.startswith("#")]
+    if not runs:
+        raise ConfigError(
+            f"--array {file} has no line; write one of key=value words for each run, for example "
+            "optim.learning_rate=1e-3 seed=1"
+        )
+    return runs
+
+
+def commands(job: Job) -> list[list[str]]:
+    """Returns the command of every run, checked as `moejax` checks it.
+
+    Raises:
+        ConfigError: `moejax` would refuse one.
+    """
+    if not job.command or job.command[0] not in VERBS:
+        given = job.command[0] if job.command else "nothing"
+        raise ConfigError(f"{given} is not a verb of moejax; for example train configs/x.py")
+    verb = VERBS[job.command[0]]
+    if job.runs is None:
+        found = [job.command]
+    else:
+        workdir = verb.read(job.command[1:]).options.workdir
+        at = job.command.index(workdir) if workdir in job.command else None
+        if at is None:
+            raise ConfigError("--array needs the command's workdir as --workdir DIR, two words")
+        found = [
+            [*job.command[:at], f"{workdir}/{index}", *job.command[at + 1 :], *overrides]
+            for index, overrides in enumerate(job.runs)
+        ]
+    for command in found:
+        line = verb.read(command[1:])
+        if line.config is not None:
+            line.load()
+    return found
+
+
+def render(job: Job) -> str:
+    """Returns the batch script."""
+    found = commands(job)
+    folder, number = job.logs, "%j" if job.runs is None else "%A_%a"
+    asks = {
+        "job-name": job.name,
+        "nodes": job.nodes,
+        "ntasks-per-node": 1,  # JAX drives all devices of a node from one process
+        "gpus-per-node": job.gpus_per_node,
+        "time": job.time,
+        "output": f"{folder}/{number}.log",
+        "open-mode": "append",  # a job that is requeued goes on in its log
+        "signal": f"TERM@{job.grace}" if job.time is not None else None,
+        "array": None if job.runs is None else f"0-{len(found) - 1}",
+    }
+    lines = [f"#SBATCH --{name}={value}" for name, value in asks.items() if value is not None]
+    lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in job.sbatch)]
+    words = [" ".join(map(shlex.quote, command)) for command in found]
+    cases = "\n".join(f"  {index}) set -- {text} ;;" for index, text in enumerate(words))
+    return f"""#!/bin/bash
+{chr(10).join(lines)}
+
+case "${{SLURM_ARRAY_TASK_ID:-0}}" in
+{cases}
+esac
+
+# Process 0 is on the first node, at the address by which SLURM reaches it.
+head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+address=$(scontrol show node "$head" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')
+export JAX_COORDINATOR_ADDRESS="$address:$(({PORTS} + SLURM_JOB_ID % 4096))"
+
+# A signal to the whole job is for the processes: this script has to outlive them.
+trap : TERM
+# The first process that ends does not end the others at once: they are about to, in order.
+srun --kill-on-bad-exit=0 --wait={WAIT_SECONDS} --open-mode=append \\
+  --output={shlex.quote(f"{folder}/{number}")}-%t.log \\
+  {shlex.quote(sys.executable)} -m moejax "$@"
+code=$?
+
+# Saved and stopped by a signal: once more, unless it is SLURM that ends the job, to requeue or
+# to cancel it.
+if [ $code = {PREEMPTED} ] && [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T)" = RUNNING ]; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit $code
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--nodes", type=int, required=True, help="how many, one process on each")
+    parser.add_argument("--gpus_per_node", type=int, help="default: none are asked for")
+    parser.add_argument("--time", help="limit of one stay on the nodes, such as 4:00:00")
+    help = "seconds before the limit at which SIGTERM comes, to save and requeue (default: 120)"
+    parser.add_argument("--grace", type=int, default=120, help=help)
+    parser.add_argument("--array", type=Path, help="file with a line of key=value words a run")
+    parser.add_argument("--name", default="moejax", help="of the job (default: moejax)")
+    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder (default: logs)")
+    help = "one more option of sbatch, as in --sbatch=--partition=big; repeatable"
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=help)
+    parser.add_argument("--dry_run", action="store_true", help="print the script, submit nothing")
+    parser.add_argument("command", nargs="+", help="after --: a verb of moejax and its words")
+    options = vars(parser.parse_args())
+    if options["nodes"] < 1:
+        parser.error(f"--nodes {options['nodes']} is below 1")
+    dry_run, array, sbatch = (options.pop(name) for name in ("dry_run", "array", "sbatch"))
+    try:
+        runs = None if array is None else read_runs(array)
+        script = render(Job(**options, runs=runs, sbatch=tuple(sbatch)))
+    except ConfigError as error:
+        print(f"launch/slurm.py: error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    if dry_run:
+        print(script, end="")
+        return 0
+    options["logs"].mkdir(parents=True, exist_ok=True)  # SLURM writes no log without its folder
+    try:
+        done = subprocess.run(["sbatch", "--parsable"], input=script, text=True, check=False)
+    except FileNotFoundError:
+        print(
+            "launch/slurm.py: error: there is no sbatch here; run this on a login node of the "
+            "cluster, or take --dry_run's script there",
+            file=sys.stderr,
+        )
+        return BAD_INPUT
+    return done.returncode
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")  # SLURM hands it on: logs are read while it runs
+    sys.exit(main())
