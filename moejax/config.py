@@ -211,12 +211,13 @@ class OptimConfig:
             require(
                 0 <= value < 1, f"optim.{name}={value} is outside [0, 1); 0.9 and 0.95 are usual"
             )
-            # 8 bits of a number: what moves a moment by less than 1 part in 256 is rounded away
+            # 8 bits of a number: what moves a moment by less than 1 part in 256 is rounded away, at
+            # 0.98 a gradient whose square is off the moment by less than a fifth
             require(
-                self.state_dtype == "float32" or value <= 1 - 2**-8,
+                self.state_dtype == "float32" or value <= 0.98,
                 f"optim.{name}={value} with optim.state_dtype={self.state_dtype!r}: a step moves "
                 "the moment by less than bfloat16 can hold, and it would stand still; use at most "
-                "0.99, or optim.state_dtype=float32",
+                "0.98, or optim.state_dtype=float32",
             )
         for name in ("eps", "clip_norm"):
             value = getattr(self, name)
@@ -390,6 +391,10 @@ class Config:
 
         for name in ("num_experts_by_layer", "expert_hidden_by_layer"):
             by_layer = getattr(moe, name)
+            require(
+                by_layer is None or moe.every is not None,
+                f"moe.{name}={by_layer} and moe.every=None, which has no MoE layer; leave one out",
+            )
             require(
                 by_layer is None or len(by_layer) == self.num_moe_layers,
                 f"moe.{name}={by_layer} has a number for {len(by_layer or ())} MoE layers and the "

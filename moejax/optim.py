@@ -59,9 +59,11 @@ def make_optimizer(config: OptimConfig, steps: int) -> optax.GradientTransformat
     )
     optimizer = optax.chain(
         clip,
-        _DIRECTIONS[config.name](config),
-        optax.add_decayed_weights(config.weight_decay, decays),
-        optax.scale_by_learning_rate(learning_rate(config, steps)),
+        optax.chain(  # nested as `optax.adamw` is: its state has the paths of older checkpoints
+            _DIRECTIONS[config.name](config),
+            optax.add_decayed_weights(config.weight_decay, decays),
+            optax.scale_by_learning_rate(learning_rate(config, steps)),
+        ),
     )
     return _in_float32(optimizer, config.state_dtype)
 

@@ -22,6 +22,8 @@ EXPERT_LOAD_PLOT = "expert_load.png"
 MAY_CHANGE = (
     "train.steps",
     "train.accumulation",
+    "model.remat",
+    "model.loss_chunk",
     "logging.every",
     "checkpoint.every",
     "checkpoint.keep",
