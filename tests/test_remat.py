@@ -1,14 +1,13 @@
 """What backward sends again, and what waits for what: in the compiled programs of 4 devices."""
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import hlo
 from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.data import Batch
 from moejax.moe import apply_moe
@@ -30,18 +29,10 @@ WAYS = {
     "slots": ({"capacity_factor": 1.0}, 2),  # rows, and back
     "padded": ({"transport": "all_to_all"}, 3),  # the expert of each row too
     "padded, rounds": ({"transport": "all_to_all", "buffer_factor": 1.0}, 3),
+    # of `gather` the sums come home, which nothing needs again
+    "gather": ({"transport": "gather"}, 3),
 }
 MOVES = ("all-to-all", "all-gather", "reduce-scatter")
-
-
-@pytest.fixture(scope="module")
-def hlo():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
-        import hlo
-
-        yield hlo
-    sys.modules.pop("hlo", None)
 
 
 def _compiled(mesh, params, remat: str, changes: dict):
@@ -61,23 +52,26 @@ def _compiled(mesh, params, remat: str, changes: dict):
     return compiled.as_text(), compiled(params)
 
 
-def _moves(hlo, text: str) -> int:
+def _moves(text: str) -> int:
     """Counts what moves tokens, in all layers; further rounds, of unknown number, not."""
-    return sum(c.times for c in hlo.collectives(text) if c.kind in MOVES)
+    return sum(c.times for c in hlo.collectives(hlo.parse(text)) if c.kind in MOVES)
 
 
-@pytest.mark.parametrize(("changes", "repeated"), WAYS.values(), ids=WAYS)
-def test_backward_repeats_no_exchange_that_is_kept(mesh_of, params_of, hlo, changes, repeated):
+SLOW = [pytest.param(*way, id=name, marks=pytest.mark.slow) for name, way in WAYS.items()]
+
+
+@pytest.mark.parametrize(("changes", "repeated"), [WAYS["slots"], *SLOW[1:]])
+def test_backward_repeats_no_exchange_that_is_kept(mesh_of, params_of, changes, repeated):
     mesh = mesh_of(1, 1, 4, 1)
     params = params_of(CONFIG, mesh)
     params = jax.device_put(params, tree_shardings(mesh, params))
     plain, (expected, losses) = _compiled(mesh, params, "none", changes)
     full, _ = _compiled(mesh, params, "full", changes)
     kept, (found, kept_losses) = _compiled(mesh, params, "exchange", changes)
-    sent = _moves(hlo, plain)
+    sent = _moves(plain)
     assert sent >= 4 * LAYERS
-    assert _moves(hlo, full) == sent + repeated * LAYERS
-    assert _moves(hlo, kept) == sent
+    assert _moves(full) == sent + repeated * LAYERS
+    assert _moves(kept) == sent
     np.testing.assert_allclose(kept_losses.total, losses.total, rtol=1e-6)
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
@@ -86,7 +80,7 @@ def test_backward_repeats_no_exchange_that_is_kept(mesh_of, params_of, hlo, chan
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol, err_msg=path_name(path))
 
 
-def test_shared_experts_and_the_exchange_do_not_wait_for_each_other(mesh_of, hlo):
+def test_shared_experts_and_the_exchange_do_not_wait_for_each_other(mesh_of):
     """In the compiled layer, forward and backward: a scheduler may run them at the same time.
 
     The loss is linear in the layer's output, else its gradient would wait for all of the output.
@@ -105,8 +99,9 @@ def test_shared_experts_and_the_exchange_do_not_wait_for_each_other(mesh_of, hlo
         return jnp.vdot(y_btd, grad_btd)
 
     text = jax.jit(jax.value_and_grad(value, (0, 1))).lower(weights, x_btd).compile().as_text()
-    found, entry = hlo.computations(text)
-    operands = {i.name: hlo._OPERAND.findall(i.operands) for i in found[entry]}
+    program = hlo.parse(text)
+    instructions = program.computations[program.entry]
+    operands = {i.name: i.inputs for i in instructions}
 
     def reached(names: set[str]) -> set[str]:
         """Returns all that the instructions wait for."""
@@ -116,10 +111,10 @@ def test_shared_experts_and_the_exchange_do_not_wait_for_each_other(mesh_of, hlo
             seen |= front
         return seen
 
-    exchanges = {i.name for i in found[entry] if i.opcode == "all-to-all"}
+    exchanges = {i.name for i in instructions if i.opcode == "all-to-all"}
     shared = {
         i.name
-        for i in found[entry]
+        for i in instructions
         if i.opcode in ("dot", "custom-call", "fusion") and "shared" in i.attributes
         if "dot_general" in i.attributes
     }
