@@ -32,6 +32,11 @@ from moejax.routing import RouterInputs, route
 
 TOLERANCE = 2e-5  # of the largest entry of each array, float32
 SEQUENCES, TOKENS, WIDTH, EXPERTS, VOCAB = 16, 6, 8, 8, 5
+# Programs run once, on few numbers: without LLVM's optimizations they compile in two thirds of it.
+FAST_COMPILE: dict[str, str | bool] = {
+    "xla_backend_optimization_level": "0",
+    "xla_llvm_disable_expensive_passes": True,
+}
 _ONE_AT_A_TIME = threading.Lock()  # two programs with collectives on the same devices would wait
 DISPATCH = tuple(itertools.product(("dropless", "capacity"), ("all_to_all", "ragged", "gather")))
 LOSSES = {
@@ -166,7 +171,8 @@ def run_layer(layer: Layer, mesh: AnyMesh | None, *, remat: bool = False) -> dic
         return value + 10 * auxiliary, (y_btd, stats, choice_bts, auxiliary)
 
     gradient = jax.jit(jax.value_and_grad(objective, argnums=(0, 1), has_aux=True))
-    compiled = gradient.lower(dict(layer.weights), layer.x_btd).compile()
+    options = FAST_COMPILE if jax.default_backend() == "cpu" else None
+    compiled = gradient.lower(dict(layer.weights), layer.x_btd).compile(options)
     with _ONE_AT_A_TIME:
         (_, aux), (by_weight, by_x) = compiled(dict(layer.weights), layer.x_btd)
         jax.block_until_ready(by_x)
