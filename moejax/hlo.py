@@ -47,6 +47,22 @@ class Instruction:
     root: bool
 
     @property
+    def operation(self) -> str:
+        """The opcode; of the start of an asynchronous operation that of the operation."""
+        return self.opcode.removesuffix("-start")
+
+    @property
+    def result(self) -> str:
+        """The type of what it makes: of a start without its operands and the compiler's own parts.
+
+        A start has the type (operands, result, ...), only a copy's is (result, operand, ...) and an
+        all-reduce's the result alone.
+        """
+        if not self.opcode.endswith("-start") or self.operation == "all-reduce":
+            return self.type
+        return _tuple_parts(self.type)[0 if self.operation == "copy" else 1]
+
+    @property
     def inputs(self) -> list[str]:
         return _OPERAND.findall(self.operands)
 
@@ -103,8 +119,8 @@ class Program:
                 if body and trips:
                     inside = i.scope or loop
                     yield from self._runs(body[1], trips, unknown_trips, inside, fusion)
-            elif i.opcode in ("fusion", "call", "async-start", "conditional"):
-                around = i if fusion is None and i.opcode == "fusion" else fusion
+            elif i.operation in ("fusion", "call", "async", "conditional"):
+                around = i if fusion is None and i.operation == "fusion" else fusion
                 for inner in _called(i.attributes):
                     yield from self._runs(inner, times, unknown_trips, loop, around)
 
@@ -207,6 +223,18 @@ def nbytes(type_text: str, *, memory_only: bool = False) -> int:
     return total // 8
 
 
+def _tuple_parts(type_text: str) -> list[str]:
+    """Returns the types in a tuple's type; a layout has commas and parentheses of its own."""
+    parts, depth = [""], 0
+    for char in type_text[1:-1]:
+        depth += (char in "({[") - (char in ")}]")
+        if char == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
+
+
 def parse(text: str) -> Program:
     """Returns the program that an HLO text spells."""
     found: dict[str, list[Instruction]] = {}
@@ -255,7 +283,7 @@ def collectives(program: Program, unknown_trips: int = 0) -> list[Collective]:
     """Returns the collectives that a program runs."""
     found, parts = [], set()
     for run in program.runs(unknown_trips):
-        kind = run.instruction.opcode.removesuffix("-start")
+        kind = run.instruction.operation
         if kind not in KINDS:
             continue
         # A TPU's reduce-scatter is a fusion of an all-reduce and the slice of it that is kept.
@@ -436,23 +464,28 @@ def _dims(type_text: str) -> list[int]:
 
 _MOVES_NOTHING = (
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "after-all", "iota", "partition-id", "replica-id", "opt-barrier"),
+    *("call", "async", "after-all", "iota", "partition-id", "replica-id", "opt-barrier"),
 )
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
 def _memory_bytes(program: Program, run: Run) -> int:
-    opcode = run.instruction.opcode
-    if run.fusion or opcode in _MOVES_NOTHING or opcode.endswith("-done"):
+    i = run.instruction
+    # What is asynchronous counts where it starts.
+    if run.fusion or i.operation in _MOVES_NOTHING or i.opcode.endswith(("-update", "-done")):
         return 0
     return _read_bytes(program, run) + _written_bytes(program, run)
 
 
 def _read_bytes(program: Program, run: Run) -> int:
-    if run.instruction.opcode in ("dynamic-slice", "slice", "gather"):
-        return nbytes(run.instruction.type, memory_only=True)
-    if run.instruction.opcode == "dynamic-update-slice":
+    operation = run.instruction.operation
+    if operation in _SLICES:
+        # As large as the result, which may lie on the chip while the operand does not.
+        on_chip = not nbytes(run.types[0], memory_only=True)
+        return 0 if on_chip else nbytes(run.instruction.result)
+    if operation == "dynamic-update-slice":
         return nbytes(run.types[1], memory_only=True)
-    if run.instruction.opcode != "fusion":
+    if operation != "fusion":
         return sum(nbytes(t, memory_only=True) for t in run.types)
     (inner,) = _called(run.instruction.attributes)
     return sum(
@@ -473,7 +506,7 @@ def _needed_bytes(program: Program, computation: str, name: str, whole: int) -> 
     for user in program.computations[computation]:
         if name not in user.inputs:
             continue
-        if user.opcode in ("dynamic-slice", "slice", "gather"):
+        if user.opcode in _SLICES:
             total += nbytes(user.type)
         elif user.opcode == "dynamic-update-slice" and user.inputs[0] == name:
             continue  # what is not replaced stays where it is
@@ -489,10 +522,11 @@ def _needed_bytes(program: Program, computation: str, name: str, whole: int) -> 
 
 
 def _written_bytes(program: Program, run: Run) -> int:
-    if run.instruction.opcode == "dynamic-update-slice":
+    operation = run.instruction.operation
+    if operation == "dynamic-update-slice":
         return nbytes(run.types[1], memory_only=True)
-    written = nbytes(run.instruction.type, memory_only=True)
-    if run.instruction.opcode != "fusion" or not written:
+    written = nbytes(run.instruction.result, memory_only=True)
+    if operation != "fusion" or not written:
         return written
     (inner,) = _called(run.instruction.attributes)
     return min(written, _made_bytes(program, inner))

@@ -295,6 +295,54 @@ def test_carries_of_loops_by_their_length():
     assert hlo.loop_carries(program, 4) == []
 
 
+# What a TPU starts early: %fetch brings %x to the chip, %part a third of it, %back writes it to
+# memory again; %near slices what is on the chip. Starts name their operands in their types, too.
+ASYNC = """\
+HloModule jit_async, num_partitions=4
+
+%wrapped (p: f32[3,8]) -> f32[8,3] {
+  %p = f32[3,8]{1,0} parameter(0)
+  ROOT %turned = f32[8,3]{1,0} transpose(%p), dimensions={1,0}, metadata={op_name="turned"}
+}
+
+ENTRY %main (x: f32[3,8]) -> f32[12,8] {
+  %x = f32[3,8]{1,0:T(4,128)} parameter(0)
+  %fetch = (f32[3,8]{1,0:T(4,128)S(1)}, f32[3,8]{1,0:T(4,128)}, u32[]{:S(2)}) copy-start(%x), \
+metadata={op_name="fetch"}
+  %there = f32[3,8]{1,0:T(4,128)S(1)} copy-done(%fetch)
+  %part = ((f32[3,8]{1,0:T(4,128)}), f32[1,8]{1,0:T(4,128)S(1)}, s32[]{:S(2)}) slice-start(%x), \
+slice={[0:1], [0:8]}, metadata={op_name="part"}
+  %third = f32[1,8]{1,0:T(4,128)S(1)} slice-done(%part)
+  %near = ((f32[3,8]{1,0:T(4,128)S(1)}), f32[1,8]{1,0:T(4,128)}, s32[]{:S(2)}) \
+slice-start(%there), slice={[0:1], [0:8]}, metadata={op_name="near"}
+  %back = (f32[3,8]{1,0}, f32[3,8]{1,0:T(4,128)S(1)}, u32[]{:S(2)}) copy-start(%there), \
+metadata={op_name="back"}
+  %sum = f32[3,8]{1,0} all-reduce-start(%x), replica_groups={{0,1,2,3}}, to_apply=%add, \
+metadata={op_name="sum"}
+  %turn = ((f32[3,8]{1,0}), f32[8,3]{1,0}, s32[]) async-start(%x), calls=%wrapped
+  %on = ((f32[3,8]{1,0}), f32[8,3]{1,0}, s32[]) async-update(%turn)
+  %turned.1 = f32[8,3]{1,0} async-done(%on)
+  %all = (f32[3,8]{1,0:T(4,128)}, f32[12,8]{1,0}) all-gather-start(%x), channel_id=1, \
+replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="all"}
+  ROOT %whole = f32[12,8]{1,0} all-gather-done(%all)
+}
+"""
+
+
+def test_memory_of_what_is_started_early_by_hand():
+    """x is 96 bytes, a third of it 32; each counts once, and only where it is in memory."""
+    moved = {c.scope: c.memory_bytes for c in hlo.costs(hlo.parse(ASYNC))}
+    assert moved == {
+        "fetch": 96,  # read
+        "part": 32,  # read
+        "near": 32,  # written
+        "back": 96,  # written
+        "sum": 96 + 96,
+        "turned": 96 + 96,
+        "all": 96 + 4 * 96,
+    }
+
+
 # One all-gather in three fusions that overlap with work, and two that XLA made of a fusion's parts.
 OVERLAPPED = """\
 HloModule jit_overlap, num_partitions=4
