@@ -13,7 +13,7 @@ from rich.table import Table
 from moejax.config import AXES, Config
 from moejax.describe import bytes_text, output_console, placements
 from moejax.plan import Plan, Traffic, Work, make_plan
-from moejax.topology import Topology
+from moejax.topology import GPU_FRACTION, Topology
 from moejax.traffic import local_tokens
 
 
@@ -26,9 +26,9 @@ def plan(
         ConfigError: see `make_plan`.
     """
     made = make_plan(config, topology)
-    show_plan(made, console or output_console())
     if json_path is not None:
         json_path.write_text(json.dumps(plan_record(made), indent=1) + "\n", encoding="utf-8")
+    show_plan(made, console or output_console())
     return made.fits
 
 
@@ -40,7 +40,7 @@ def plan_record(made: Plan) -> dict[str, Any]:
         "devices": made.sizes.num_devices,
         "mesh": {axis: getattr(made.sizes, axis) for axis in AXES},
         "fits": made.fits,
-        "memory_limit": made.topology.chip.memory,
+        "memory_limit": made.topology.memory,
         "peak_bytes": made.peak_bytes,
         "argument_bytes": made.argument_bytes,
         "memory": dict(made.memory),
@@ -99,7 +99,7 @@ def show_plan(made: Plan, out: Console) -> None:
 
 def verdict(made: Plan) -> str:
     """Returns in a sentence whether the plan fits, by how much, and if not, what would help."""
-    limit = made.topology.chip.memory
+    limit = made.topology.memory
     peak, room = bytes_text(made.peak_bytes), bytes_text(limit)
     if made.fits:
         return f"fits: {peak} of {room} a device, {bytes_text(limit - made.peak_bytes)} free"
@@ -113,7 +113,7 @@ def remedy(made: Plan) -> str:
     kinds = placements(config, sizes)
     state = sum(row.per_device for rows in kinds.values() for row in rows)
     options = []
-    if 2 * state > made.topology.chip.memory:
+    if 2 * state > made.topology.memory:
         fsdp = 2 * (sizes.fsdp or 1)
         options.append(
             f"state and gradients take {bytes_text(state)}: mesh.fsdp={fsdp} halves them, on twice "
@@ -128,6 +128,9 @@ def remedy(made: Plan) -> str:
     if local > config.moe.group_sequences:
         twice = 2 * config.train.accumulation
         options.append(f"train.accumulation={twice} halves activations and buffers")
+    chip = made.topology.chip
+    if made.topology.memory < made.peak_bytes <= 0.9 * chip.memory:
+        options.append(f"{GPU_FRACTION}=0.9 gives JAX {bytes_text(int(0.9 * chip.memory))}")
     options.append("mesh.tensor splits activations and weights of a layer")
     return "; ".join(options)
 
@@ -136,10 +139,14 @@ def _pod_table(made: Plan) -> Table:
     chip, sizes = made.topology.chip, made.sizes
     table = _table("plan", "", "")
     devices = f"{sizes.num_devices} devices" if sizes.num_devices != made.topology.num_chips else ""
+    memory, part = made.topology.memory, made.topology.fraction
+    usable = f"{bytes_text(memory)} usable"
+    if part < 1:
+        usable += f": {part:.0%} of its memory, {GPU_FRACTION}={part:g}"
     rows = [
         ("pod", f"{made.topology.name}: {made.topology.num_chips} chips {devices}".strip()),
         ("mesh", " x ".join(f"{axis} {getattr(sizes, axis)}" for axis in AXES)),
-        ("a device", f"{chip.flops / 1e12:,.0f} TFLOP/s bf16, {bytes_text(chip.memory)} usable"),
+        ("a device", f"{chip.flops / 1e12:,.0f} TFLOP/s bf16, {usable}"),
         ("", f"memory {chip.bandwidth / 1e9:,.0f} GB/s, a link {chip.link / 1e9:,.0f} GB/s"),
         ("tokens of a step", f"{made.tokens:,}, {made.tokens // sizes.num_devices:,} a device"),
         ("compiled in", f"{made.compile_seconds:.0f} s"),
@@ -155,7 +162,7 @@ def _memory_table(made: Plan) -> Table:
         table.add_row(kind, bytes_text(count), f"{count:,}")
     table.add_section()
     table.add_row("all at once", bytes_text(made.peak_bytes), f"{made.peak_bytes:,}")
-    table.add_row("usable", bytes_text(made.topology.chip.memory), "")
+    table.add_row("usable", bytes_text(made.topology.memory), "")
     return table
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from moejax.errors import ConfigError, require
 
 GIB = 2**30
+GPU_FRACTION = "XLA_CLIENT_MEM_FRACTION"  # of a GPU's memory that JAX takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Chip:
     Attributes:
         kinds: what `device.device_kind` says.
         flops: dense bf16 FLOP/s.
-        memory: bytes that a program can use.
+        memory: bytes; of a TPU those that a program can use, see `Topology.memory`.
         bandwidth: bytes/s of that memory.
         link: bytes/s one way over one link of a TPU's torus, or out of a GPU within its host.
         network: bytes/s of a GPU to other hosts; None for a TPU, whose torus is all there is.
@@ -108,11 +109,20 @@ _GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A pod: chips in a torus (`v5p:4x4x8`), or hosts with GPUs (`h100:16x8`)."""
+    """A pod: chips in a torus (`v5p:4x4x8`), or hosts with GPUs (`h100:16x8`).
+
+    `fraction` is the part of `chip.memory` that JAX takes when it starts.
+    """
 
     name: str
     chip: Chip
     shape: tuple[int, ...]
+    fraction: float = 1.0
+
+    @property
+    def memory(self) -> int:
+        """Bytes of a device that a program can use."""
+        return int(self.chip.memory * self.fraction)
 
     @property
     def num_chips(self) -> int:
@@ -124,10 +134,10 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads `CHIP:SIZES`.
+    """Reads `CHIP:SIZES`, and for GPUs from the environment how much of their memory JAX takes.
 
     Raises:
-        ConfigError: no such chip, or sizes that its pods do not have.
+        ConfigError: no such chip, sizes that its pods do not have, or no such part of the memory.
     """
     name, _, sizes = text.partition(":")
     require(
@@ -144,7 +154,30 @@ def parse_topology(text: str) -> Topology:
         and len(sizes.split("x")) == dims,
         f"--topology {text}: {name} needs {what}, for example {name}:{example}",
     )
-    return Topology(text, chip, tuple(int(size) for size in sizes.split("x")))
+    fraction = 1.0 if chip.is_tpu else _gpu_fraction()
+    return Topology(text, chip, tuple(int(size) for size in sizes.split("x")), fraction)
+
+
+def _gpu_fraction() -> float:
+    """Returns what JAX takes of a GPU's memory: 0.75, or what the environment says instead.
+
+    Source: docs.jax.dev, "GPU memory allocation".
+    """
+    names = (GPU_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION")  # the second is the older name
+    name = next((name for name in names if os.environ.get(name)), None)
+    if name is None:
+        return 0.75
+    text = os.environ[name]
+    try:
+        fraction = float(text)
+    except ValueError:
+        fraction = math.nan
+    require(
+        0 < fraction <= 1,
+        f"{name}={text} is the part of a GPU's memory that JAX takes, above 0 and at most 1; use "
+        "0.9, or unset it for 0.75",
+    )
+    return fraction
 
 
 # Compilers

@@ -94,6 +94,12 @@ def test_seconds_of_gpus_inside_a_host_and_between_hosts():
     assert one_each == pytest.approx(0.001)
     all_of_both = _seconds("h100:2x8", "all-gather", [list(range(16))], 50_000_000, devices)
     assert all_of_both == pytest.approx(15 * 0.05 / (8 * 50))
+    # 50 MB for each of 16: to 7 by NVLink, to 8 over the network.
+    swapped = _seconds("h100:2x8", "all-to-all", [list(range(16))], 16 * 50_000_000, devices)
+    assert swapped == pytest.approx(8 * 0.05 / 50)
+    # 7 of one host and 1 of the other: that one sends all over its own network.
+    alone = _seconds("h100:2x8", "all-to-all", [list(range(1, 9))], 8 * 50_000_000, devices)
+    assert alone == pytest.approx(7 * 0.05 / 50)
 
 
 # A plan from numbers
@@ -141,6 +147,64 @@ def test_fits_and_the_verdict():
     assert plan_report.verdict(_plan(100.74)).startswith(
         "does not fit: 100.7 GiB of 95.7 GiB a device, 5.00 GiB too much. model.remat=full keeps"
     )
+
+
+def test_a_gpus_program_has_the_part_that_jax_takes():
+    pod = dataclasses.replace(parse_topology("h100:1x8"), fraction=0.75)  # 59.3 of 79.1 GiB
+    assert dataclasses.replace(_plan(59), topology=pod).fits
+    large = dataclasses.replace(_plan(60), topology=pod)
+    assert not large.fits
+    assert plan_report.verdict(large).startswith("does not fit: 60.0 GiB of 59.3 GiB a device")
+    more = "XLA_CLIENT_MEM_FRACTION=0.9 gives JAX 71.2 GiB"
+    assert more in plan_report.remedy(large)
+    assert more not in plan_report.remedy(dataclasses.replace(_plan(72), topology=pod))
+    assert plan_report.plan_record(large)["memory_limit"] == 84_942_979_072 * 3 // 4
+    out = io.StringIO()
+    plan_report.show_plan(large, Console(file=out, width=160))
+    assert "59.3 GiB usable: 75% of its memory, XLA_CLIENT_MEM_FRACTION=0.75" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("remat", "exchange", "weights"),
+    [
+        ("none", 2, 1),
+        ("full", 3, 2),
+        ("exchange", 2, 2),
+        ("exchange_and_dots_with_no_batch_dims", 2, 2),
+    ],
+)
+def test_checks_count_what_a_remat_policy_sends_again(remat, exchange, weights):
+    """Over expert 2, 64 tokens, 2 layers: gather sends 2 * 64 bfloat16 and 8 * 2 bytes a token."""
+    model = dataclasses.replace(CONFIG.model, remat=remat)
+    moe = dataclasses.replace(CONFIG.moe, transport="gather")
+    config = dataclasses.replace(CONFIG, model=model, moe=moe)
+    checks = {check.name: check for check in plan._checks(config, config.mesh, ())}
+    found = checks["exchange over expert"]
+    assert found.formula == f"{exchange} passes of moejax.traffic's gather"
+    assert found.expected == exchange * 2 * 64 * (2 * 64 * 2 + 8 * 2)
+    gathered = "once" if weights == 1 else "2 a layer"
+    assert checks["weights over fsdp"].formula.endswith(gathered)
+
+
+def test_the_oracle_exchanges_nothing_to_check():
+    moe = dataclasses.replace(CONFIG.moe, transport="reference")
+    config = dataclasses.replace(CONFIG, moe=moe)
+    checks = tuple(plan._checks(config, config.mesh, ()))
+    assert [check.name for check in checks] == ["weights over fsdp", "gradients over fsdp"]
+    out = io.StringIO()
+    plan_report.show_plan(_plan(checks=checks), Console(file=out, width=160))
+    assert "weights over fsdp" in out.getvalue()
+
+
+def test_the_json_is_written_whatever_becomes_of_the_tables(monkeypatch, tmp_path):
+    def broken(made, out):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(plan_report, "make_plan", lambda config, topology: _plan())
+    monkeypatch.setattr(plan_report, "show_plan", broken)
+    with pytest.raises(BrokenPipeError):
+        plan_report.plan(CONFIG, parse_topology("v5p:2x2x1"), tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text())["fits"] is True
 
 
 def test_remedies_follow_what_memory_is_full_of():

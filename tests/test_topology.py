@@ -43,6 +43,25 @@ def test_no_such_pod(text, message):
         parse_topology(text)
 
 
+def test_a_program_has_the_part_of_a_gpu_that_jax_takes(monkeypatch):
+    for name in (topology.GPU_FRACTION, "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+        monkeypatch.delenv(name, raising=False)
+    assert parse_topology("h100:1x8").memory == 84_942_979_072 * 3 // 4
+    assert parse_topology("v5e:2x4").memory == CHIPS["v5e"].memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+    assert parse_topology("h100:1x8").memory == 84_942_979_072 // 2
+    monkeypatch.setenv(topology.GPU_FRACTION, ".9")
+    assert parse_topology("h100:1x8").fraction == 0.9
+    assert parse_topology("v5e:2x4").fraction == 1
+
+
+@pytest.mark.parametrize("text", ["0", "1.5", "90%", "nan"])
+def test_no_such_part_of_a_gpu(text, monkeypatch):
+    monkeypatch.setenv(topology.GPU_FRACTION, text)
+    with pytest.raises(ConfigError, match=f"XLA_CLIENT_MEM_FRACTION={text} .* use 0.9, or unset"):
+        parse_topology("h100:1x8")
+
+
 @pytest.mark.parametrize(("text", "extra"), [("v5e:2x4", "plan-tpu"), ("h100:1x8", "plan-gpu")])
 def test_a_missing_compiler_says_how_to_get_it(text, extra, monkeypatch):
     before = dict(os.environ)
