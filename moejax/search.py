@@ -25,7 +25,7 @@ from moejax.config import AXES, Config, ConfigError, MeshConfig, ModelConfig
 from moejax.describe import Placement, bytes_text, local_shape, output_console, placements
 from moejax.flops import flops_per_token
 from moejax.overrides import config_values
-from moejax.plan import make_plan
+from moejax.plan import exchange_passes, make_plan
 from moejax.plan_report import plan_record
 from moejax.topology import Topology, topology_devices
 from moejax.traffic import TRANSPORTS, buffer_rows, exchange_bytes, itemsize, local_tokens
@@ -72,12 +72,7 @@ def layouts(config: Config, topology: Topology, num_devices: int) -> list[Layout
     rows = placements(config, MeshConfig(data=1))
     found = []
     for mesh in _meshes(num_devices):
-        for changed in _variants(config, mesh):
-            try:
-                changed.check_mesh(mesh)
-            except ConfigError:
-                continue
-            found.append(_on_paper(changed, topology, rows))
+        found += [_on_paper(changed, topology, rows) for changed in _variants(config, mesh)]
     return sorted(found, key=lambda layout: layout.seconds)
 
 
@@ -90,9 +85,16 @@ def _meshes(num_devices: int) -> Iterator[MeshConfig]:
 
 
 def _variants(config: Config, mesh: MeshConfig) -> Iterator[Config]:
+    """Yields the config with all that can vary on `mesh`, nothing where it cannot be laid out."""
+    try:
+        config.check_model_fits(mesh)
+    except ConfigError:
+        return
+    groups, rest = divmod(config.train.batch_size, mesh.token_shards * config.moe.group_sequences)
+    if rest:
+        return
     policies = typing.get_args(typing.get_type_hints(ModelConfig)["remat"])
-    sequences = config.train.batch_size // mesh.token_shards
-    splits = [n for n in range(1, sequences + 1) if sequences % n == 0]
+    splits = [n for n in range(1, groups + 1) if groups % n == 0]
     moves = mesh.expert != 1 and config.num_moe_layers and config.moe.router != "soft"
     transports = TRANSPORTS if moves else (config.moe.transport,)
     for remat, accumulation, transport in itertools.product(policies, splits, transports):
@@ -111,7 +113,7 @@ def _variants(config: Config, mesh: MeshConfig) -> Iterator[Config]:
 def _on_paper(config: Config, topology: Topology, rows: dict[str, list[Placement]]) -> Layout:
     chip, mesh = topology.chip, config.mesh
     useful = flops_per_token(config) * config.train.batch_size * config.data.sequence_length
-    again = {"none": 1.0, "full": 4 / 3}.get(config.model.remat, 7 / 6)
+    again = {"none": 1.0, "full": 4 / 3, "exchange": 4 / 3}.get(config.model.remat, 7 / 6)
     compute = useful * again / mesh.num_devices / chip.flops / EFFICIENCY
     links = sum(sent / speed for sent, speed in _sent(config, topology, rows["parameters"]))
     return Layout(config, _bytes(config, rows), compute, links)
@@ -121,28 +123,43 @@ def _bytes(config: Config, rows: dict[str, list[Placement]]) -> int:
     """Returns state, gradients, kept activations, a layer's buffers and weights, and logits."""
     model, moe, mesh = config.model, config.moe, config.mesh
     width, tokens = itemsize(config), local_tokens(config, mesh)
-    tensor = mesh.tensor or 1
+    tensor, degree = mesh.tensor or 1, mesh.expert or 1
     state = sum(
         math.prod(local_shape(row.shape, row.spec, mesh)) * row.total // math.prod(row.shape)
         for kind in rows.values()
         for row in kind
         if row.total
     )
-    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim // tensor
+    heads = _attention_numbers(model) // tensor
     hidden = moe.mean_selected * moe.expert_hidden if config.num_moe_layers else model.dense_hidden
     products = heads + 2 * model.d_model + 2 * hidden // tensor
-    kept = {"none": products + 6 * model.d_model + hidden // tensor, "full": 0}
+    kept = {
+        "none": products + 6 * model.d_model + hidden // tensor,
+        "full": 0,
+        "exchange": 0,  # but for what was delivered, below
+    }
     saved = model.d_model + kept.get(model.remat, products)
     layer = products + hidden // tensor
-    if config.num_moe_layers:
-        layer += (
-            buffer_rows(config, mesh, moe.transport_over(mesh.expert or 1))
-            * model.d_model
-            // tokens
-        )
-    logits = 2 * 4 * tokens * model.vocab_size // tensor
-    weights = 2 * _layer_weights(config, rows["parameters"]) * width
-    return state + width * tokens * (model.num_layers * saved + 2 * layer) + logits + weights
+    buffers = buffer_rows(config, mesh, moe.transport_over(degree)) * model.d_model
+    delivered = degree > 1 and model.remat.startswith("exchange")
+    activations = tokens * (model.num_layers * saved + 2 * layer)
+    activations += buffers * (2 + delivered * config.num_moe_layers)
+    weights = 2 * _layer_weights(config, rows["parameters"])
+    return state + width * (activations + weights) + _loss_bytes(config)
+
+
+def _attention_numbers(model: ModelConfig) -> int:
+    """Returns the numbers in the queries, keys and values of a token in a layer."""
+    keys = model.num_heads if model.attention == "latent" else model.num_kv_heads
+    return model.num_heads * model.qk_width + keys * (model.qk_width + model.v_width)
+
+
+def _loss_bytes(config: Config) -> int:
+    """Returns a chunk's logits and their gradient, the unembedding and its float32 gradient."""
+    model, tokens = config.model, local_tokens(config, config.mesh)
+    chunk = min(tokens, model.loss_chunk or tokens)
+    column = 2 * 4 * chunk + (itemsize(config) + 4) * model.d_model
+    return column * model.vocab_size // (config.mesh.tensor or 1)
 
 
 def _layer_weights(config: Config, parameters: Sequence[Placement]) -> int:
@@ -164,7 +181,8 @@ def _sent(
     tokens = local_tokens(config, mesh) * steps
     if config.num_moe_layers and sizes["expert"] > 1:
         how = config.moe.transport_over(sizes["expert"])
-        sent = exchange_bytes(config, mesh, how) * tokens * config.num_moe_layers * (2 + again)
+        routed = tokens * config.num_moe_layers * exchange_passes(config)
+        sent = exchange_bytes(config, mesh, how) * routed
         # All-to-all over a ring of A: V * A / 4 for V bytes a device ("How To Scale Your Model").
         hops = sizes["expert"] / 4 if topology.chip.is_tpu and how != "gather" else 1.0
         yield sent * max(hops, 1.0), _speed(topology, mesh, "expert")
@@ -231,18 +249,19 @@ def search(
         ConfigError: no layout can be laid out, or none fits on paper.
     """
     found = layouts(config, topology, num_devices)
-    room = topology.chip.memory * FULL
+    room = topology.memory * FULL
     fitting = [layout for layout in found if layout.bytes <= room]
     if not found:
         raise ConfigError(
             f"train.batch_size={config.train.batch_size} and the model fit no mesh of "
-            f"{num_devices} devices; use a batch that is a multiple of {num_devices}"
+            f"{num_devices} devices; use a batch that is a multiple of "
+            f"{num_devices * config.moe.group_sequences}"
         )
     if not fitting:
         least = min(layout.bytes for layout in found)
         raise ConfigError(
             f"no layout of {topology.name} fits: the smallest needs {bytes_text(least)} a device "
-            f"and {bytes_text(topology.chip.memory)} are there; use more chips"
+            f"and {bytes_text(topology.memory)} are there; use more chips"
         )
     tried = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
@@ -283,7 +302,7 @@ def _key(config: Config, topology: Topology) -> str:
     sources = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         sources.update(path.read_bytes())
-    parts = (config_values(config), topology.name, versions, sources.hexdigest())
+    parts = (config_values(config), topology.name, topology.fraction, versions, sources.hexdigest())
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 
 
@@ -304,11 +323,11 @@ def search_plan(
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "moejax", "plans")
     tried, found = search(config, topology, len(topology_devices(topology)), cache)
-    show_search(tried, found, topology, given)
     if json_path is not None:
         rows = [{"words": t.layout.words, "error": t.error} | (t.record or {}) for t in tried]
         text = json.dumps({"considered": len(found), "compiled": rows}, indent=1)
         json_path.write_text(text + "\n", encoding="utf-8")
+    show_search(tried, found, topology, given)
     return tried[0].fits
 
 
@@ -359,7 +378,7 @@ def _slower(one: Tried, best: Tried) -> str:
 
 
 def _rest(tried: Iterable[Tried], found: Sequence[Layout], topology: Topology) -> str:
-    room = topology.chip.memory * FULL
+    room = topology.memory * FULL
     large = sum(layout.bytes > room for layout in found)
     slower = len(found) - large - len(list(tried))
     return (

@@ -72,6 +72,74 @@ def test_the_paper_model_knows_what_makes_a_step_larger_or_slower(found):
     assert data.bytes > base.bytes  # the state is whole on both
 
 
+def _count(config, topology=POD):
+    found = search.layouts(config, topology, 8)
+    for layout in found:
+        layout.config.check_mesh(layout.config.mesh)
+    return len(found)
+
+
+def test_capacity_groups_stay_whole_on_every_layout():
+    """16 sequences in groups of 2: at most 8 microbatches, on a mesh that does not split them."""
+    heads = dataclasses.replace(CONFIG.model, num_heads=8, num_kv_heads=8)
+    grouped = dataclasses.replace(
+        CONFIG, model=heads, moe=dataclasses.replace(CONFIG.moe, group_sequences=2)
+    )
+    found = search.layouts(grouped, POD, 8)
+    steps = {one.config.train.accumulation for one in found if one.config.mesh.tensor == 8}
+    assert steps == {1, 2, 4, 8}
+    assert _count(grouped) < _count(dataclasses.replace(grouped, moe=CONFIG.moe))
+
+
+def test_a_batch_that_only_some_meshes_split():
+    """18 sequences on 8 devices: over 1 or 2 token shards, so tensor is 8 or 4."""
+    heads = dataclasses.replace(CONFIG.model, num_heads=8, num_kv_heads=8)
+    odd = dataclasses.replace(CONFIG, model=heads, train=TrainConfig(batch_size=18))
+    found = search.layouts(odd, POD, 8)
+    assert {one.config.mesh.tensor for one in found} == {4, 8}
+    assert {one.config.train.accumulation for one in found} == {1, 2, 3, 6, 9, 18}
+
+
+def test_a_policy_that_keeps_what_was_delivered_sends_it_twice_and_holds_it():
+    """2 MoE layers of gather over 4: 2 * 32 tokens * 4 and 1.5 * 2 * 64 rows of 64 in bfloat16."""
+    mesh = MeshConfig(data=1, fsdp=2, expert=4)
+    rows = search.placements(CONFIG, MeshConfig(data=1))
+
+    def on_paper(remat, mesh=mesh):
+        model = dataclasses.replace(CONFIG.model, remat=remat)
+        moe = dataclasses.replace(CONFIG.moe, transport="gather")
+        changed = dataclasses.replace(CONFIG, mesh=mesh, model=model, moe=moe)
+        exchange, *others = search._sent(changed, POD, rows["parameters"])
+        return search._bytes(changed, rows), exchange[0], [sent for sent, _ in others]
+
+    full, keeping, none = (on_paper(remat) for remat in ("full", "exchange", "none"))
+    assert keeping[0] - full[0] == 2 * (64 * 4 + 192) * 64 * 2
+    assert 3 * keeping[1] == 3 * none[1] == 2 * full[1]
+    assert keeping[2] == full[2] != none[2]  # weights are gathered again all the same
+    both = on_paper("exchange_and_dots_with_no_batch_dims")
+    assert both[0] - on_paper("dots")[0] == 2 * (64 * 4 + 192) * 64 * 2
+    alone = MeshConfig(data=1, fsdp=8, expert=1)
+    assert on_paper("exchange", alone)[0] == on_paper("full", alone)[0]  # nothing is exchanged
+
+
+def test_attention_of_deepseek_v3_on_paper():
+    """128 heads with queries and keys of 128 + 64 and values of 128."""
+    widths = {"qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    model = ModelConfig(num_heads=128, attention="latent", **widths)
+    assert search._attention_numbers(model) == 128 * (192 + 192 + 128)
+    grouped = ModelConfig(num_heads=32, num_kv_heads=8, head_dim=128)
+    assert search._attention_numbers(grouped) == (32 + 8 + 8) * 128
+
+
+@pytest.mark.parametrize(("chunk", "logits"), [(None, 64), (1024, 64), (16, 16)])
+def test_logits_on_paper_are_those_of_a_chunk(chunk, logits):
+    """2 sequences of 32 tokens a device, D 64, 132 of 264 columns of a bfloat16 unembedding."""
+    model = dataclasses.replace(CONFIG.model, vocab_size=264, loss_chunk=chunk)
+    mesh = MeshConfig(data=8, tensor=2)
+    config = dataclasses.replace(CONFIG, model=model, mesh=mesh)
+    assert search._loss_bytes(config) == 132 * (2 * 4 * logits + (2 + 4) * 64)
+
+
 def _record(layout, *, fits=True, seconds=1.0, links=0.1):
     return {
         "fits": fits,
@@ -144,14 +212,18 @@ def test_results_are_kept_by_what_they_depend_on(found):
     assert search._key(one, POD) == search._key(CONFIG, POD)
     assert search._key(one, POD) != search._key(other, POD)
     assert search._key(one, POD) != search._key(one, parse_topology("v5e:4x4"))
+    assert search._key(one, POD) != search._key(one, dataclasses.replace(POD, fraction=0.5))
 
 
 def test_nothing_to_lay_out_says_what_would_be(tmp_path):
     odd = dataclasses.replace(
         CONFIG, train=TrainConfig(batch_size=3), model=ModelConfig(num_heads=1, num_kv_heads=1)
     )
-    with pytest.raises(ConfigError, match="use a batch that is a multiple of 8"):
+    with pytest.raises(ConfigError, match=r"use a batch that is a multiple of 8$"):
         search.search(odd, POD, 8, tmp_path)
+    moe = dataclasses.replace(CONFIG.moe, group_sequences=3)
+    with pytest.raises(ConfigError, match=r"use a batch that is a multiple of 24$"):
+        search.search(dataclasses.replace(odd, moe=moe), POD, 8, tmp_path)
 
 
 def test_nothing_that_fits_says_how_much_is_missing(tmp_path):
