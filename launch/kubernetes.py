@@ -3,7 +3,7 @@ r"""Runs one `moejax` command on Kubernetes: a JobSet whose pods are the process
     python launch/kubernetes.py --name a --image IMAGE --hosts 2 --gpus 8 --claim runs -- \
       train configs/quickstart.py --workdir /runs/a
     python launch/kubernetes.py --name a --image IMAGE --tpu tpu-v5p-slice --topology 2x2x4 \
-      --slices 2 --claim runs -- train configs/quickstart.py --workdir /runs/a
+      --claim runs -- train configs/quickstart.py --workdir /runs/a
 
 The cluster needs the JobSet controller (jobset.sigs.k8s.io). IMAGE has moejax, its configs in the
 working folder. --claim names a volume that all pods can write; it stands at /runs, where the
@@ -44,7 +44,7 @@ COMPLETION_INDEX = "metadata.annotations['batch.kubernetes.io/job-completion-ind
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """What to run and on what: `hosts` with GPUs each, or `slices` of a TPU topology."""
+    """What to run and on what: `hosts` with GPUs each, or a TPU slice."""
 
     command: list[str]
     name: str
@@ -53,7 +53,6 @@ class Launch:
     gpus: int | None = None
     tpu: str | None = None
     topology: str | None = None
-    slices: int = 1
     claim: str | None = None
     namespace: str | None = None
     max_restarts: int = 100
@@ -68,34 +67,43 @@ class Launch:
             raise ConfigError("--tpu and --topology go together, as in tpu-v5p-slice and 2x2x4")
         if self.tpu is not None and (self.gpus is not None or self.hosts != 1):
             raise ConfigError("--tpu has its hosts from --topology; leave out --hosts and --gpus")
-        if self.tpu is None and self.slices != 1:
-            raise ConfigError(f"--slices {self.slices} is for --tpu; give --hosts instead")
         if self.tpu is not None and self.tpu not in CHIPS_PER_HOST:
             raise ConfigError(f"--tpu {self.tpu} is not one of {', '.join(CHIPS_PER_HOST)}")
-        for name in ("hosts", "gpus", "slices"):
+        for name in ("hosts", "gpus"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} {value} is below 1")
-        if self.topology is not None and not re.fullmatch(r"\d+(x\d+){1,2}", self.topology):
-            raise ConfigError(f"--topology {self.topology} is not like 4x4 or 2x2x4")
+        if self.topology is not None:
+            self._check_topology(self.topology)
         if not self.command or self.command[0] not in VERBS:
             raise ConfigError("the command is no verb of moejax; for example train configs/x.py")
         VERBS[self.command[0]].read(self.command[1:])  # the config file is in the image
+
+    def _check_topology(self, topology: str) -> None:
+        if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
+            raise ConfigError(f"--topology {topology} is not like 4x4 or 2x2x4")
+        if self.slice_chips % self.chips:
+            raise ConfigError(
+                f"--topology {topology} has {self.slice_chips} chips, not a multiple of the "
+                f"{self.chips} of a host of {self.tpu}; use a topology that it comes in"
+            )
+
+    @property
+    def slice_chips(self) -> int:
+        assert self.topology is not None
+        return math.prod(map(int, self.topology.split("x")))
 
     @property
     def chips(self) -> int:
         """TPU chips that one host of the slice has."""
         assert self.tpu is not None
-        assert self.topology is not None
-        total = math.prod(map(int, self.topology.split("x")))
-        small = self.tpu in ("tpu-v5-lite-podslice", "tpu-v6e-slice") and total <= 8
-        return min(total, 8 if small else CHIPS_PER_HOST[self.tpu])
+        small = self.tpu in ("tpu-v5-lite-podslice", "tpu-v6e-slice") and self.slice_chips <= 8
+        return min(self.slice_chips, 8 if small else CHIPS_PER_HOST[self.tpu])
 
     @property
-    def hosts_per_slice(self) -> int:
-        if self.topology is None:
-            return self.hosts
-        return math.prod(map(int, self.topology.split("x"))) // self.chips
+    def processes(self) -> int:
+        """One a host."""
+        return self.hosts if self.topology is None else self.slice_chips // self.chips
 
 
 def jobset(launch: Launch) -> dict[str, Any]:
@@ -103,13 +111,13 @@ def jobset(launch: Launch) -> dict[str, Any]:
     metadata: dict[str, Any] = {"name": launch.name}
     if launch.namespace is not None:
         metadata["namespace"] = launch.namespace
-    if launch.tpu is not None:  # a slice is one node pool; the controller gives each job its own
+    if launch.tpu is not None:  # a slice is one node pool, for this job alone
         metadata["annotations"] = {EXCLUSIVE: "cloud.google.com/gke-nodepool"}
     job = {
         "backoffLimit": 0,  # processes go on together or not at all
         "completionMode": "Indexed",
-        "completions": launch.hosts_per_slice,
-        "parallelism": launch.hosts_per_slice,
+        "completions": launch.processes,
+        "parallelism": launch.processes,
         "podFailurePolicy": {"rules": [_fail_for_good()]},
         "template": {"spec": _pod(launch)},
     }
@@ -128,9 +136,7 @@ def jobset(launch: Launch) -> dict[str, Any]:
                     }
                 ],
             },
-            "replicatedJobs": [
-                {"name": "host", "replicas": launch.slices, "template": {"spec": job}}
-            ],
+            "replicatedJobs": [{"name": "host", "replicas": 1, "template": {"spec": job}}],
         },
     }
 
@@ -168,7 +174,7 @@ def _pod(launch: Launch) -> dict[str, Any]:
 
 
 def _environment(launch: Launch) -> list[dict[str, Any]]:
-    """Where process 0 waits. On TPUs the cluster says so itself, over all slices."""
+    """Where process 0 waits. On TPUs the cluster says so itself."""
     values = {"MOEJAX_JOIN_SECONDS": str(JOIN_SECONDS), "PYTHONUNBUFFERED": "1"}
     if launch.tpu is None:
         values["JAX_COORDINATOR_ADDRESS"] = f"{launch.name}-host-0-0.{launch.name}:{PORT}"
@@ -190,7 +196,6 @@ def main() -> int:
     parser.add_argument("--gpus", type=int, help="of each host")
     parser.add_argument("--tpu", help=f"type of the slice: {', '.join(CHIPS_PER_HOST)}")
     parser.add_argument("--topology", help="of the slice, such as 2x2x4")
-    parser.add_argument("--slices", type=int, default=1, help="how many (default: 1)")
     parser.add_argument("--claim", help=f"persistent volume claim to mount at {MOUNT}")
     parser.add_argument("--namespace", help="default: that of kubectl")
     parser.add_argument("--max_restarts", type=int, default=100, help="default: 100")
@@ -200,7 +205,7 @@ def main() -> int:
     dry_run = options.pop("dry_run")
     try:
         launch = Launch(**options)
-        if launch.claim is None and launch.hosts_per_slice * launch.slices > 1:
+        if launch.claim is None and launch.processes > 1:
             raise ConfigError("several hosts need --claim: each writes its part of a checkpoint")
         text = yaml.safe_dump(jobset(launch), sort_keys=False)
         if dry_run:

@@ -6,7 +6,8 @@ r"""Runs one `moejax` command as several processes on this machine, each with it
 `--cpu_devices` is per process. Where there are GPUs or TPUs and no --cpu_devices, each process gets
 an equal share of them. What process 0 prints is shown; the others write to --logs, and the end of a
 log is shown when its process fails. The first process that fails ends the others; its exit code is
-returned. SIGTERM goes on to every process: `train` then saves and ends with exit code 75.
+returned. SIGTERM goes on to every process: `train` then saves and ends with exit code 75; a second
+one kills them.
 """
 
 import argparse
@@ -138,9 +139,22 @@ def wait(started: list[subprocess.Popen]) -> int:
         time.sleep(POLL_SECONDS)
 
 
+def forward_sigterm(started: list[subprocess.Popen]) -> None:
+    """Has a SIGTERM of this process ask all of them to end, and a second one kill them."""
+
+    def ask(*_) -> None:
+        signal.signal(signal.SIGTERM, kill)
+        send(started, signal.SIGTERM)
+
+    def kill(*_) -> None:
+        send(started, signal.SIGKILL)
+
+    signal.signal(signal.SIGTERM, ask)
+
+
 def stop(started: list[subprocess.Popen]) -> None:
     """Asks every process that still runs to end, and kills those that do not."""
-    terminate(started)
+    send(started, signal.SIGTERM)
     deadline = time.monotonic() + GRACE_SECONDS
     for process in started:
         try:
@@ -150,10 +164,10 @@ def stop(started: list[subprocess.Popen]) -> None:
             process.wait()
 
 
-def terminate(started: list[subprocess.Popen]) -> None:
+def send(started: list[subprocess.Popen], number: signal.Signals) -> None:
     for process in started:
         if process.poll() is None:
-            process.terminate()
+            process.send_signal(number)
 
 
 def main() -> int:
@@ -179,7 +193,7 @@ def main() -> int:
     logs = options.logs or Path(tempfile.mkdtemp(prefix="moejax-"))
     logs.mkdir(parents=True, exist_ok=True)
     started = start(options.command, shares, port, logs)
-    signal.signal(signal.SIGTERM, lambda *_: terminate(started))
+    forward_sigterm(started)
     try:
         code = wait(started)
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@ r"""Submits one `moejax` command to SLURM: one process a node, requeued where it
 
     python launch/slurm.py --nodes 2 --gpus_per_node 8 --time 4:00:00 -- \
       train configs/quickstart.py --workdir runs/a
-    python launch/slurm.py --nodes 1 --array sweep.txt -- \
+    python launch/slurm.py --nodes 1 --cpus_per_task 16 --array sweep.txt -- \
       train configs/quickstart.py --workdir runs/sweep
 
 --array FILE has a line of `key=value` words for each run, which trains in WORKDIR/0, WORKDIR/1 and
@@ -36,6 +36,7 @@ class Job:
     logs: Path = Path("logs")
     name: str = "moejax"
     gpus_per_node: int | None = None
+    cpus_per_task: int | None = None  # None is whole nodes
     time: str | None = None
     grace: int = 120
     sbatch: tuple[str, ...] = ()  # further options, as they stand
@@ -47,13 +48,23 @@ def read_runs(file: Path) -> list[list[str]]:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ConfigError(f"--array {file} cannot be read: {error.strerror}") from None
-    runs = [shlex.split(line) for line in lines if line.strip() and not line.startswith("#")]
+    runs = [_words(file, line) for line in lines if line.strip() and not line.startswith("#")]
     if not runs:
         raise ConfigError(
             f"--array {file} has no line; write one of key=value words for each run, for example "
             "optim.learning_rate=1e-3 seed=1"
         )
     return runs
+
+
+def _words(file: Path, line: str) -> list[str]:
+    try:
+        return shlex.split(line)
+    except ValueError as error:
+        raise ConfigError(
+            f"--array {file}: {error} in {line!r}; close the quotation, or put a backslash before "
+            "a quotation mark that is meant"
+        ) from None
 
 
 def commands(job: Job) -> list[list[str]]:
@@ -69,10 +80,14 @@ def commands(job: Job) -> list[list[str]]:
     if job.runs is None:
         found = [job.command]
     else:
-        workdir = verb.read(job.command[1:]).options.workdir
-        at = job.command.index(workdir) if workdir in job.command else None
-        if at is None:
-            raise ConfigError("--array needs the command's workdir as --workdir DIR, two words")
+        verb.read(job.command[1:])
+        if "--workdir" not in job.command:
+            raise ConfigError(
+                f"--array needs a workdir for its runs, which {job.command[0]} has to be given as "
+                "--workdir DIR, two words; for example train configs/x.py --workdir runs/sweep"
+            )
+        at = job.command.index("--workdir") + 1
+        workdir = job.command[at]
         found = [
             [*job.command[:at], f"{workdir}/{index}", *job.command[at + 1 :], *overrides]
             for index, overrides in enumerate(job.runs)
@@ -93,14 +108,18 @@ def render(job: Job) -> str:
         "nodes": job.nodes,
         "ntasks-per-node": 1,  # JAX drives all devices of a node from one process
         "gpus-per-node": job.gpus_per_node,
+        "cpus-per-task": job.cpus_per_task,
         "time": job.time,
         "output": f"{folder}/{number}.log",
         "open-mode": "append",  # a job that is requeued goes on in its log
-        "signal": f"TERM@{job.grace}" if job.time is not None else None,
+        "signal": f"TERM@{job.grace}",  # the partition may have a limit too
         "array": None if job.runs is None else f"0-{len(found) - 1}",
     }
-    lines = [f"#SBATCH --{name}={value}" for name, value in asks.items() if value is not None]
+    lines = [_directive(name, value) for name, value in asks.items() if value is not None]
+    if job.cpus_per_task is None:
+        lines.append("#SBATCH --exclusive")  # else SLURM gives a task one CPU
     lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in job.sbatch)]
+    cpus = "" if job.cpus_per_task is None else f" --cpus-per-task={job.cpus_per_task}"
     words = [" ".join(map(shlex.quote, command)) for command in found]
     cases = "\n".join(f"  {index}) set -- {text} ;;" for index, text in enumerate(words))
     return f"""#!/bin/bash
@@ -118,7 +137,7 @@ export JAX_COORDINATOR_ADDRESS="$address:$(({PORTS} + SLURM_JOB_ID % 4096))"
 # A signal to the whole job is for the processes: this script has to outlive them.
 trap : TERM
 # The first process that ends does not end the others at once: they are about to, in order.
-srun --kill-on-bad-exit=0 --wait={WAIT_SECONDS} --open-mode=append \\
+srun --kill-on-bad-exit=0 --wait={WAIT_SECONDS} --open-mode=append{cpus} \\
   --output={shlex.quote(f"{folder}/{number}")}-%t.log \\
   {shlex.quote(sys.executable)} -m moejax "$@"
 code=$?
@@ -132,12 +151,25 @@ exit $code
 """
 
 
+def _directive(name: str, value: object) -> str:
+    """Returns the line for sbatch, which reads quotes as a shell does, but for backslashes."""
+    text = str(value)
+    if "\\" in text or not text.isprintable():
+        raise ConfigError(
+            f"#SBATCH --{name}={text!r} cannot stand in a script; use no backslashes, tabs and "
+            "line breaks"
+        )
+    return f"#SBATCH --{name}={shlex.quote(text)}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--nodes", type=int, required=True, help="how many, one process on each")
     parser.add_argument("--gpus_per_node", type=int, help="default: none are asked for")
+    help = "for data and saving, of each node (default: whole nodes, shared with no other job)"
+    parser.add_argument("--cpus_per_task", type=int, metavar="N", help=help)
     parser.add_argument("--time", help="limit of one stay on the nodes, such as 4:00:00")
     help = "seconds before the limit at which SIGTERM comes, to save and requeue (default: 120)"
     parser.add_argument("--grace", type=int, default=120, help=help)
@@ -149,8 +181,9 @@ def main() -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the script, submit nothing")
     parser.add_argument("command", nargs="+", help="after --: a verb of moejax and its words")
     options = vars(parser.parse_args())
-    if options["nodes"] < 1:
-        parser.error(f"--nodes {options['nodes']} is below 1")
+    for name in ("nodes", "cpus_per_task"):
+        if options[name] is not None and options[name] < 1:
+            parser.error(f"--{name} {options[name]} is below 1")
     dry_run, array, sbatch = (options.pop(name) for name in ("dry_run", "array", "sbatch"))
     try:
         runs = None if array is None else read_runs(array)

@@ -14,6 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from moejax.cluster import agree_on_largest, appears, refuse_together
 from moejax.config import CheckpointConfig, ConfigError
 from moejax.state import TrainState
 from moejax.workdir import CHECKPOINTS, checkpoint_steps
@@ -40,6 +41,28 @@ def _split(state: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     return model, {"opt_state": state.opt_state, "rng": state.rng}
 
 
+def latest_step(workdir: Path) -> int:
+    """Returns the last committed step that any process sees, once all see it; 0 if there is none.
+
+    Each process lists the shared folder for itself, and one that saw less would resume from another
+    step than the rest.
+
+    Raises:
+        ConfigError: a process does not see it in time.
+    """
+    step = agree_on_largest("latest checkpoint", max(checkpoint_steps(workdir), default=0))
+    seen = step == 0 or appears(lambda: step in checkpoint_steps(workdir))
+    complaint = f"does not see step {step} of another process in {workdir / CHECKPOINTS}"
+    refuse_together("checkpoint", "" if seen else f"{complaint}; use a shared file system")
+    return step
+
+
+class _Manager(ocp.CheckpointManager):
+    def reached_preemption(self, step: int) -> bool:
+        """Asks nobody: Orbax only logs the answer, and each question moves the service's count."""
+        return False
+
+
 class Checkpoints:
     """The checkpoints of one run. A context manager: leaving it waits for the last save.
 
@@ -61,7 +84,7 @@ class Checkpoints:
                 "first checkpoint.every steps"
             )
         (self._workdir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
+        self._manager = _Manager(
             self._workdir / CHECKPOINTS, options=_options(config, read_only), item_names=ITEMS
         )
 

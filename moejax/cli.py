@@ -302,14 +302,14 @@ def _step(parser: argparse.ArgumentParser) -> None:
 # Verbs
 
 
-def _start_jax(cpu_devices: int | None) -> None:
+def _start_jax(cpu_devices: int | None, preemptible: bool = False) -> None:
     """Starts JAX. From here on importing it is allowed."""
     os.environ.setdefault(
         "TF_CPP_MIN_LOG_LEVEL", "2"
     )  # XLA's own lines would break the progress bar; set it to 0 to read them
     from moejax.mesh import start_jax
 
-    start_jax(cpu_devices)
+    start_jax(cpu_devices, preemptible)
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
@@ -323,7 +323,7 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
 def _train(line: Line) -> int:
     config = line.load()
     workdir = check_workdir(line.options.workdir, config)
-    _start_jax(line.options.cpu_devices)
+    _start_jax(line.options.cpu_devices, preemptible=True)
     from moejax.loop import train
 
     return train(config, workdir)

@@ -37,7 +37,9 @@ BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 JOIN_SECONDS = "MOEJAX_JOIN_SECONDS"
 DEFAULT_JOIN_SECONDS = 300  # on a cluster the slowest process still pulls its image
 SHUTDOWN_SECONDS = 20
+APPEAR_SECONDS = 30
 TPU_PORT = 8476 + 6  # beside those that libtpu takes
+SLICES = "MEGASCALE_NUM_SLICES"
 
 
 class Cluster(NamedTuple):
@@ -84,8 +86,16 @@ def _checked(cluster: Cluster) -> Cluster | None:
 def _from_launcher(environment: Mapping[str, str]) -> Cluster | None:
     address = environment.get(COORDINATOR)
     missing = [name for name in (PROCESSES, PROCESS_ID) if name not in environment]
-    if address is None or (len(missing) == 2 and "SLURM_PROCID" in environment):
+    if "SLURM_PROCID" in environment and (address is None or len(missing) == 2):
         return None
+    if address is None:
+        given = [name for name in (PROCESSES, PROCESS_ID) if name in environment]
+        if not given:
+            return None
+        raise ConfigError(
+            f"{given[0]}={environment[given[0]]} is set and {COORDINATOR} is not: this process "
+            f"would train alone; set {COORDINATOR} to HOST:PORT of process 0, or unset {given[0]}"
+        )
     if missing:
         raise ConfigError(
             f"{COORDINATOR}={address} is set and {', '.join(missing)} is not; a launcher sets all "
@@ -143,11 +153,14 @@ def tpu_vm_cluster(metadata: Callable[[str], str | None]) -> Cluster | None:
 
 
 def _tpu_cluster(hosts: list[str], worker: int, slices: Mapping[str, str]) -> Cluster:
-    """Numbers the hosts of one slice, or of several that are joined over the data center."""
-    first = slices.get("MEGASCALE_COORDINATOR_ADDRESS") or hosts[0]
-    num_slices = int(slices.get("MEGASCALE_NUM_SLICES") or 1)
-    index = int(slices.get("MEGASCALE_SLICE_ID") or 0) * len(hosts) + worker
-    return Cluster(f"{first.split(':')[0]}:{TPU_PORT}", num_slices * len(hosts), index)
+    """The hosts of one slice. Several, joined over the data center, have no torus for a mesh."""
+    num_slices = slices.get(SLICES) or "1"
+    if num_slices != "1":
+        raise ConfigError(
+            f"{SLICES}={num_slices}: a mesh lies on the torus of one TPU slice; use one slice, "
+            "larger if need be, or start a job with a --workdir of its own on each"
+        )
+    return Cluster(f"{hosts[0].split(':')[0]}:{TPU_PORT}", len(hosts), worker)
 
 
 def _metadata(attribute: str) -> str | None:
@@ -173,8 +186,11 @@ def _whole(environment: Mapping[str, str], name: str) -> int:
 # Joining
 
 
-def join_processes() -> None:
+def join_processes(preemptible: bool) -> None:
     """Joins the processes of this run, if it has several; else does nothing.
+
+    Args:
+        preemptible: whether SIGTERM is for `preemption.py` to answer; else it ends a process.
 
     Raises:
         ConfigError: the port of process 0 is taken, or the processes run different software.
@@ -190,6 +206,7 @@ def join_processes() -> None:
         _check_port(os.environ.get(BIND) or f":{cluster.address.rpartition(':')[2]}")
     else:
         _await_coordinator(cluster, seconds)
+    jax.config.update("jax_enable_preemption_service", preemptible)  # it swallows SIGTERM
     with _give_up_after(seconds, cluster):
         jax.distributed.initialize(
             cluster.address,
@@ -331,7 +348,7 @@ def check_shared(folder: Path) -> None:
     else:
         with _explained("workdir"):
             mark = folder / client.blocking_key_value_get(key, _join_seconds() * 1000)
-        if not _appears(mark, seconds=30):  # file systems over a network show it late
+        if not appears(lambda: mark.name in os.listdir(folder)):  # exists() may not ask the server
             complaint = f"has another workdir {folder} than process 0; use a shared file system"
     try:
         refuse_together("shared", complaint)
@@ -352,13 +369,47 @@ def _explained(topic: str) -> Iterator[None]:
         ) from None
 
 
-def _appears(file: Path, seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if file.name in os.listdir(file.parent):  # asks the server, where exists() may not
-            return True
+def appears(seen: Callable[[], bool]) -> bool:
+    """Waits until `seen()`; False if it never is. File systems over a network show files late."""
+    deadline = time.monotonic() + APPEAR_SECONDS
+    while not seen():
+        if time.monotonic() > deadline:
+            return False
         time.sleep(0.1)
-    return False
+    return True
+
+
+def agree_on_largest(topic: str, mine: int) -> int:
+    """Returns the largest of the numbers that the processes give, once all gave one.
+
+    Args:
+        topic: what is given; a name used once in a run.
+    """
+    client, index = distributed.global_state.client, distributed.global_state.process_id
+    if client is None:
+        return mine
+    client.key_value_set(f"moejax/{topic}/{index}", str(mine))
+    with _explained(topic):
+        client.wait_at_barrier(f"moejax/{topic}", _join_seconds() * 1000)
+    return max(int(given) for _, given in client.key_value_dir_get(f"moejax/{topic}/"))
+
+
+@contextlib.contextmanager
+def failing_together(topic: str) -> Iterator[None]:
+    """Has every process end where one cannot go on; leaving it waits for all of them.
+
+    Raises:
+        ConfigError: what that process said, or on itself what the system said of a file.
+    """
+    try:
+        yield
+    except (ConfigError, OSError) as error:
+        with contextlib.suppress(ConfigError):  # the complaint itself, or the others are gone too
+            refuse_together(topic, f"cannot go on: {error}")
+        if isinstance(error, OSError):
+            raise ConfigError(f"{error}; let every process read it") from error
+        raise
+    refuse_together(topic, "")
 
 
 def refuse_together(topic: str, complaint: str) -> None:

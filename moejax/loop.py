@@ -12,8 +12,8 @@ import numpy as np
 from rich.console import Console
 
 import moejax
-from moejax.checkpoint import Checkpoints
-from moejax.cluster import check_agreement, check_shared
+from moejax.checkpoint import Checkpoints, latest_step
+from moejax.cluster import check_agreement, check_shared, failing_together
 from moejax.config import Config, ConfigError
 from moejax.corpus import load_corpus
 from moejax.data import Batch, Prefetch, TrainBatches, check_tokens, check_vocabulary
@@ -51,18 +51,23 @@ def train(config: Config, workdir: Path) -> int:
         ConfigError: the config does not fit the devices or the data, or processes differ.
     """
     check_agreement("config", config_values(config))
-    mesh = make_mesh(config.mesh)
-    config.check_mesh(mesh_config(mesh))
-    corpus = load_corpus(config.data, "train")
-    check_vocabulary(corpus, config.model.vocab_size)
-    data = TrainBatches(corpus, config.data.sequence_length, config.train.batch_size, config.seed)
-    evaluator = Evaluator(config, mesh)
+    with failing_together("inputs"):
+        mesh = make_mesh(config.mesh)
+        config.check_mesh(mesh_config(mesh))
+        corpus = load_corpus(config.data, "train")
+        check_vocabulary(corpus, config.model.vocab_size)
+        length, batch_size = config.data.sequence_length, config.train.batch_size
+        data = TrainBatches(corpus, length, batch_size, config.seed)
+        evaluator = Evaluator(config, mesh)
     check_agreement("data", {"data fingerprint": data.fingerprint[:12]})
     check_shared(workdir)
+    start = latest_step(workdir)  # before anything opens the folder
     hashed = config.moe.router == "hash"
     token_counts = corpus.token_counts(config.model.vocab_size) if hashed else None
     with Checkpoints(workdir, config.checkpoint) as checkpoints, Preemption() as preemption:
-        training = Training(config, workdir, mesh, data, evaluator, checkpoints, token_counts)
+        training = Training(
+            config, workdir, mesh, data, evaluator, checkpoints, start, token_counts
+        )
         try:
             if training.train(preemption):
                 training.finish()
@@ -86,6 +91,7 @@ class Training:
         data: TrainBatches,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
+        start: int,
         token_counts: np.ndarray | None,
     ):
         self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
@@ -93,8 +99,7 @@ class Training:
         self._choices_to_replay(1)  # refused before anything is compiled
         self.step_function, abstract = make_train_step(config, mesh)
         self.counters = {"tokens_seen": 0, "routed_seen": 0, "dropped_seen": 0}
-        if checkpoints.steps:
-            start = checkpoints.find(None)
+        if start > 0:
             meta = checkpoints.restore_meta(start)
             self._check_data(meta)
             if start > config.train.steps:
@@ -105,7 +110,6 @@ class Training:
             self.counters = meta["counters"]
             self.state = checkpoints.restore(start, abstract)
         else:
-            start = 0
             optimizer = make_optimizer(config.optim, config.train.steps)
             self.state = initial_state(config, mesh, optimizer, token_counts)
         self.start = start
@@ -147,7 +151,7 @@ class Training:
                 choices = self._choices_to_replay(step)
                 self.state, metrics = self.step_function(self.state, next(batches), choices)
                 late.push(step, metrics)
-                preempted = preemption.reached(step) and step < config.train.steps
+                preempted = preemption.reached() and step < config.train.steps
                 self._hooks(step, late, preempted)
                 if preempted:
                     return self._stop(step)

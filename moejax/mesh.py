@@ -17,11 +17,12 @@ AnyMesh: TypeAlias = Mesh | AbstractMesh  # an abstract one has no devices: for 
 Device: TypeAlias = jax.Device  # pyright: ignore[reportInvalidTypeForm]  jax types it as a variable
 
 
-def start_jax(cpu_devices: int | None = None) -> None:
+def start_jax(cpu_devices: int | None = None, preemptible: bool = False) -> None:
     """Configures JAX for this process; call it once, before anything touches a device.
 
     Args:
         cpu_devices: number of virtual CPU devices of this process; None leaves JAX's choice.
+        preemptible: whether the caller saves on SIGTERM (`preemption.py`).
 
     Raises:
         ConfigError: `cpu_devices` is asked for on an accelerator, or after the devices were made.
@@ -38,7 +39,7 @@ def start_jax(cpu_devices: int | None = None) -> None:
             ) from error
     if cpu_devices is not None or os.environ.get("JAX_PLATFORMS") == "cpu":
         _keep_freed_memory()
-    join_processes()
+    join_processes(preemptible)
     if cpu_devices is not None and jax.default_backend() != "cpu":
         raise ConfigError(
             f"--cpu_devices {cpu_devices} was given and JAX runs on {jax.default_backend()}; "

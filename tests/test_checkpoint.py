@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,6 +63,16 @@ def test_restored_bit_for_bit_on_another_mesh(tmp_path, wide):
     gate = params["runs"]["layer_0"]["moe"]["gate"]
     assert gate.sharding == NamedSharding(narrow, P(None, "expert", "fsdp", "tensor"))
     np.testing.assert_array_equal(router_state["bias"], np.full((1, 8), 7))
+
+
+def test_a_save_asks_no_preemption_service(tmp_path, wide, monkeypatch):
+    """Its count is of the loop's questions; one more, with another number, would lose a signal."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
+        checkpoints.save(make_state(7, wide), {}, None)
+    assert checkpoint_steps(tmp_path) == [7]
+    assert asked == []
 
 
 def test_last_and_best_are_kept_over_a_restart(tmp_path, wide):

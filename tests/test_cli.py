@@ -78,7 +78,7 @@ def test_all_spellings_of_a_line_mean_the_same(line, tmp_path, calls):
     assert expected.seed == 2
     for words in ([*first, *second, *line], [*first, *line, *second], [*line, *first, *second]):
         assert main(["train", *words]) == 0
-        assert calls == [("start_jax", 8), ("train", expected, tmp_path / "run")]
+        assert calls == [("start_jax", 8, True), ("train", expected, tmp_path / "run")]
         calls.clear()
 
 
@@ -95,7 +95,7 @@ def test_eval_takes_its_config_from_the_workdir(workdir, calls, tmp_path):
     line = ["--step", "40", "--cpu_devices=1", "mesh.expert=2", "--json", str(out)]
     assert main(["eval", "--workdir", str(workdir), *line]) == 0
     start, (name, config, folder, step), show = calls
-    assert start == ("start_jax", 1)
+    assert start == ("start_jax", 1, False), "SIGTERM ends it"
     assert (name, folder, step) == ("evaluate_workdir", workdir, 40)
     assert (config.seed, config.mesh.expert) == (3, 2)
     assert json.loads(out.read_text()) == show[1] == {"step": 40, "split": "eval", "loss": 1.5}
@@ -116,7 +116,7 @@ def test_verify_describe_and_prepare_pass_on_what_they_are_given(calls, tmp_path
     assert main(["describe", QUICKSTART, "seed=1", "--devices", "16"]) == 0
     assert main(["prepare", "a.py", "en=b/*.txt", "--output", "out", "--workers", "2"]) == 0
     assert calls == [
-        ("start_jax", 8),
+        ("start_jax", 8, False),
         ("verify", config, True, None, None),
         ("describe", config, 16),
         ("prepare", ["a.py", "en=b/*.txt"], "bytes", "out", "text", 0.05, 2),

@@ -1,13 +1,19 @@
 """How processes find each other: the variables of each launcher, by hand, and wrong ones."""
 
+import collections
+import concurrent.futures
 import http.server
 import socket
 import threading
+import types
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import pytest
 
 from moejax import cluster
+from moejax.checkpoint import latest_step
 from moejax.cluster import find_cluster, first_host, tpu_vm_cluster
 from moejax.errors import ConfigError, UnavailableError
 
@@ -23,11 +29,6 @@ SLURM = {
     "SLURM_PROCID": "2",
 }
 GKE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a-0.svc,a-1.svc"}
-SECOND_SLICE = {
-    "MEGASCALE_COORDINATOR_ADDRESS": "b-0.svc:8080",
-    "MEGASCALE_NUM_SLICES": "2",
-    "MEGASCALE_SLICE_ID": "1",
-}
 
 
 @pytest.mark.parametrize(
@@ -42,7 +43,8 @@ SECOND_SLICE = {
         (SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, None),  # a batch script, outside of srun
         (GKE, ("a-0.svc:8482", 2, 1)),
-        (GKE | SECOND_SLICE, ("b-0.svc:8482", 4, 3)),
+        (GKE | {"MEGASCALE_NUM_SLICES": "1"}, ("a-0.svc:8482", 2, 1)),
+        (SLURM | {"JAX_PROCESS_ID": "2"}, ("gpu07:61441", 3, 2)),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),  # compiling for TPUs where there is none
     ],
 )
@@ -72,6 +74,12 @@ def test_first_host_of_a_compressed_list(nodes, first):
         (LAUNCHER | {"JAX_PROCESS_ID": "4"}, "process 4 of 4 .*numbered from 0 to 3"),
         (LAUNCHER | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES='four' is not a whole"),
         (LAUNCHER | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "not HOST:PORT"),
+        (
+            {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"},
+            "JAX_NUM_PROCESSES=4 is set and JAX_COORDINATOR_ADDRESS is not: .*; set JAX_COORD",
+        ),
+        ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID=0 is set .* train alone"),
+        (GKE | {"MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_NUM_SLICES=2: .* use one slice"),
     ],
 )
 def test_variables_that_do_not_fit(environment, message):
@@ -87,19 +95,20 @@ def test_variables_that_do_not_fit(environment, message):
             {"agent-worker-number": "1", "worker-network-endpoints": "x:y:10.0.0.5,x:z:10.0.0.6"},
             ("10.0.0.5:8482", 2, 1),
         ),
-        (
-            {
-                "agent-worker-number": "0",
-                "worker-network-endpoints": "host-0",
-                "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
-                "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9:8080'\n",
-            },
-            ("10.0.0.9:8482", 2, 1),
-        ),
     ],
 )
 def test_a_tpu_machine_by_its_metadata(metadata, found):
     assert tpu_vm_cluster(metadata.get) == found
+
+
+def test_a_tpu_machine_of_several_slices_is_refused():
+    metadata = {
+        "agent-worker-number": "0",
+        "worker-network-endpoints": "host-0",
+        "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n",
+    }
+    with pytest.raises(ConfigError, match=r"MEGASCALE_NUM_SLICES=2: .* use one slice"):
+        tpu_vm_cluster(metadata.get)
 
 
 class _Metadata(http.server.BaseHTTPRequestHandler):
@@ -149,5 +158,96 @@ def test_a_peer_that_ended_is_explained():
 
 def test_a_process_alone_agrees_with_itself(tmp_path):
     cluster.check_agreement("alone", {"a": 1})
+    assert cluster.agree_on_largest("alone", 7) == 7
     cluster.check_shared(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# Several processes, which here are threads with a coordinator's client of their own
+
+
+class _Coordinator:
+    """What the processes share: keys, and a barrier for each topic."""
+
+    def __init__(self, processes: int):
+        self.values, self.processes = {}, processes
+        self.barriers = collections.defaultdict(lambda: threading.Barrier(processes))
+
+    def key_value_set(self, key, value):
+        self.values[key] = value
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
+
+    def wait_at_barrier(self, name, milliseconds):
+        self.barriers[name].wait(min(milliseconds, 10_000) / 1000)
+
+
+def _run_each(monkeypatch, functions: list[Callable]) -> list:
+    """Returns what the function of each process returns, or the error that it raises."""
+    state, client = threading.local(), _Coordinator(len(functions))
+    monkeypatch.setattr(cluster, "distributed", types.SimpleNamespace(global_state=state))
+
+    def run(index: int):
+        state.client, state.process_id = client, index
+        try:
+            return functions[index]()
+        except Exception as error:
+            return error
+
+    with concurrent.futures.ThreadPoolExecutor(len(functions)) as pool:
+        return list(pool.map(run, range(len(functions))))
+
+
+def test_an_error_of_one_process_ends_all(monkeypatch):
+    """Of a file that only process 1 cannot read; it says so itself, too."""
+
+    def reads(error: Exception | None):
+        with cluster.failing_together("inputs"):
+            if error is not None:
+                raise error
+
+    missing = [FileNotFoundError(2, "No such file", "a.bin"), ConfigError("text of 3 bytes")]
+    for error in missing:
+        first, second = _run_each(monkeypatch, [lambda: reads(None), lambda e=error: reads(e)])
+        assert isinstance(first, ConfigError)
+        assert isinstance(second, ConfigError)
+        assert f"process 1 cannot go on: {error}; start every process" in str(first)
+        assert str(second).startswith(str(error))
+    assert _run_each(monkeypatch, [lambda: reads(None)] * 2) == [None, None]
+
+
+def test_an_error_of_a_process_alone_stays_as_it_is():
+    with (
+        pytest.raises(ConfigError, match=r"^text of 3 bytes$"),
+        cluster.failing_together("inputs"),
+    ):
+        raise ConfigError("text of 3 bytes")
+
+
+def test_a_checkpoint_that_shows_late_is_waited_for(monkeypatch):
+    listings = {"0": [[], [], [20, 40]], "1": [[20, 40]]}
+
+    def steps(workdir):
+        left = listings[workdir.name]
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    monkeypatch.setattr("moejax.checkpoint.checkpoint_steps", steps)
+    each = [lambda: latest_step(Path("0")), lambda: latest_step(Path("1"))]
+    assert _run_each(monkeypatch, each) == [40, 40]
+    assert listings["0"] == [[20, 40]], "process 0 looked again"
+
+
+def test_a_checkpoint_that_one_process_never_sees_is_refused_by_all(monkeypatch):
+    monkeypatch.setattr(cluster, "APPEAR_SECONDS", 0.2)
+    monkeypatch.setattr(
+        "moejax.checkpoint.checkpoint_steps",
+        lambda workdir: {"0": [20], "1": [20, 40]}[str(workdir)],
+    )
+    each = [lambda: latest_step(Path("0")), lambda: latest_step(Path("1"))]
+    for error in _run_each(monkeypatch, each):
+        assert "process 0 does not see step 40 of another process in 0/checkpoints" in str(error)
+
+
+def test_without_checkpoints_all_begin_at_0(monkeypatch, tmp_path):
+    assert _run_each(monkeypatch, [lambda: latest_step(tmp_path)] * 2) == [0, 0]

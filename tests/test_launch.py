@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -47,7 +48,8 @@ def _local():
     return module
 
 
-share_devices = _local().share_devices
+local = _local()
+share_devices = local.share_devices
 
 
 def command(processes: int, workdir: Path, *words: str, options: tuple = ()) -> list[str]:
@@ -79,9 +81,9 @@ def alone(tmp_path_factory) -> Path:
 
 
 def _params(workdir: Path):
-    _, step, params, _ = restore_for_use(read_config(workdir), workdir, None)
-    assert step == 20
-    return params
+    restored = restore_for_use(read_config(workdir), workdir, None)
+    assert restored.step == 20
+    return restored.params
 
 
 @pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
@@ -109,22 +111,53 @@ def test_an_error_of_the_user_ends_all_processes_with_code_2(tmp_path):
 
 
 def test_sigterm_saves_on_every_process(tmp_path):
-    """The launcher gets the signal; the checkpoint is of a step that nobody asked to save."""
+    """The launcher gets the signal; the checkpoint is of a step that nobody asked to save.
+
+    Once more while the resumed run compiles: it stops there, and does not lose the signal.
+    """
     words = ["train.steps=100000", "checkpoint.every=100000", "eval.every=None"]
-    process = subprocess.Popen(
-        command(2, tmp_path, *words), stderr=subprocess.PIPE, text=True, cwd=ROOT
+
+    def stop_when(condition: Callable[[], bool]) -> int:
+        process = subprocess.Popen(
+            command(2, tmp_path, *words), stderr=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        deadline = time.monotonic() + 240
+        while not condition():
+            assert process.poll() is None, "it ended before the signal"
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors
+        saved = checkpoint_steps(tmp_path)[-1]
+        assert f"stopped by SIGTERM, saved at step {saved}" in errors
+        assert read_metrics(tmp_path)[-1]["step"] == saved
+        return saved
+
+    metrics, config = tmp_path / "metrics.jsonl", tmp_path / "config.json"
+    first = stop_when(lambda: metrics.exists() and len(read_metrics(tmp_path)) >= 3)
+    written = config.stat().st_mtime_ns  # it is written again once the state is restored
+    assert first < stop_when(lambda: config.stat().st_mtime_ns != written) <= first + 2
+
+
+def test_a_second_sigterm_kills_a_process_that_does_not_end():
+    deaf = (
+        "import signal, time; signal.signal(15, signal.SIG_IGN); print(flush=True); time.sleep(60)"
     )
-    deadline = time.monotonic() + 240
-    while not (tmp_path / "metrics.jsonl").exists() or len(read_metrics(tmp_path)) < 3:
-        assert process.poll() is None, "it ended before step 3"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 75, errors
-    (saved,) = checkpoint_steps(tmp_path)
-    assert f"stopped by SIGTERM, saved at step {saved}" in errors
-    assert read_metrics(tmp_path)[-1]["step"] == saved
+    before = signal.getsignal(signal.SIGTERM)
+    with subprocess.Popen([sys.executable, "-c", deaf], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        try:
+            local.forward_sigterm([process])
+            os.kill(os.getpid(), signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(0.5)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert process.wait(10) == -signal.SIGKILL
+        finally:
+            signal.signal(signal.SIGTERM, before)
+            process.kill()
 
 
 def test_a_taken_port_is_refused(tmp_path):
@@ -187,6 +220,21 @@ def test_a_process_that_stays_alone_says_where_it_waited(tmp_path, port, index, 
     assert message.format(f"127.0.0.1:{port}") in said
     assert "MOEJAX_JOIN_SECONDS" in said
     assert time.monotonic() - begun < 60, "JAX itself would wait longer"
+
+
+def test_sigterm_ends_what_has_nothing_to_save(tmp_path, port):
+    """Of several processes too, where JAX's preemption service would swallow it."""
+    code = "import sys, time; from moejax.cluster import join_processes; join_processes(False)\n"
+    code += "open(sys.argv[4], 'w'); time.sleep(60)"
+    marks = [tmp_path / name for name in "01"]
+    both = [start(index, port, marks[index], code=code) for index in (0, 1)]
+    deadline = time.monotonic() + 60
+    while not all(mark.exists() for mark in marks):
+        assert time.monotonic() < deadline, [process.poll() for process in both]
+        time.sleep(0.05)
+    both[1].send_signal(signal.SIGTERM)
+    both[0].send_signal(signal.SIGTERM)
+    errors_of(*both, code=-signal.SIGTERM)
 
 
 def test_another_config_is_refused_by_all(tmp_path, port):

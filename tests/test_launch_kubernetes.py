@@ -46,7 +46,7 @@ def container_of(jobset: dict) -> dict:
     return container
 
 
-@pytest.mark.parametrize("words", [GPU, [*TPU, "--claim", "runs", "--slices", "2"], GPU[:4]])
+@pytest.mark.parametrize("words", [GPU, [*TPU, "--claim", "runs"], GPU[:4]])
 def test_the_jobset_is_valid(words):
     jsonschema.Draft202012Validator.check_schema(SCHEMA)
     jsonschema.validate(render(*words, "--namespace", "research"), SCHEMA)
@@ -116,9 +116,10 @@ def test_which_exit_codes_start_again():
         (["--name", "A_b", "--image", "i"], "is no name of a host"),
         (["--name", "a", "--image", "i", "--tpu", "v9", "--topology", "2x2"], "is not one of"),
         (["--name", "a", "--image", "i", "--tpu", "tpu7x"], "--tpu and --topology go together"),
-        (["--name", "a", "--image", "i", "--slices", "2"], "is for --tpu"),
         (["--name", "a", "--image", "i", "--hosts", "0"], "--hosts 0 is below 1"),
         ([*TPU[:-1], "2by2"], "is not like 4x4"),
+        ([*TPU[:-1], "0x4"], "is not like 4x4"),
+        ([*TPU[:-1], "2x3x5"], "2x3x5 has 30 chips, not a multiple of the 4 of a host"),
     ],
 )
 def test_what_cannot_be_is_refused(words, message):

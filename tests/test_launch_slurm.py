@@ -80,9 +80,12 @@ TRAIN = ["--", "train", CONFIG, "--workdir", "runs/my run", "model.dtype=bfloat1
 
 
 def test_one_process_a_node_runs_the_command(execute):
-    script = render("--nodes", "2", "--gpus_per_node", "8", "--logs", "my logs", *TRAIN)
+    names = ["--name", "my job", "--logs", "my logs"]
+    script = render("--nodes", "2", "--gpus_per_node", "8", *names, *TRAIN)
     assert "#SBATCH --nodes=2\n#SBATCH --ntasks-per-node=1\n#SBATCH --gpus-per-node=8" in script
     assert "#SBATCH --requeue" in script
+    assert "#SBATCH --job-name='my job'\n" in script
+    assert "#SBATCH --output='my logs/%j.log'\n" in script
     (line,) = execute(script)
     words = line.rstrip("|").split("|")
     assert words[1] == "10.0.0.7:61445", "the address of the first node, the port of the job"
@@ -105,10 +108,31 @@ def test_what_is_requeued(execute, code, state, requeued):
     assert ("scontrol requeue 5" in lines) == requeued
 
 
-def test_the_signal_comes_before_the_limit():
-    script = render("--nodes", "1", "--time", "1:00:00", "--grace", "300", *TRAIN)
-    assert "#SBATCH --time=1:00:00" in script
-    assert "#SBATCH --signal=TERM@300" in script
+@pytest.mark.parametrize("time", [["--time", "1:00:00"], []])
+def test_the_signal_comes_before_the_limit(time):
+    """Also before that of the partition, where the user gave none."""
+    script = render("--nodes", "1", *time, "--grace", "300", *TRAIN)
+    assert ("#SBATCH --time=1:00:00\n" in script) == bool(time)
+    assert "#SBATCH --signal=TERM@300\n" in script
+
+
+def test_a_task_has_all_cpus_of_its_node_or_those_asked_for(execute):
+    """srun does not take over what sbatch was asked for."""
+    whole, some = render("--nodes", "1", *TRAIN), render("--nodes=1", "--cpus_per_task=6", *TRAIN)
+    assert "#SBATCH --exclusive\n" in whole
+    assert "cpus-per-task" not in whole
+    assert "#SBATCH --cpus-per-task=6\n" in some
+    assert "--exclusive" not in some
+    assert "--cpus-per-task=6" in execute(some)[0].split("|")
+
+
+def test_a_workdir_may_be_called_like_another_word(execute, tmp_path):
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text("seed=1")
+    words = ["--array", str(sweep), "--", "train", CONFIG, "--workdir", "train"]
+    (line,) = execute(render("--nodes", "1", *words), task=0)
+    words = line.rstrip("|").split("|")
+    assert words[words.index("-m") + 2 :] == ["train", CONFIG, "--workdir", "train/0", "seed=1"]
 
 
 def test_an_array_is_a_run_a_line(execute, tmp_path):
@@ -131,6 +155,11 @@ def test_an_array_is_a_run_a_line(execute, tmp_path):
         ("model.dtype=float32", TRAIN, "model.dtype is given twice"),
         ("", TRAIN, "has no line; write one of key=value words for each run"),
         ("seed=1", ["--", "train", CONFIG, "--workdir=a"], "as --workdir DIR, two words"),
+        ("seed=1", ["--", "describe", CONFIG], "describe has to be given as --workdir DIR"),
+        ("seed='1", TRAIN, 'No closing quotation in "seed=\'1"; close the quotation'),
+        (None, ["--name", "a\\b", *TRAIN], "--job-name='a\\\\b' cannot stand in a script"),
+        (None, ["--name", "a\n#SBATCH -N9", *TRAIN], "cannot stand in a script; use no"),
+        (None, ["--cpus_per_task", "0", *TRAIN], "--cpus_per_task 0 is below 1"),
         (None, ["--", "trian", CONFIG], "trian is not a verb of moejax"),
         (None, [*TRAIN, "mesh.expret=2"], "did you mean mesh.expert?"),
     ],

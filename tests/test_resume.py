@@ -105,7 +105,8 @@ def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_undisturbed_run(strai
         command(workdir, *words), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 240
-    while not (workdir / "metrics.jsonl").exists():
+    metrics = workdir / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None, "it ended before step 1"
         assert time.monotonic() < deadline
         time.sleep(0.01)
