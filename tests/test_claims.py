@@ -521,6 +521,8 @@ def test_the_page_has_a_verdict_a_table_and_a_plot_a_claim(tmp_path):
     page = tmp_path / "claims.md"
     claim_page.write_page(page, chosen, results, checks)
     text = page.read_text()
+    failed = [c for c in chosen if c.failing and not all(k.passed for k in checks[c.id])]
+    assert text.count("**What was tried.**") == len(failed)
     rows = {line.split("]")[0][3:]: line for line in text.splitlines() if line.startswith("| [C")}
     assert set(rows) == {claim.id for claim in claims.CLAIMS}
     assert rows["C2"].endswith("| **fails** |")

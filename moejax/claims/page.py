@@ -233,6 +233,8 @@ def _section(claim: Claim, results: Results, checks: list[Check], image: str | N
         parts.append(f"![{claim.title}]({image})\n")
     if remarks:
         parts.append(remarks + "\n")
+    if claim.failing and not all(check.passed for check in checks):
+        parts.append(f"**What was tried.** {claim.failing}\n")
     return "\n".join(parts)
 
 
