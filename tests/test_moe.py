@@ -33,6 +33,7 @@ def _config(**changes) -> MoEConfig:
 
 CONFIGS = {
     "dropless": _config(capacity_factor=None),
+    "dropless, gather": _config(capacity_factor=None, transport="gather"),
     "token": _config(capacity_factor=1.0),
     "rank": _config(capacity_factor=0.5, priority="rank"),
     "gather": _config(capacity_factor=1.0, transport="gather", group_sequences=2),
@@ -337,7 +338,7 @@ def test_tokens_take_two_all_to_alls_forward_and_two_backward(mesh_of):
 
 def test_dropless_gathers_tokens_and_reduce_scatters_results(mesh_of):
     """All 16 * 6 tokens with their experts and weights come in; 2 * 6 results go home."""
-    text = _lowered("dropless", mesh_of(1, 1, 8, 1), backward=False)
+    text = _lowered("dropless, gather", mesh_of(1, 1, 8, 1), backward=False)
     assert _collectives(text, "all_gather") == [f"96x{D}", "96x2", "96x2"]
     assert _collectives(text, "reduce_scatter") == [f"12x{D}"]
     assert _collectives(text, "all_to_all") == []
