@@ -72,12 +72,13 @@ def _side(function: Callable, params: Any, forward: bool = False) -> Side:
 def dense(hidden: int, **options) -> Side:
     import jax
 
-    from moejax.experts import swiglu
+    from moejax.experts import feed_forward
 
     keys = jax.random.split(jax.random.key(0), 3)
     gate, up = (jax.random.normal(key, (D_MODEL, hidden)) / D_MODEL**0.5 for key in keys[:2])
     down = jax.random.normal(keys[2], (hidden, D_MODEL)) / hidden**0.5
-    return _side(lambda params, x_td: swiglu(x_td, *params), (gate, up, down), **options)
+    weights = {"gate": gate, "up": up, "down": down}
+    return _side(lambda params, x_td: feed_forward(x_td, params, "swiglu"), weights, **options)
 
 
 def moe(

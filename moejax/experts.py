@@ -9,7 +9,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,10 +17,10 @@ import numpy as np
 from jax import lax
 
 from moejax.dispatch import Groups, combine, dispatch, grouped_slots, sort_by_expert
-from moejax.sharding import vary_like
+from moejax.moe_config import Activation
+from moejax.sharding import vary_like, vary_tree
 
 Weights = dict[str, jax.Array]
-Activation = Literal["swiglu", "geglu", "gelu", "relu", "squared_relu"]
 
 GATED = {"swiglu": jax.nn.silu, "geglu": jax.nn.gelu}
 PLAIN = {
@@ -34,16 +34,11 @@ MAX_BLOCK = 128  # rows of a block of the tail
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 24  # of the head, see `_plan`
 
 
-def swiglu(x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array) -> jax.Array:
-    """Returns down(silu(gate(x)) * up(x)) (Shazeer 2020).
-
-    Shapes: [..., D], [D, F], [D, F], [F, D] -> [..., D].
-    """
-    return (jax.nn.silu(x @ gate) * (x @ up)) @ down
-
-
 def feed_forward(x: jax.Array, weights: Weights, activation: Activation) -> jax.Array:
-    """Returns one network's output: x [..., D], gate and up [D, F], down [F, D]; no expert dim."""
+    """Returns one network's output: x [..., D], gate and up [D, F], down [F, D]; no expert dim.
+
+    With "swiglu" down(silu(gate(x)) * up(x)) (Shazeer 2020).
+    """
     up = x @ weights["up"]
     if activation in GATED:
         return (GATED[activation](x @ weights["gate"]) * up) @ weights["down"]
@@ -53,7 +48,7 @@ def feed_forward(x: jax.Array, weights: Weights, activation: Activation) -> jax.
 def capacity_experts(buf_ecd: jax.Array, weights: Weights, activation: Activation) -> jax.Array:
     """Runs each expert on its own rows of a buffer with equal groups: [E, C, D] -> [E, C, D]."""
     # Marked as varying once, so that over a tensor axis one sum goes back, not one a matrix.
-    per_expert, rows = _share(*_vary_all((buf_ecd, weights)))
+    per_expert, rows = _share(*vary_tree((buf_ecd, weights)))
     return _run_network(_stacked_network(activation), per_expert, rows)
 
 
@@ -82,7 +77,7 @@ def dropless_experts(
     Returns:
         [T, D]: y_t = sum_s weight_ts * expert_ts(x_t), summed in float32, in the dtype of x.
     """
-    x_td, expert_ts, weight_ts, weights = _vary_all((x_td, expert_ts, weight_ts, weights))
+    x_td, expert_ts, weight_ts, weights = vary_tree((x_td, expert_ts, weight_ts, weights))
     per_expert, tokens = _share(x_td, weights)
     num_experts, d_model, hidden = weights["up"].shape
     row_bytes = (d_model + hidden) * x_td.dtype.itemsize
@@ -119,7 +114,7 @@ def dropless_modules(
     """
     row_bytes = 4 * x_td.shape[1] * x_td.dtype.itemsize  # what is inside an expert is its own
     plan = _plan(x_td.shape[0], _num_experts(params), expected_rows or rows, row_bytes)
-    operands = _vary_all(({"x": x_td}, expert_ts, weight_ts, params))
+    operands = vary_tree(({"x": x_td}, expert_ts, weight_ts, params))
     return _head_and_tail(_module_network(apply_one), plan, *operands)
 
 
@@ -130,11 +125,6 @@ def _share(x, weights: Weights) -> tuple[Weights, Weights]:
     if SHARED in weights:
         tokens["scale"] = x @ weights[SHARED]
     return per_expert, tokens
-
-
-def _vary_all(tree):
-    leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, vary_like(*leaves))
 
 
 # The network on rows: [E, C, ...] with weights [E, ...].

@@ -17,7 +17,7 @@ from flax import nnx
 from moejax.attention import Attention, Cache, RMSNorm, Tokens, normal, output_scale
 from moejax.config import Config
 from moejax.cross_entropy import summed_loss, token_losses
-from moejax.experts import swiglu
+from moejax.experts import feed_forward
 from moejax.latent import LatentAttention
 from moejax.mesh import AnyMesh
 from moejax.moe import MoE
@@ -60,8 +60,9 @@ class FeedForward(nnx.Module):
         self.down = normal(rngs, (f, d), f, model.param_dtype, output_scale(model))
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
-        weights = (w[...].astype(x_btd.dtype) for w in (self.gate, self.up, self.down))
-        return swiglu(x_btd, *weights)
+        weights = {"gate": self.gate, "up": self.up, "down": self.down}
+        cast = {name: w[...].astype(x_btd.dtype) for name, w in weights.items()}
+        return feed_forward(x_btd, cast, "swiglu")
 
 
 class Block(nnx.Module):

@@ -186,10 +186,10 @@ def _vary(array: jax.Array, axes: frozenset[str]) -> jax.Array:
     return jax.lax.pcast(array, tuple(sorted(missing)), to="varying") if missing else array
 
 
-def vary_tree(tree: Any, like: jax.Array) -> Any:
+def vary_tree(tree: Any, *like: jax.Array) -> Any:
     """Marks every array of a tree as varying over the axes that any of them or `like` varies over.
 
     A loop over rounds adds up gradients in a carry of one type.
     """
     leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, vary_like(*leaves, like)[:-1])
+    return jax.tree.unflatten(structure, vary_like(*leaves, *like)[: len(leaves)])

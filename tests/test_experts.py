@@ -17,7 +17,7 @@ from moejax.experts import (
     capacity_experts,
     dropless_experts,
     dropless_modules,
-    swiglu,
+    feed_forward,
 )
 
 D, F, R = 6, 10, 3
@@ -227,7 +227,7 @@ def test_modules_of_ones_own_are_a_loop_over_experts():
 
     def run(x_td, expert_ts, weight_ts, weights):
         def apply_one(params, x_rd):
-            return swiglu(x_rd, **params)
+            return feed_forward(x_rd, params, "swiglu")
 
         return dropless_modules(x_td, expert_ts, weight_ts, weights, apply_one, rows=50)
 
