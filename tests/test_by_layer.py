@@ -451,7 +451,7 @@ def test_choices_of_experts_that_a_layer_lacks_are_refused(tmp_path, mesh):
         ),
         (
             {"every": None},
-            r"num_experts_by_layer=.* 3 MoE layers and the model has 0",
+            r"num_experts_by_layer=\(4, 8, 8\) and moe.every=None, which has no MoE layer; leave one out",
         ),
         ({"num_experts_by_layer": ()}, "num_experts_by_layer is empty; give a number for each"),
         ({"num_experts": 16}, r"num_experts=16 with .*\(4, 8, 8\).*use moe.num_experts=8"),
