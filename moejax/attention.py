@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.attend import Sight, attend
 from moejax.config import Config, ModelConfig
 from moejax.mesh import AnyMesh
 from moejax.sharding import constrain_tokens
@@ -31,7 +32,8 @@ class Tokens(NamedTuple):
     Attributes:
         position_bt: int32 [B, T], or [1, T] where all rows have the same: for RoPE and, with a
             cache, the row of the cache that a token is written to.
-        attend_bqt: bool [B, T, T or cache length]; which keys each query may see.
+        segment_bt: int32; the document of each token, which attends to no other one. None with a
+            cache, whose rows hold one document each.
         mask_bt: bool; False for padding.
         key_b: uint32 [B, 2]; random key data of each sequence, for routers that draw; None where
             nothing is random, as in evaluation.
@@ -39,7 +41,7 @@ class Tokens(NamedTuple):
     """
 
     position_bt: jax.Array
-    attend_bqt: jax.Array
+    segment_bt: jax.Array | None
     mask_bt: jax.Array
     key_b: jax.Array | None = None
     layer: jax.Array | int = 0
@@ -47,11 +49,8 @@ class Tokens(NamedTuple):
 
 def packed_tokens(segment_bt: jax.Array, key_b: jax.Array | None = None) -> Tokens:
     """Returns `Tokens` of packed sequences: causal inside each document; segment 0 is padding."""
-    length = segment_bt.shape[1]
-    position_t = jnp.arange(length, dtype=jnp.int32)
-    causal_qt = position_t[:, None] >= position_t[None, :]
-    same_bqt = segment_bt[:, :, None] == segment_bt[:, None, :]
-    return Tokens(position_t[None], same_bqt & causal_qt[None], segment_bt > 0, key_b)
+    position_t = jnp.arange(segment_bt.shape[1], dtype=jnp.int32)
+    return Tokens(position_t[None], segment_bt, segment_bt > 0, key_b)
 
 
 def empty_cache(config: Config, batch: int, length: int) -> Cache:
@@ -73,16 +72,11 @@ def write_cache(cache: Cache, key: jax.Array, value: jax.Array, tokens: Tokens) 
     return Cache(key, value)
 
 
-def visible(model: ModelConfig, tokens: Tokens) -> jax.Array:
-    """Returns bool [B, T, S]: which keys the queries of this layer see, its window respected."""
-    window, every = model.attention_window, model.full_attention_every
-    if window is None:
-        return tokens.attend_bqt
-    key_s = jnp.arange(tokens.attend_bqt.shape[-1], dtype=jnp.int32)
-    near_bts = tokens.position_bt[:, :, None] - key_s[None, None] < window
-    if every is not None:
-        near_bts |= (tokens.layer + 1) % every == 0
-    return tokens.attend_bqt & near_bts
+def sight(model: ModelConfig, tokens: Tokens) -> Sight:
+    """Returns which keys the queries of this layer see."""
+    every = model.full_attention_every
+    whole = None if every is None else (tokens.layer + 1) % every == 0
+    return Sight(tokens.position_bt, tokens.segment_bt, model.attention_window, whole)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str, scale: float = 1.0):
@@ -168,42 +162,8 @@ class Attention(nnx.Module):
         if cache is not None:
             k, v = cache = write_cache(cache, k, v, tokens)
         sink_h = self.sinks[...] if model.attention_sinks else None
-        mixed = attend(q, k, v, visible(model, tokens), sink_h)
+        mixed = attend(q, k, v, sight(model, tokens), sink_h, self.mesh)
         out = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(dtype))
         if model.attention_bias:
             out += self.output_bias[...].astype(dtype)[None, None]
         return constrain_tokens(out, self.mesh), cache
-
-
-@jax.checkpoint
-def attend(
-    q_bthk: jax.Array,
-    k_bsnk: jax.Array,
-    v_bsnv: jax.Array,
-    attend_bts: jax.Array,
-    sink_h: jax.Array | None = None,
-) -> jax.Array:
-    """Softmax attention, scaled by K**-0.5; returns [B, T, H, V].
-
-    The backward pass recomputes the B * H * T * S scores, none is kept.
-    """
-    width, v_width = q_bthk.shape[-1], v_bsnv.shape[-1]
-    bias = None
-    if sink_h is not None:  # one more key: its score is the sink, its value 0
-        bias = jnp.zeros((1, sink_h.size, 1, k_bsnk.shape[1] + 1), jnp.float32)
-        bias = bias.at[..., -1].set(sink_h.astype(jnp.float32)[None, :, None])
-        k_bsnk, v_bsnv = (_pad(x, 1, x.shape[1] + 1) for x in (k_bsnk, v_bsnv))
-        attend_bts = jnp.pad(attend_bts, ((0, 0), (0, 0), (0, 1)), constant_values=True)
-    # the library takes one width for queries, keys and values
-    q_bthk, k_bsnk, v_bsnv = (_pad(x, 3, max(width, v_width)) for x in (q_bthk, k_bsnk, v_bsnv))
-    mixed = jax.nn.dot_product_attention(
-        q_bthk, k_bsnk, v_bsnv, bias=bias, mask=attend_bts[:, None], scale=width**-0.5
-    )
-    return mixed[..., :v_width]
-
-
-def _pad(x: jax.Array, axis: int, size: int) -> jax.Array:
-    """Returns `x` with zeros behind it, up to `size`."""
-    if x.shape[axis] == size:
-        return x
-    return jnp.pad(x, [(0, size - n if i == axis else 0) for i, n in enumerate(x.shape)])

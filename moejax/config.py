@@ -257,7 +257,7 @@ class TrainConfig:
         )
 
 
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,6 +267,7 @@ class MeshConfig:
     data: int | None = None
     fsdp: int | None = 1
     expert: int | None = 1
+    context: int | None = 1  # splits every sequence: for those too long for a device
     tensor: int | None = 1
 
     def __post_init__(self):
@@ -444,6 +445,12 @@ class Config:
                 f"{size} or another mesh.{axis}{_divisor_hint(value, size)}",
             )
 
+        divides("context", "data.sequence_length", self.data.sequence_length)
+        require(
+            mesh.context == 1 or moe.every is None or moe.router != "soft",
+            f"mesh.context={mesh.context} splits sequences, and moe.router='soft' mixes all tokens "
+            "of one; use mesh.context=1 or another moe.router",
+        )
         if moe.every is not None:
             for axis, name in (("expert", "moe.num_experts"), ("tensor", "moe.expert_hidden")):
                 by_layer = getattr(moe, f"{name.removeprefix('moe.')}_by_layer")

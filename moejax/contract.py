@@ -110,7 +110,11 @@ def case_config(name: str, dispatch: str, transport: str) -> MoEConfig | None:
 def meshes(num_devices: int) -> list[MeshConfig]:
     """Returns meshes with the expert axis 1, 2, 4 and 8 and the other axes in between."""
     shapes = ((1, 1, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 8, 1), (1, 2, 1, 1), (1, 1, 2, 1))
-    found = [MeshConfig(*shape) for shape in shapes if math.prod(shape) <= num_devices]
+    found = [
+        MeshConfig(data, fsdp, expert, 1, tensor)
+        for data, fsdp, expert, tensor in shapes
+        if data * fsdp * expert * tensor <= num_devices
+    ]
     if num_devices >= 8:  # the small ones are for machines with fewer devices
         found = found[:4]
     return found

@@ -15,7 +15,14 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import exchange
 from moejax.mesh import AnyMesh
-from moejax.sharding import BATCH_AXES, parameter_spec, split_spec, vary_like, varying_axes
+from moejax.sharding import (
+    BATCH_AXES,
+    CONTEXT_AXIS,
+    parameter_spec,
+    split_spec,
+    vary_like,
+    varying_axes,
+)
 
 
 def token_losses(
@@ -79,7 +86,9 @@ summed_loss.defvjp(_forward, _backward)
 
 def _specs(mesh: AnyMesh) -> tuple[P, P]:
     """Returns the specs of the unembedding and of what tokens have."""
-    return split_spec(parameter_spec("unembedding", 2), mesh), split_spec(P(BATCH_AXES), mesh)
+    return split_spec(parameter_spec("unembedding", 2), mesh), split_spec(
+        P(BATCH_AXES, CONTEXT_AXIS), mesh
+    )
 
 
 def _local_gradients(x_btd, w_dv, target_bt, mask_bt, *, chunk: int | None):

@@ -192,6 +192,7 @@ def _mesh_facts(config: Config, sizes: MeshConfig) -> list[tuple[str, str]]:
         "data": "sequences",
         "fsdp": "sequences, and every matrix",
         "expert": "sequences, and experts",
+        "context": "every sequence",
         "tensor": "heads, hidden widths, vocabulary",
     }
     rows = [(axis, f"{getattr(sizes, axis):>4}  splits {words[axis]}") for axis in AXES]
@@ -252,7 +253,7 @@ def _transport_table(config: Config, sizes: MeshConfig) -> Table:
             f"{sent:,.0f}",
             bytes_text(sent * local_tokens(config, sizes)),
             bytes_text(held),
-            FORMULAS[formula(config, how)],
+            FORMULAS[formula(config, sizes, how)],
         )
     return table
 

@@ -17,6 +17,7 @@ from moejax.sharding import vary_like, varying_axes
 
 EXPERT_AXIS = "expert"
 FSDP_AXIS = "fsdp"
+CONTEXT_AXIS = "context"
 TENSOR_AXIS = "tensor"
 
 
@@ -173,6 +174,34 @@ def _emulated(rows, plan: Ragged, out):
     source_r = (plan.start[:, me] - place_z)[sender_r] + row_r1[:, 0]
     source_r = jnp.where(inside_rz.any(1), source_r, rows.shape[0])
     return all_rows.at[sender_r, source_r].get(mode="fill", fill_value=0)
+
+
+def gather_sequence(x_bt: jax.Array) -> jax.Array:
+    """All-gather over the context axis: this device's part of each sequence -> whole sequences.
+
+    [B, T/C, ...] -> [B, T, ...]; the transpose is a reduce-scatter.
+    """
+    if lax.axis_size(CONTEXT_AXIS) == 1:
+        return x_bt
+    return lax.all_gather(x_bt, CONTEXT_AXIS, axis=1, tiled=True)
+
+
+def whole_sequence(x_bt: jax.Array) -> jax.Array:
+    """`gather_sequence` of what every device of the context group computes the same of.
+
+    So the gradient that comes back is the same on all of them, and each takes its part.
+    """
+    if CONTEXT_AXIS not in varying_axes(x_bt):
+        return x_bt
+    return lax.all_gather(x_bt, CONTEXT_AXIS, axis=1, tiled=True, to="invarying")
+
+
+def own_part(x: jax.Array, axis: int, parts: int) -> jax.Array:
+    """Returns this device's one of `parts` of what is whole on every device of a context group."""
+    if parts == 1:
+        return x
+    size = x.shape[axis] // parts
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(CONTEXT_AXIS) * size, size, axis)
 
 
 def gather_weights(w: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:

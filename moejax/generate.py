@@ -37,9 +37,7 @@ def cached_forward(
     cache: Cache,
 ) -> tuple[jax.Array, Cache]:
     """Runs tokens [B, T] at their positions on the cache; returns hidden states and new cache."""
-    row_q = jnp.arange(cache.key.shape[2], dtype=jnp.int32)
-    attend_bqt = row_q[None, None, :] <= position_bt[:, :, None]
-    tokens = Tokens(position_bt, attend_bqt, mask_bt)
+    tokens = Tokens(position_bt, None, mask_bt)
     out = model(token_bt, tokens, router_state, cache)
     assert out.cache is not None
     return out.hidden_btd, out.cache

@@ -368,8 +368,10 @@ class Cost:
 
     Attributes:
         scope: see `Program.scope`.
-        flops: of products; of a kernel what it is said to have. A TPU's products are convolutions,
-            batched ones over a dilated dimension, a GPU's are calls of cuBLAS.
+        flops: of products; of a kernel what it is said to have, and of the attention kernel, which
+            does not say, what a causal half of its scores needs: more than a window. A TPU's
+            products are convolutions, batched ones over a dilated dimension, a GPU's are calls of
+            cuBLAS.
         kernel: whether it is a kernel, which XLA estimates no cycles for.
         memory_bytes: read from and written to the device's memory: outside a fusion the operands
             and the result. Of an operand that is only sliced the slices count, of a result that is
@@ -414,8 +416,24 @@ def _flops(run: Run) -> tuple[int, bool]:
         return 2 * math.prod(_dims(run.instruction.type) + inner), False
     if run.instruction.opcode == "custom-call":
         kernel = re.search(r'"cost_estimate":\{"flops":"(\d+)"', attributes)
-        return (int(kernel[1]), True) if kernel else (0, False)
+        flops = int(kernel[1]) if kernel else _attention_flops(run)
+        return flops, flops > 0
     return 0, False
+
+
+# Of products with the width of a key and with that of a value, in each of splash attention's
+# kernels: scores and values; scores, gradients of weights and queries; and those of keys and values
+_ATTENTION_PRODUCTS = {"fwd": (1, 1), "dq": (2, 1), "dkv": (2, 2)}
+
+
+def _attention_flops(run: Run) -> int:
+    kernel = re.match(r"splash_m[hq]a_(fwd|dq|dkv)_", run.instruction.name)
+    if kernel is None:
+        return 0
+    query, key, value = [_dims(t) for t in run.types if _SHAPE.search(t)[1] in ("bf16", "f32")][:3]
+    by_key, by_value = _ATTENTION_PRODUCTS[kernel[1]]
+    seen = math.prod(query[:-1]) * key[-2] // 2
+    return 2 * seen * (by_key * query[-1] + by_value * value[-1])
 
 
 def _cycles(run: Run) -> int:

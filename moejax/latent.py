@@ -4,15 +4,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moejax.attend import attend
 from moejax.attention import (
     Cache,
     RMSNorm,
     Tokens,
-    attend,
     normal,
     output_scale,
     rope,
-    visible,
+    sight,
     write_cache,
 )
 from moejax.config import Config
@@ -66,7 +66,7 @@ class LatentAttention(nnx.Module):
         )
         shared = jnp.broadcast_to(key_bt1r, (*k_bshk.shape[:-1], key_bt1r.shape[-1]))
         k_bshk = jnp.concatenate([k_bshk, shared], axis=-1)
-        mixed = attend(q_bthk, k_bshk, v_bshv, visible(model, tokens))
+        mixed = attend(q_bthk, k_bshk, v_bshv, sight(model, tokens), None, self.mesh)
         out = jnp.einsum("bthv,hvd->btd", mixed, self.output[...].astype(x_btd.dtype))
         return constrain_tokens(out, self.mesh), cache
 

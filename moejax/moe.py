@@ -27,9 +27,9 @@ from moejax.router_state import initial_router_state
 from moejax.router_stats import RouterStats, router_stats
 from moejax.routing import RouterInputs, Routing, route, soft_mixing
 from moejax.sharding import (
-    BATCH_AXES,
     parameter_spec,
     split_spec,
+    token_spec,
     vary_like,
     vary_tree,
     varying_axes,
@@ -200,11 +200,12 @@ def apply_moe(
         for n, w in routed.items()
     }
     specs = {name: split_spec(spec, mesh) for name, spec in specs.items()}
-    tokens = split_spec(P(BATCH_AXES), mesh)
+    tokens = token_spec(x_btd.shape, mesh)
+    sequences = token_spec(x_btd.shape, mesh, whole=True)
     run = jax.shard_map(
         functools.partial(_moe_local, config=config, apply_one=apply_one),
         mesh=mesh,
-        in_specs=(specs, tokens, tokens, P()),
+        in_specs=(specs, tokens, sequences, P()),
         out_specs=(tokens, P(), tokens),
     )
     y_btd, stats, expert_bts = run(routed, x_btd, inputs, dict(state))
@@ -244,12 +245,18 @@ def check_choices(inputs: RouterInputs, x_btd: jax.Array, config: MoEConfig) -> 
 def _moe_local(weights, x_btd, inputs: RouterInputs, state, *, config: MoEConfig, apply_one):
     # Marked as varying: so the gradients of whole weights are summed in float32, and those of
     # split ones over `data` after their reduce-scatter over fsdp.
-    weights = jax.tree.map(lambda w: vary_like(w, x_btd)[0], weights)
-    experts = _experts(weights, x_btd.dtype, config, apply_one)
+    def vary(like: jax.Array):
+        return jax.tree.map(lambda w: vary_like(w, like)[0], weights)
+
+    experts = _experts(vary(x_btd), x_btd.dtype, config, apply_one)
+    # A router sees whole sequences, and does the same on all devices that share them.
+    whole_btd = exchange.whole_sequence(x_btd)
+    weights = vary(whole_btd)
+    own = functools.partial(exchange.own_part, axis=1, parts=whole_btd.shape[1] // x_btd.shape[1])
     group = functools.partial(rearrange, pattern="(g n) t ... -> g (n t) ...")
     group = functools.partial(group, n=config.group_sequences)
     with jax.named_scope("route"):
-        routing = route(x_btd, weights, state, inputs, config)
+        routing = route(whole_btd, weights, state, inputs, config)
     if config.router == "soft":
         with jax.named_scope("route"):
             mixing = soft_mixing(x_btd, weights, inputs.mask_bt, config)
@@ -257,16 +264,16 @@ def _moe_local(weights, x_btd, inputs: RouterInputs, state, *, config: MoEConfig
         y_gtd = by_mixing(experts, group(x_btd), mixing)
         y_btd = y_gtd.reshape(x_btd.shape)
     else:
-        y_btd, kept_bts, further = _run_experts(experts, x_btd, inputs, routing, config, group)
+        y_btd, kept_bts, further = _run_experts(experts, x_btd, inputs, routing, config, group, own)
     if apply_one is None:  # else nothing is split over tensor
         y_btd = exchange.sum_tensor(y_btd)
     if config.free_experts:
         with jax.named_scope("free_experts"):
-            y_btd += free_outputs(weights, x_btd, kept_bts, routing.weight_bts, config)
+            y_btd += free_outputs(weights, x_btd, own(kept_bts), own(routing.weight_bts), config)
     stats = router_stats(routing, kept_bts, inputs.mask_bt, config)
-    if axes := varying_axes(x_btd):
-        stats = jax.lax.psum(vary_tree(stats, x_btd), axes)
-    return y_btd, stats._replace(overflow_rounds=further), routing.expert_bts
+    if axes := varying_axes(whole_btd):
+        stats = jax.lax.psum(vary_tree(stats, whole_btd), axes)
+    return y_btd, stats._replace(overflow_rounds=further), own(routing.expert_bts)
 
 
 def _experts(weights: Mapping[str, Any], dtype, config: MoEConfig, apply_one) -> Experts:
@@ -299,23 +306,33 @@ def _gather_experts(weights: Weights, dtype) -> dict[str, jax.Array]:
 
 
 def _run_experts(
-    experts, x_btd, inputs: RouterInputs, routing: Routing, config: MoEConfig, group: Callable
+    experts,
+    x_btd,
+    inputs: RouterInputs,
+    routing: Routing,
+    config: MoEConfig,
+    group: Callable,
+    own: Callable,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Returns y [B, T, D], partial over tensor; the kept choices; and further rounds."""
+    """Returns y [B, T, D], partial over tensor; the kept choices; and further rounds.
+
+    `own` takes this device's part of whole sequences, which routing and kept choices are of.
+    """
     none = config.num_experts
     expert_bts = jnp.where(routing.expert_bts < none, routing.expert_bts, none)
     kept_bts, slots = expert_bts, None
     if config.capacity_factor is not None:
         slots = _assign(expert_bts, inputs, routing, config, group)
         kept_bts = kept_experts(group(expert_bts), slots, none).reshape(expert_bts.shape)
-    # On one expert device nothing is exchanged, and what was kept needs no empty slots.
-    if slots is not None and _by_equal_slots(config):
+    # On one expert device nothing is exchanged, and what was kept needs no empty slots; nor do
+    # parts of sequences, whose tokens share the slots of an expert with other devices'.
+    if slots is not None and _by_equal_slots(config) and own(kept_bts) is kept_bts:
         y_gtd = by_slots(experts, group(x_btd), group(routing.weight_bts), slots, none)
         y_btd, further = y_gtd.reshape(x_btd.shape), jnp.zeros((), jnp.int32)
     else:
         flat = functools.partial(rearrange, pattern="b t d -> (b t) d")
         y_td, further = by_assignments(
-            experts, flat(x_btd), flat(kept_bts), flat(routing.weight_bts), config
+            experts, flat(x_btd), flat(own(kept_bts)), flat(own(routing.weight_bts)), config
         )
         y_btd = y_td.reshape(x_btd.shape)
     # A free expert has no capacity: its choices are kept. What was dropped gets the sentinel.

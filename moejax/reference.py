@@ -42,6 +42,7 @@ def apply_moe(
 ) -> tuple[jax.Array, RouterStats, jax.Array]:
     """Same as `moe.apply_moe`; `mesh` is ignored."""
     del mesh
+    x_btd = jnp.where(inputs.mask_bt[..., None], x_btd, 0)
     routing = route(x_btd, weights, state, inputs, config)
     kept_bts = routing.expert_bts
     if config.router == "soft":

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import Config
 from moejax.errors import ConfigError
-from moejax.sharding import BATCH_AXES
+from moejax.sharding import BATCH_AXES, CONTEXT_AXIS
 
 FOLDER = "choices"
 
@@ -73,7 +73,7 @@ def load_choices(config: Config, mesh: Mesh, step: int) -> jax.Array:
     shape = (train.accumulation, wanted[0], micro, *wanted[2:])
     split = choice_lbts.astype(np.int32).reshape(wanted[0], train.accumulation, micro, *wanted[2:])
     choices = np.ascontiguousarray(split.swapaxes(0, 1))
-    sharding = NamedSharding(mesh, P(None, None, BATCH_AXES))
+    sharding = NamedSharding(mesh, P(None, None, BATCH_AXES, CONTEXT_AXIS))
     return jax.make_array_from_callback(shape, sharding, lambda index: choices[index])
 
 

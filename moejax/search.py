@@ -71,17 +71,18 @@ def layouts(config: Config, topology: Topology, num_devices: int) -> list[Layout
     """
     rows = placements(config, MeshConfig(data=1))
     found = []
-    for mesh in _meshes(num_devices):
+    for mesh in _meshes(num_devices, config.mesh.context or 1):
         found += [_on_paper(changed, topology, rows) for changed in _variants(config, mesh)]
     return sorted(found, key=lambda layout: layout.seconds)
 
 
-def _meshes(num_devices: int) -> Iterator[MeshConfig]:
+def _meshes(num_devices: int, context: int) -> Iterator[MeshConfig]:
+    """Yields the meshes of `num_devices`; sequences are split as the config says."""
     divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
-        if num_devices % (fsdp * expert * tensor) == 0:
-            data = num_devices // (fsdp * expert * tensor)
-            yield MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor)
+        data, rest = divmod(num_devices, fsdp * expert * context * tensor)
+        if not rest:
+            yield MeshConfig(data, fsdp, expert, context, tensor)
 
 
 def _variants(config: Config, mesh: MeshConfig) -> Iterator[Config]:
@@ -150,8 +151,13 @@ def _bytes(config: Config, rows: dict[str, list[Placement]]) -> int:
 
 def _attention_numbers(model: ModelConfig) -> int:
     """Returns the numbers in the queries, keys and values of a token in a layer."""
+    return model.num_heads * model.qk_width + _key_numbers(model)
+
+
+def _key_numbers(model: ModelConfig) -> int:
+    """Returns the numbers in the keys and values of a token in a layer."""
     keys = model.num_heads if model.attention == "latent" else model.num_kv_heads
-    return model.num_heads * model.qk_width + keys * (model.qk_width + model.v_width)
+    return keys * (model.qk_width + model.v_width)
 
 
 def _loss_bytes(config: Config) -> int:
@@ -186,6 +192,9 @@ def _sent(
         # All-to-all over a ring of A: V * A / 4 for V bytes a device ("How To Scale Your Model").
         hops = sizes["expert"] / 4 if topology.chip.is_tpu and how != "gather" else 1.0
         yield sent * max(hops, 1.0), _speed(topology, mesh, "expert")
+    # every device gathers keys and values of its sequences, and sends their gradients back
+    keys = config.model.num_layers * tokens * _key_numbers(config.model) // sizes["tensor"]
+    yield keys * width * (2 + again) * (sizes["context"] - 1), _speed(topology, mesh, "context")
     for row in parameters:
         local = math.prod(local_shape(row.shape, row.spec, mesh)) * width * steps
         axes = {
@@ -194,7 +203,7 @@ def _sent(
         if "fsdp" in axes:
             passes = 2 + again * row.name.startswith(("prefix", "runs"))
             yield local * (sizes["fsdp"] - 1) * passes, _speed(topology, mesh, "fsdp")
-        for axis in {"data", "expert"} - axes:
+        for axis in {"data", "expert", "context"} - axes:
             yield 2 * local * (1 - 1 / sizes[axis]), _speed(topology, mesh, axis)
     sums = (4 + 2 * again) * config.model.num_layers * tokens * config.model.d_model * width
     yield 2 * sums * (1 - 1 / sizes["tensor"]), _speed(topology, mesh, "tensor")

@@ -16,6 +16,7 @@ from moejax.mesh import AnyMesh
 from moejax.parameters import AXES_OF
 
 BATCH_AXES = ("data", "fsdp", "expert")
+CONTEXT_AXIS = "context"
 
 # By the end of the parameter's path. A stacked layer dim in front is never split.
 PARAMETER_SPECS = {
@@ -106,7 +107,7 @@ def tree_shardings(mesh: AnyMesh, tree: Any) -> Any:
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Returns the sharding of batch arrays [accumulation, B, T]."""
-    return NamedSharding(mesh, P(None, BATCH_AXES))
+    return NamedSharding(mesh, P(None, BATCH_AXES, CONTEXT_AXIS))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -114,14 +115,35 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def token_spec(
+    shape: tuple[int, ...], mesh: AnyMesh, *, heads: bool = False, whole: bool = False
+) -> P:
+    """Returns how an array [B, T, ...] of tokens is split, without axes of size 1.
+
+    B over the batch axes, T over the context axis, and with `heads` axis 2 over the tensor axis. A
+    B of 1, which all sequences share, and a T that does not divide, as in decoding, stay whole.
+
+    Args:
+        whole: leaves T whole.
+    """
+    context = mesh.shape[CONTEXT_AXIS]
+    axes = [
+        BATCH_AXES if shape[0] > 1 else None,
+        None if whole or shape[1] % context else CONTEXT_AXIS,
+    ]
+    return split_spec(P(*axes, "tensor") if heads else P(*axes), mesh)
+
+
 def constrain_tokens(x: jax.Array, mesh: AnyMesh, *, heads: bool = False) -> jax.Array:
-    """Splits axis 0 of [B, T, ...] over the batch axes and, with `heads`, axis 2 over `tensor`."""
-    spec = P(BATCH_AXES, None, "tensor") if heads else P(BATCH_AXES)
+    """Splits tokens [B, T, ...] as `token_spec` says."""
+    spec = token_spec(x.shape, mesh, heads=heads)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
 def place_batch(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> Any:
     """Makes a global batch [accumulation, B, T] of which each process loads only its own rows.
+
+    Over the context axis a device keeps its part of them.
 
     Args:
         rows: `rows(start, stop)` gives the batch rows start..stop as a pytree of numpy arrays
@@ -132,22 +154,23 @@ def place_batch(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> An
     sharding = batch_sharding(mesh)
     micro = batch_size // accumulation
     template = rows(0, 1)
-    index_map = sharding.addressable_devices_indices_map((accumulation, micro))
-    shards: dict[Any, Any] = {}
-    for device, index in index_map.items():
+    shape = (accumulation, micro, jax.tree.leaves(template)[0].shape[1])
+    index_map = sharding.addressable_devices_indices_map(shape)
+    loaded: dict[tuple[int, int], Any] = {}
+    shards = []
+    for index in index_map.values():
         assert index is not None  # `sharding` gives every device a part
         start, stop, _ = index[1].indices(micro)
-        if (start, stop) not in shards:
+        if (start, stop) not in loaded:
             parts = [rows(a * micro + start, a * micro + stop) for a in range(accumulation)]
-            shards[start, stop] = jax.tree.map(lambda *p: np.stack(p), *parts)
-        shards[device] = shards[start, stop]
+            loaded[start, stop] = jax.tree.map(lambda *p: np.stack(p), *parts)
+        shards.append(jax.tree.map(lambda a, part=index[2]: a[:, :, part], loaded[start, stop]))
 
-    def assemble(leaf, *per_device):
-        shape = (accumulation, micro, *leaf.shape[1:])
+    def assemble(_, *per_device):
         arrays = [jax.device_put(a, d) for a, d in zip(per_device, index_map, strict=True)]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-    return jax.tree.map(assemble, template, *[shards[device] for device in index_map])
+    return jax.tree.map(assemble, template, *shards)
 
 
 def split_spec(spec: P, mesh: AnyMesh) -> P:

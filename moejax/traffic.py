@@ -22,13 +22,16 @@ FORMULAS = {
 }
 
 
-def formula(config: Config, how: str) -> str:
-    """Returns which entry of FORMULAS holds for the transport `how`."""
+def formula(config: Config, sizes: MeshConfig, how: str) -> str:
+    """Returns which entry of FORMULAS holds for the transport `how`.
+
+    Parts of sequences have no equal slots: what was kept goes as dropless assignments do.
+    """
     if how != "all_to_all":
         return how
     if config.moe.router == "soft":
         return "soft"
-    return "padded" if config.moe.capacity_factor is None else "slots"
+    return "padded" if config.moe.capacity_factor is None or sizes.context != 1 else "slots"
 
 
 def group_tokens(config: Config) -> int:
@@ -50,7 +53,8 @@ def slots(config: Config, capacity_factor: float) -> int:
 def local_tokens(config: Config, sizes: MeshConfig) -> int:
     """Returns the positions of a microbatch on one device."""
     microbatch = config.train.batch_size // config.train.accumulation
-    return microbatch // sizes.token_shards * config.data.sequence_length
+    assert sizes.context is not None
+    return microbatch // sizes.token_shards * config.data.sequence_length // sizes.context
 
 
 def part_rows(config: Config, sizes: MeshConfig) -> int:
@@ -82,7 +86,7 @@ def _layer_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
     assert degree is not None
     both_ways = 2 * config.model.d_model * itemsize(config)
     away = 1 - 1 / degree
-    kind = formula(config, how)
+    kind = formula(config, sizes, how)
     if kind == "gather":
         return float((both_ways + 8 * moe.slots_per_token) * (degree - 1))
     if kind == "ragged":
@@ -117,7 +121,7 @@ def _layer_rows(config: Config, sizes: MeshConfig, how: str) -> int:
     assert degree is not None
     sent = tokens * moe.slots_per_token
     received = min(int(moe.buffer_factor * tokens * moe.mean_selected), degree * sent)
-    kind = formula(config, how)
+    kind = formula(config, sizes, how)
     if kind == "reference":
         return 0
     if kind == "soft":
@@ -145,7 +149,7 @@ def worst_rounds(config: Config, sizes: MeshConfig) -> int:
 def _layer_rounds(config: Config, sizes: MeshConfig) -> int:
     moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
     assert degree is not None
-    how = formula(config, moe.transport_over(degree))
+    how = formula(config, sizes, moe.transport_over(degree))
     if how in ("soft", "reference") or (how == "slots" and degree > 1):
         return 1
     sent = tokens * moe.slots_per_token

@@ -58,15 +58,16 @@ class Layout(NamedTuple):
     data: int
     fsdp: int
     expert: int
+    context: int
     tensor: int
     accumulation: int
     remat: str
     dispatch: str
 
     @property
-    def sizes(self) -> tuple[int, int, int, int]:
+    def sizes(self) -> tuple[int, ...]:
         """Sizes of the mesh axes, in the order of AXES."""
-        return self.data, self.fsdp, self.expert, self.tensor
+        return self.data, self.fsdp, self.expert, self.context, self.tensor
 
     def __str__(self) -> str:
         mesh = " ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
@@ -142,8 +143,8 @@ def layouts(config: Config, num_devices: int) -> list[Layout]:
     for mesh, accumulation, remat, how in itertools.product(
         factorisations(num_devices, len(AXES)), accumulations(config), REMAT, dispatches(config)
     ):
-        data, fsdp, expert, tensor = mesh
-        layout = Layout(data, fsdp, expert, tensor, accumulation, remat, how)
+        data, fsdp, expert, context, tensor = mesh
+        layout = Layout(data, fsdp, expert, context, tensor, accumulation, remat, how)
         try:
             laid_out(config, layout, num_devices).check_mesh(MeshConfig(*mesh))
         except ConfigError:
@@ -174,9 +175,10 @@ def covering(candidates: list[Layout]) -> list[Layout]:
     """Returns a selection with every pair of settings that occurs together in some candidate.
 
     An axis counts as a setting with two values, split or not; accumulation, remat and dispatch with
-    theirs. Of layouts that cover as much, the one that splits one axis most comes first.
+    theirs. Of layouts that cover as much, the one that splits one axis most comes first, and of
+    those the one with the most experts' devices.
     """
-    candidates = sorted(candidates, key=lambda layout: -max(layout.sizes))
+    candidates = sorted(candidates, key=lambda layout: (-max(layout.sizes), -layout.expert))
 
     def pairs(layout: Layout) -> set:
         split = (size > 1 for size in layout.sizes)

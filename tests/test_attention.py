@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moejax.attention import attend, empty_cache, packed_tokens
+from moejax.attend import Sight, attend
+from moejax.attention import empty_cache, packed_tokens
 from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.generate import cached_forward
 from moejax.model import ATTENTION, Block, LayerRouting
@@ -141,12 +142,12 @@ def test_latent_attention_by_the_textbook(mesh, x_btd):
     np.testing.assert_allclose(_applied(module, x_btd), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_value_may_be_wider_than_a_key():
+def test_a_value_may_be_wider_than_a_key(mesh):
     random = np.random.default_rng(0)
     shapes = ((1, T, 4, 2), (1, T, 4, 2), (1, T, 4, 7))
     q, k, v = (random.normal(size=shape).astype(np.float32) for shape in shapes)
-    causal = np.tril(np.ones((1, T, T), bool))
-    actual = jax.jit(attend)(q, k, v, causal)
+    sight = Sight(jnp.arange(T, dtype=jnp.int32)[None], jnp.ones((1, T), jnp.int32))
+    actual = jax.jit(lambda q, k, v: attend(q, k, v, sight, None, mesh))(q, k, v)
     np.testing.assert_allclose(
         actual, _mixed(q, k, v, lambda b, t, s: s <= t), rtol=1e-4, atol=1e-5
     )
@@ -156,13 +157,11 @@ def test_scanned_layers_have_the_windows_of_their_numbers(mesh, params_of):
     """A dense layer first, then two runs of two: layers 1 and 3 see all, 0, 2 and 4 a window."""
     model = dataclasses.replace(GROUPED, num_layers=5)
     config = Config(model=model, moe=dataclasses.replace(MOE, first_dense=1, every=2))
-    plain = dataclasses.replace(model, attention_window=None, full_attention_every=None)
-    plain = dataclasses.replace(config, model=plain)
+    near = dataclasses.replace(model, full_attention_every=None)
+    plain = dataclasses.replace(near, attention_window=None)
     params = params_of(config, mesh)
     token_bt = np.array([np.arange(T), np.arange(T)[::-1] + 12], np.int32)
     tokens = packed_tokens(jnp.asarray(SEGMENT_BT))
-    distance = np.arange(T)[:, None] - np.arange(T)
-    near = tokens._replace(attend_bqt=tokens.attend_bqt & (distance < 3)[None])
 
     @jax.jit
     def one_by_one(params):
@@ -171,13 +170,13 @@ def test_scanned_layers_have_the_windows_of_their_numbers(mesh, params_of):
         for number, (stack, run, i) in enumerate(stacks):
             sparse = stack == "runs" and i == 1
             layer = jax.tree.map(lambda leaf, run=run: leaf[run], params[stack][f"layer_{i}"])
+            own = dataclasses.replace(config, model=plain if number in (1, 3) else near)
             block = nnx.eval_shape(
-                lambda sparse=sparse: Block(plain, mesh, sparse=sparse, rngs=nnx.Rngs(0))
+                lambda own=own, sparse=sparse: Block(own, mesh, sparse=sparse, rngs=nnx.Rngs(0))
             )
             routing = LayerRouting({}, jnp.int32(moe_layers), jnp.asarray(token_bt), None)
             moe_layers += sparse
-            here = tokens if number in (1, 3) else near
-            x_btd, _, _ = nnx.merge(nnx.split(block)[0], layer)(x_btd, here, routing, None)
+            x_btd, _, _ = nnx.merge(nnx.split(block)[0], layer)(x_btd, tokens, routing, None)
         return x_btd * jax.lax.rsqrt(jnp.mean(x_btd**2, -1, keepdims=True) + 1e-6)
 
     @jax.jit

@@ -84,8 +84,8 @@ def test_layouts_train_the_same():
         ["model.vocab_size=264", "data.sequence_length=16"],
     )
     chosen = [
-        verify.Layout(1, 2, 2, 2, 2, "full", "capacity by all_to_all"),
-        verify.Layout(2, 1, 4, 1, 1, "none", "dropless by ragged"),
+        verify.Layout(1, 2, 2, 1, 2, 2, "full", "capacity by all_to_all"),
+        verify.Layout(2, 1, 4, 1, 1, 1, "none", "dropless by ragged"),
     ]
     found = list(verify.check(config, chosen, 8))
     assert [row.failures for row in found] == [[]] * 2
@@ -451,7 +451,7 @@ def test_choices_of_experts_that_a_layer_lacks_are_refused(tmp_path, mesh):
         ),
         (
             {"every": None},
-            r"num_experts_by_layer=\(4, 8, 8\) and moe.every=None, which has no MoE layer; leave one out",
+            r"by_layer=\(4, 8, 8\) and moe.every=None, which has no MoE layer; leave one out",
         ),
         ({"num_experts_by_layer": ()}, "num_experts_by_layer is empty; give a number for each"),
         ({"num_experts": 16}, r"num_experts=16 with .*\(4, 8, 8\).*use moe.num_experts=8"),

@@ -371,18 +371,18 @@ def test_the_transport_of_dropless_routing_sends_least():
         (
             MeshConfig(data=2, expert=8),
             8,
-            "mesh data 2 x fsdp 1 x expert 8 x tensor 1 needs 16 devices and 8 are there; make an "
-            "axis smaller, or on a CPU give --cpu_devices 16",
+            "mesh data 2 x fsdp 1 x expert 8 x context 1 x tensor 1 needs 16 devices and 8 are "
+            "there; make an axis smaller, or on a CPU give --cpu_devices 16",
         ),
         (
             MeshConfig(data=2),
             8,
-            "mesh data 2 x fsdp 1 x expert 1 x tensor 1 takes 2 devices and 8 ",
+            "mesh data 2 x fsdp 1 x expert 1 x context 1 x tensor 1 takes 2 devices and 8 ",
         ),
         (
             MeshConfig(expert=3),
             8,
-            "mesh data None x fsdp 1 x expert 3 x tensor 1 takes 3 devices a",
+            "mesh data None x fsdp 1 x expert 3 x context 1 x tensor 1 takes 3 devices a",
         ),
     ],
 )

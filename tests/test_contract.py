@@ -57,6 +57,31 @@ def test_a_case_is_the_oracle_in_value_and_every_gradient(cell):
     assert oracle["dropped_e"].sum() > 0 or dispatch == "dropless" or name.startswith("mixture")
 
 
+@pytest.mark.parametrize(
+    ("name", "dispatch", "transport", "sizes"),
+    [
+        ("sigmoid_bias", "dropless", "ragged", (1, 1, 4, 2, 1)),
+        ("softmax, all losses", "capacity", "all_to_all", (1, 2, 2, 2, 1)),
+        ("softmax, gated shared expert", "capacity", "gather", (1, 1, 2, 2, 2)),
+        pytest.param(
+            "expert_choice", "dropless", "all_to_all", (2, 1, 2, 2, 1), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "softmax, free experts", "capacity", "ragged", (1, 1, 1, 2, 1), marks=pytest.mark.slow
+        ),
+        pytest.param("noisy", "dropless", "gather", (1, 1, 2, 3, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_parts_of_sequences_are_the_oracle(name, dispatch, transport, sizes):
+    """Over the context axis; routing is of whole sequences, of 6 tokens on 2 or 3 devices."""
+    config = contract.case_config(name, dispatch, transport)
+    layer = contract.make_layer(config)
+    sizes = MeshConfig(*sizes)
+    ours = contract.run_layer(layer, make_mesh(sizes, jax.devices()[: sizes.num_devices]))
+    worst, where = contract.difference(ours, contract.run_layer(layer, None))
+    assert worst <= contract.TOLERANCE, where
+
+
 def test_every_router_is_a_case_and_every_way_is_here():
     cells = _cells()
     assert len({cell[0] for cell in cells}) == len(cells) == 18
@@ -147,7 +172,7 @@ def test_a_missing_sum_over_tensor_fails(monkeypatch):
     monkeypatch.setattr(exchange, "sum_tensor", lambda y: y)
     layer = contract.make_layer(contract.case_config("softmax", "dropless", "gather"))
     with pytest.raises(ValueError):  # noqa: PT011 - JAX's own, while tracing
-        contract.run_layer(layer, make_mesh(MeshConfig(1, 2, 2, 2)))
+        contract.run_layer(layer, make_mesh(MeshConfig(1, 2, 2, 1, 2)))
 
 
 def test_a_reduce_scatter_that_does_not_sum_fails(monkeypatch):
@@ -159,7 +184,7 @@ def test_a_reduce_scatter_that_does_not_sum_fails(monkeypatch):
     layer = contract.make_layer(contract.case_config("softmax", "dropless", "gather"))
     oracle = contract.run_layer(layer, None)
     monkeypatch.setattr(exchange, "scatter_results", first_part)
-    ours = contract.run_layer(layer, make_mesh(MeshConfig(2, 1, 4, 1)))
+    ours = contract.run_layer(layer, make_mesh(MeshConfig(2, 1, 4, 1, 1)))
     assert contract.difference(ours, oracle)[0] > 0.1
 
 
@@ -200,7 +225,7 @@ def test_overflow_takes_rounds_and_drops_nothing():
             layer, x_btd=x_btd, weights={**layer.weights, "router": router}
         )
         oracle = contract.run_layer(skewed, None)
-        ours = contract.run_layer(skewed, make_mesh(MeshConfig(1, 1, 8, 1)))
+        ours = contract.run_layer(skewed, make_mesh(MeshConfig(1, 1, 8, 1, 1)))
         assert contract.difference(ours, oracle)[0] <= contract.TOLERANCE
         tokens = int(layer.inputs.mask_bt.sum())
         assert ours["count_e"].tolist() == [tokens, tokens, 0, 0, 0, 0, 0, 0]
@@ -220,7 +245,7 @@ def test_fewer_rounds_with_a_larger_buffer():
             transport="all_to_all",
             buffer_factor=factor,
         )
-        ours = contract.run_layer(contract.make_layer(config), make_mesh(MeshConfig(1, 1, 8, 1)))
+        ours = contract.run_layer(contract.make_layer(config), make_mesh(MeshConfig(1, 1, 8, 1, 1)))
         rounds[factor] = int(ours["overflow_rounds"])
     assert rounds[1.0] > rounds[8.0] == 0
 

@@ -152,6 +152,32 @@ def test_flops_of_a_gpus_products_by_hand():
     assert hlo.matmul_flops(hlo.parse(CUBLAS)) == 3 * 2 * 5 * 7 * 11
 
 
+# Attention of 2 sequences, 4 query heads on 2 key heads, 5 queries of 6 keys, widths 7 and 3.
+ATTENTION = """\
+HloModule jit_attention
+
+ENTRY %main (i: s8[1,1,1], q: bf16[2,4,5,7], k: bf16[2,2,6,7], v: bf16[2,2,6,3]) -> bf16[2,4,5,3] {
+  %i = s8[1,1,1]{2,1,0} parameter(0)
+  %q = bf16[2,4,5,7]{3,2,1,0} parameter(1)
+  %k = bf16[2,2,6,7]{3,2,1,0} parameter(2)
+  %v = bf16[2,2,6,3]{3,2,1,0} parameter(3)
+  %splash_mha_dq_segmented_no_residuals.2 = bf16[2,4,5,7]{3,2,1,0} custom-call(%i, %q, %k, %v), \
+custom_call_target="tpu_custom_call"
+  %splash_mha_dkv_segmented_no_residuals.1 = bf16[2,2,6,7]{3,2,1,0} custom-call(%i, %q, %k, %v), \
+custom_call_target="tpu_custom_call"
+  ROOT %splash_mha_fwd_segmented_residuals.1 = bf16[2,4,5,3]{3,2,1,0} custom-call(%i, %q, %k, %v), \
+custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_flops_of_the_attention_kernels_by_hand():
+    """Of half of the pairs of queries and keys: 2 products forward, 3 for queries, 4 for keys."""
+    pairs = 2 * 4 * 5 * 6 // 2
+    widths = (7 + 3) + (7 + 7 + 3) + (7 + 7 + 3 + 3)
+    assert hlo.matmul_flops(hlo.parse(ATTENTION)) == 2 * pairs * widths
+
+
 def test_products_of_a_window_by_hand():
     # 4 numbers, padded by 1, a window of 3: the ends take 2 products and the rest 3.
     plain = {"size": 3, "stride": 1, "pad": 1, "lhs_dilate": 1, "rhs_dilate": 1}

@@ -18,7 +18,7 @@ ORDER = [
     *("cluster", "preemption"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
     *("router_stats", "router_state", "assign", "exchange", "rounds", "experts", "free_experts"),
-    *("transport", "reference", "moe", "attention", "latent", "cross_entropy", "model"),
+    *("transport", "reference", "moe", "attend", "attention", "latent", "cross_entropy", "model"),
     *("loss", "contract", "optim", "state", "traffic", "step", "checkpoint", "replay"),
     *("evaluate", "generate", "describe", "plan", "plan_report", "search", "verify", "loop"),
     *("cli", "__main__"),
@@ -29,7 +29,7 @@ SOURCES = {
     if path.stem != "__init__"
 }
 # The axes of the mesh; "data" is also the name of a config section, and the axis of no collective.
-AXIS_NAMES = {"fsdp", "expert", "tensor"}
+AXIS_NAMES = {"fsdp", "expert", "context", "tensor"}
 
 
 def _imported(tree: ast.Module) -> set[str]:
@@ -122,9 +122,14 @@ def test_nobody_unpickles():
 
 
 def test_replication_is_checked_in_every_shard_map():
-    """`check_vma` stays on: it catches a sum that was forgotten."""
-    maps = [c for tree in SOURCES.values() for c in _calls(tree) if _name(c) == "shard_map"]
-    assert maps
+    """`check_vma` stays on: it catches a sum that was forgotten.
+
+    But for attention, whose kernel lacks the types that the check needs; tests/test_attend.py holds
+    its gradients on several meshes to those of one device.
+    """
+    trees = [tree for name, tree in SOURCES.items() if name != "attend"]
+    maps = [c for tree in trees for c in _calls(tree) if _name(c) == "shard_map"]
+    assert len(maps) >= 3
     for call in maps:
         assert not {"check_vma", "check_rep"} & {keyword.arg for keyword in call.keywords}
 

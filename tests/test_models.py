@@ -171,7 +171,7 @@ EVERYWHERE = [
 def test_a_small_one_trains_the_same_on_eight_devices(name):
     """Two steps over fsdp, expert and tensor, against one device with the dense oracle."""
     config = load(name, *EVERYWHERE, *SMALL[name])
-    layout = verify.Layout(1, 2, 2, 2, 1, "full", "dropless by gather")
+    layout = verify.Layout(1, 2, 2, 1, 2, 1, "full", "dropless by gather")
     (row,) = verify.check(config, [layout], 8)
     assert row.failures == []
     assert row.groups["attention"] > 0

@@ -308,7 +308,7 @@ def test_bytes_of_the_state_by_hand():
 
     def state_bytes(**changes):
         optim = OptimConfig(**changes)
-        rows = placements(dataclasses.replace(config, optim=optim), MeshConfig(1, 2, 2, 2))
+        rows = placements(dataclasses.replace(config, optim=optim), MeshConfig(1, 2, 2, 1, 2))
         experts = [r for r in rows["optimizer state"] if r.name.endswith(("gate", "up", "down"))]
         assert all(row.total == 8 * row.per_device for row in experts if "of_" not in row.name)
         return sum(row.total for row in experts)

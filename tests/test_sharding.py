@@ -218,10 +218,10 @@ def test_batches_keep_the_order_of_their_rows(mesh_of, accumulation, shape):
     assert sum(asked) == 16 + 1  # every row once, and the template
 
 
-def test_meshes_have_all_four_axes(mesh_of):
-    assert single_device_mesh().axis_names == ("data", "fsdp", "expert", "tensor")
-    assert mesh_config(mesh_of(1, 2, 4, 1)) == MeshConfig(1, 2, 4, 1)
-    assert mesh_config(make_mesh(MeshConfig(data=2, expert=None))) == MeshConfig(2, 1, 4, 1)
+def test_meshes_have_all_axes(mesh_of):
+    assert single_device_mesh().axis_names == ("data", "fsdp", "expert", "context", "tensor")
+    assert mesh_config(mesh_of(1, 2, 4, 1)) == MeshConfig(1, 2, 4, 1, 1)
+    assert mesh_config(make_mesh(MeshConfig(data=2, expert=None))) == MeshConfig(2, 1, 4, 1, 1)
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_refused():

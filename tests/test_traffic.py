@@ -120,12 +120,12 @@ def test_buffers_by_hand():
 
 
 def test_every_transport_of_every_dispatch_has_a_formula():
-    assert formula(CONFIG, "all_to_all") == "slots"
-    assert formula(DROPLESS, "all_to_all") == "padded"
-    assert formula(SOFT, "all_to_all") == "soft"
+    assert formula(CONFIG, ALONE, "all_to_all") == "slots"
+    assert formula(DROPLESS, ALONE, "all_to_all") == "padded"
+    assert formula(SOFT, ALONE, "all_to_all") == "soft"
     for how in (*TRANSPORTS, "reference"):
         for config in (CONFIG, DROPLESS, SOFT):
-            assert formula(config, how) in FORMULAS
+            assert formula(config, ALONE, how) in FORMULAS
 
 
 # Against the layer that is traced

@@ -43,18 +43,18 @@ def rows(config, *layouts: verify.Layout) -> list[verify.Row]:
     return list(verify.check(config, list(layouts), 8))
 
 
-EXPERT_8 = verify.Layout(1, 1, 8, 1, 1, "none", "capacity by all_to_all")
+EXPERT_8 = verify.Layout(1, 1, 8, 1, 1, 1, "none", "capacity by all_to_all")
 
 
 def test_layouts_agree(config):
     """All four axes, both accumulations, remat, and each way to move what is and is not dropped."""
     found = rows(
         config,
-        verify.Layout(1, 2, 2, 2, 2, "full", "capacity by all_to_all"),
-        verify.Layout(1, 2, 4, 1, 2, "none", "capacity by gather"),
-        verify.Layout(2, 1, 4, 1, 1, "none", "dropless by gather"),
-        verify.Layout(1, 2, 4, 1, 2, "none", "dropless by ragged"),
-        verify.Layout(1, 1, 8, 1, 1, "none", "dropless by all_to_all"),
+        verify.Layout(1, 2, 2, 1, 2, 2, "full", "capacity by all_to_all"),
+        verify.Layout(1, 2, 4, 1, 1, 2, "none", "capacity by gather"),
+        verify.Layout(2, 1, 4, 1, 1, 1, "none", "dropless by gather"),
+        verify.Layout(1, 2, 4, 1, 1, 2, "none", "dropless by ragged"),
+        verify.Layout(1, 1, 8, 1, 1, 1, "none", "dropless by all_to_all"),
     )
     assert [row.failures for row in found] == [[]] * 5
     assert all(max(row.groups.values()) > 0 for row in found), "nothing was compared"
@@ -179,7 +179,7 @@ def test_a_loss_of_microbatches_is_compared_at_one_microbatch(config):
 
 def test_a_layout_s_config_drops_or_takes_further_rounds(config):
     """Otherwise two of the three ways would never be tried where they are hard."""
-    layout = verify.Layout(1, 2, 4, 1, 2, "full", "dropless by ragged")
+    layout = verify.Layout(1, 2, 4, 1, 1, 2, "full", "dropless by ragged")
     found = verify.laid_out(_with_moe(config, capacity_factor=2.0), layout, 8)
     assert (found.moe.capacity_factor, found.moe.transport) == (None, "ragged")
     assert found.moe.buffer_factor == 1
@@ -202,7 +202,7 @@ def test_covering_has_every_pair_of_settings(config):
     chosen = verify.covering(candidates)
 
     def settings(layout):
-        return [*(size > 1 for size in layout[:4]), *layout[4:]]
+        return [*(size > 1 for size in layout[:5]), *layout[5:]]
 
     def pairs(layouts):
         return {
