@@ -430,7 +430,7 @@ def _attention_flops(run: Run) -> int:
     kernel = re.match(r"splash_m[hq]a_(fwd|dq|dkv)_", run.instruction.name)
     if kernel is None:
         return 0
-    query, key, value = [_dims(t) for t in run.types if _SHAPE.search(t)[1] in ("bf16", "f32")][:3]
+    query, key, value = [_dims(t) for t in run.types if t.startswith(("bf16", "f32"))][:3]
     by_key, by_value = _ATTENTION_PRODUCTS[kernel[1]]
     seen = math.prod(query[:-1]) * key[-2] // 2
     return 2 * seen * (by_key * query[-1] + by_value * value[-1])
