@@ -15,8 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.sharding import vary_like
-
 MAX_KEY = 2**32  # of a uint32
 
 
@@ -144,55 +142,57 @@ def _dispatch_forward(x_td, slots):
 
 
 def _dispatch_backward(slots, grad_rd):
-    ones_ts = jnp.ones(slots.slot_ts.shape, jnp.float32)
-    return _weighted_sum(grad_rd, ones_ts, slots.slot_ts), _no_gradient(slots)
+    return combine(grad_rd, slots), _no_gradient(slots)
 
 
 dispatch.defvjp(_dispatch_forward, _dispatch_backward)
 
 
-def combine(out_rd: jax.Array, weight_ts: jax.Array, slots: Slots) -> jax.Array:
-    """Sums each token's rows by weight: y_t = sum_s weight_ts * out[slot_ts]. [R, D] -> [T, D].
+@jax.custom_vjp
+def combine(out_rd: jax.Array, slots: Slots) -> jax.Array:
+    """Sums each token's rows: y_t = sum_s out[slot_ts]. [R, D] -> [T, D]; `dispatch` transposed.
 
-    Products and sum are float32; the result has the dtype of `out_rd`. A dropped assignment adds
-    nothing.
+    The sum is float32; the result has the dtype of `out_rd`. A dropped assignment adds nothing.
+    Combine weights are in the rows already, see `row_weights`.
     """
-    return _combine(*vary_like(out_rd, weight_ts), slots)
-
-
-def _weighted_sum(out_rd, weight_ts, slot_ts):
-    """Returns sum_s weight_ts * out[slot_ts] [T, D], summed in float32.
-
-    Choice by choice: one gather of [T, S, D] would be written to memory and read again.
-    """
-    y_td = jnp.zeros((slot_ts.shape[0], out_rd.shape[1]), jnp.float32)
-    for s in range(slot_ts.shape[1]):
-        out_td = out_rd.at[slot_ts[:, s]].get(mode="fill", fill_value=0)
-        y_td += out_td.astype(jnp.float32) * weight_ts[:, s, None]
+    # Choice by choice: one gather of [T, S, D] would be written to memory and read again.
+    y_td = jnp.zeros((slots.slot_ts.shape[0], out_rd.shape[1]), jnp.float32)
+    for s in range(slots.slot_ts.shape[1]):
+        y_td += out_rd.at[slots.slot_ts[:, s]].get(mode="fill", fill_value=0).astype(jnp.float32)
     return y_td.astype(out_rd.dtype)
 
 
+def _combine_forward(out_rd, slots):
+    return combine(out_rd, slots), slots
+
+
+def _combine_backward(slots, grad_td):
+    return dispatch(grad_td, slots), _no_gradient(slots)
+
+
+combine.defvjp(_combine_forward, _combine_backward)
+
+
 @jax.custom_vjp
-def _combine(out_rd, weight_ts, slots):
-    return _weighted_sum(out_rd, weight_ts, slots.slot_ts)
+def row_weights(weight_ts: jax.Array, slots: Slots) -> jax.Array:
+    """Copies each assignment's combine weight to its row: [T, S] -> [R], empty rows 0.
+
+    Experts weight their own rows: the gradient of a weight then needs what the expert computes
+    anyway, not the rows that it sent home.
+    """
+    return weight_ts.reshape(-1).at[slots.assignment_r].get(mode="fill", fill_value=0)
 
 
-def _combine_forward(out_rd, weight_ts, slots):
-    return _combine(out_rd, weight_ts, slots), (out_rd, weight_ts, slots)
+def _row_weights_forward(weight_ts, slots):
+    return row_weights(weight_ts, slots), slots
 
 
-def _combine_backward(saved, grad_td):
-    out_rd, weight_ts, slots = saved
-    top_k = weight_ts.shape[-1]
-    weight_r = weight_ts.reshape(-1).at[slots.assignment_r].get(mode="fill", fill_value=0)
-    grad_rd = grad_td.at[slots.assignment_r // top_k].get(mode="fill", fill_value=0)
-    grad_out_rd = (grad_rd * weight_r[:, None].astype(grad_rd.dtype)).astype(out_rd.dtype)
-    by_weight_r = jnp.einsum("rd,rd->r", out_rd, grad_rd, preferred_element_type=jnp.float32)
-    by_weight_ts = by_weight_r.at[slots.slot_ts].get(mode="fill", fill_value=0)
-    return grad_out_rd, by_weight_ts, _no_gradient(slots)
+def _row_weights_backward(slots, grad_r):
+    grad_ts = grad_r.at[slots.slot_ts].get(mode="fill", fill_value=0)
+    return grad_ts, _no_gradient(slots)
 
 
-_combine.defvjp(_combine_forward, _combine_backward)
+row_weights.defvjp(_row_weights_forward, _row_weights_backward)
 
 
 def _no_gradient(slots: Slots) -> Slots:

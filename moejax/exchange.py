@@ -27,7 +27,7 @@ def expert_degree() -> int:
 
 
 def slots_to_experts(buf_ecd_local: jax.Array) -> jax.Array:
-    """All-to-all to the experts: [E, C, D] of local tokens -> [E/Z, Z*C, D] of local experts."""
+    """All-to-all to the experts: [E, C, ...] of local tokens -> [E/Z, Z*C, ...] of its experts."""
     if expert_degree() == 1:
         return buf_ecd_local
     return lax.all_to_all(buf_ecd_local, EXPERT_AXIS, split_axis=0, concat_axis=1, tiled=True)
@@ -123,7 +123,8 @@ def received_experts(count_zze: jax.Array, index: jax.Array | int, rows: int) ->
 def ragged_exchange(rows: jax.Array, plan: Ragged, out_rows: int) -> jax.Array:
     """Sends rows [N, ...] to where `plan` says: [out_rows, ...]; rows that get nothing are 0.
 
-    `lax.ragged_all_to_all`, and on a CPU, which lacks it, an all-gather and a masked gather.
+    `lax.ragged_all_to_all`. On a CPU, which lacks it, an all-gather and a masked gather; so too for
+    a number a row, [N], which takes 512 bytes a row of the other on a TPU.
     """
     rows, *fields = vary_like(rows, *plan)
     return _ragged_exchange(rows, Ragged(*fields), out_rows)
@@ -131,6 +132,8 @@ def ragged_exchange(rows: jax.Array, plan: Ragged, out_rows: int) -> jax.Array:
 
 @jax.custom_vjp
 def _ragged(rows, plan, out):
+    if rows.ndim == 1:
+        return _emulated(rows, plan, out)
     return lax.platform_dependent(rows, plan, out, cpu=_emulated, default=_native)
 
 
@@ -248,8 +251,8 @@ def most(count: jax.Array) -> jax.Array:
 
 
 def groups_to_slots(buf_gecd: jax.Array) -> jax.Array:
-    """Puts the groups of a device side by side: [G, E, C, D] -> [E, G*C, D]."""
-    return rearrange(buf_gecd, "g e c d -> e (g c) d")
+    """Puts the groups of a device side by side: [G, E, C, ...] -> [E, G*C, ...]."""
+    return rearrange(buf_gecd, "g e c ... -> e (g c) ...")
 
 
 def slots_to_groups(buf_ecd: jax.Array, groups: int) -> jax.Array:

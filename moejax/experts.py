@@ -16,7 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moejax.dispatch import Groups, combine, dispatch, grouped_slots, sort_by_expert
+from moejax.dispatch import (
+    Groups,
+    combine,
+    dispatch,
+    grouped_slots,
+    row_weights,
+    sort_by_expert,
+)
 from moejax.moe_config import Activation
 from moejax.sharding import vary_like, vary_tree
 
@@ -45,11 +52,21 @@ def feed_forward(x: jax.Array, weights: Weights, activation: Activation) -> jax.
     return PLAIN[activation](up) @ weights["down"]
 
 
-def capacity_experts(buf_ecd: jax.Array, weights: Weights, activation: Activation) -> jax.Array:
-    """Runs each expert on its own rows of a buffer with equal groups: [E, C, D] -> [E, C, D]."""
+def capacity_experts(
+    buf_ecd: jax.Array,
+    weight_ec: jax.Array | None,
+    weights: Weights,
+    activation: Activation,
+) -> jax.Array:
+    """Runs each expert on its own rows of a buffer with equal groups: [E, C, D] -> [E, C, D].
+
+    Args:
+        weight_ec: float32 [E, C]; what each row's output is multiplied by; None is 1.
+    """
     # Marked as varying once, so that over a tensor axis one sum goes back, not one a matrix.
-    per_expert, rows = _share(*vary_tree((buf_ecd, weights)))
-    return _run_network(_stacked_network(activation), per_expert, rows)
+    buf_ecd, weight_ec, weights = vary_tree((buf_ecd, weight_ec, weights))
+    per_expert, rows = _share(buf_ecd, weights)
+    return _run_network(_stacked_network(activation), per_expert, rows, weight_ec)
 
 
 def dropless_experts(
@@ -118,6 +135,16 @@ def dropless_modules(
     return _head_and_tail(_module_network(apply_one), plan, *operands)
 
 
+def capacity_modules(
+    buf_ecd: jax.Array,
+    weight_ec: jax.Array | None,
+    params: Any,
+    apply_one: Callable[[Any, jax.Array], jax.Array],
+) -> jax.Array:
+    """`capacity_experts` for experts of one's own, see `dropless_modules`."""
+    return _weigh(jax.vmap(apply_one)(params, buf_ecd), weight_ec)
+
+
 def _share(x, weights: Weights) -> tuple[Weights, Weights]:
     """Splits into weights with a leading E and what is a token's own: x, and x @ scale_in."""
     per_expert = {name: w for name, w in weights.items() if name != SHARED}
@@ -160,19 +187,20 @@ def _output_scale(weights: Weights, rows: Weights) -> jax.Array | None:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _run_network(network: Network, weights, rows):
-    return network.forward(weights, rows, None)[0]
+def _run_network(network: Network, weights, rows, weight_ec):
+    return network.forward(weights, rows, weight_ec)[0]
 
 
-def _run_network_forward(network, weights, rows):
-    out_ecd, saved = network.forward(weights, rows, None)
-    return out_ecd, (weights, rows, saved)
+def _run_network_forward(network, weights, rows, weight_ec):
+    out_ecd, saved = network.forward(weights, rows, weight_ec)
+    return out_ecd, (weights, rows, weight_ec, saved)
 
 
 def _run_network_backward(network, residuals, dy_ecd):
-    weights, rows, saved = residuals
-    dweights, drows, _ = network.backward(weights, rows, None, saved, dy_ecd)
-    return _cast_like((dweights, drows), (weights, rows))
+    weights, rows, weight_ec, saved = residuals
+    dweights, drows, dweight_ec = network.backward(weights, rows, weight_ec, saved, dy_ecd)
+    dweights, drows = _cast_like((dweights, drows), (weights, rows))
+    return dweights, drows, None if weight_ec is None else dweight_ec
 
 
 _run_network.defvjp(_run_network_forward, _run_network_backward)
@@ -183,7 +211,10 @@ def _cast_like(tree, like):
 
 
 def _weigh(x_ecf, weight_ec):
-    return x_ecf if weight_ec is None else x_ecf * weight_ec[..., None].astype(x_ecf.dtype)
+    """Returns weight_ec * x, multiplied in float32, in the dtype of x."""
+    if weight_ec is None:
+        return x_ecf
+    return (x_ecf.astype(jnp.float32) * weight_ec[..., None]).astype(x_ecf.dtype)
 
 
 def _network_forward(activation, weights, rows, weight_ec):
@@ -445,13 +476,14 @@ def _by_groups(activation, rows, grouped_matmul, tokens, expert_ts, weight_ts, w
         matmul = functools.partial(grouped_matmul, group_sizes=slots.group_size_e)
         names = [name for name in ("gate", "up") if name in weights]
         pre = {name: matmul(rows_r["x"], weights[name]) for name in names}
-        out_rd = matmul(_hidden(pre, activation).astype(rows_r["x"].dtype), weights["down"])
+        hidden_rf = _weigh(_hidden(pre, activation), row_weights(weight_ts, slots))
+        out_rd = matmul(hidden_rf.astype(rows_r["x"].dtype), weights["down"])
         if "output_scale" in weights:
             out_rd *= weights["output_scale"].at[expert_r].get(mode="clip")
         if "scale_out" in weights:
             out_rd *= jax.nn.sigmoid(matmul(rows_r["scale"], weights["scale_out"]))
     with jax.named_scope("combine"):
-        return combine(out_rd, weight_ts, slots)
+        return combine(out_rd, slots)
 
 
 def _gpu_grouped_matmul(x_rd, w_edf, group_sizes):

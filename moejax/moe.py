@@ -18,7 +18,13 @@ from moejax import exchange, reference
 from moejax.assign import capacities, capacity_slots, group_keys, service_order
 from moejax.dispatch import kept_experts
 from moejax.errors import ConfigError
-from moejax.experts import capacity_experts, dropless_experts, dropless_modules, feed_forward
+from moejax.experts import (
+    capacity_experts,
+    capacity_modules,
+    dropless_experts,
+    dropless_modules,
+    feed_forward,
+)
 from moejax.free_experts import free_outputs
 from moejax.mesh import AnyMesh, single_device_mesh
 from moejax.moe_config import MoEConfig
@@ -281,7 +287,7 @@ def _experts(weights: Mapping[str, Any], dtype, config: MoEConfig, apply_one) ->
     if apply_one is not None:
         return Experts(
             weights["expert"],
-            lambda buf_ecd, weights: jax.vmap(apply_one)(weights, buf_ecd),
+            functools.partial(capacity_modules, apply_one=apply_one),
             functools.partial(dropless_modules, apply_one=apply_one),
         )
     activation = config.activation

@@ -439,10 +439,16 @@ def link_seconds(topology: Topology, devices: Sequence[Any], c: hlo.Collective) 
     return c.sent / sum(w for s, w in zip(spans, speeds, strict=True) if s > 1)
 
 
-def exchange_passes(config: Config) -> int:
-    """Returns how often a step sends `traffic.exchange_bytes`: once more where remat repeats it."""
+def exchange_passes(config: Config) -> float:
+    """Returns how often a step sends `traffic.exchange_bytes`.
+
+    Where remat repeats the exchange it is the way there alone; Soft MoE mixes what comes back by
+    weights, whose gradient needs it.
+    """
     remat = config.model.remat
-    return 2 if remat == "none" or remat.startswith("exchange") else 3
+    if remat == "none" or remat.startswith("exchange"):
+        return 2
+    return 3 if config.moe.router == "soft" else 2.5
 
 
 def _checks(config: Config, sizes: MeshConfig, traffic: Sequence[Traffic]) -> Iterable[Check]:
@@ -462,7 +468,7 @@ def _checks(config: Config, sizes: MeshConfig, traffic: Sequence[Traffic]) -> It
         kinds = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce")
         measured = sent(("expert",), kinds, ("exchange", "exchange_back"))
         passes = exchange_passes(config)
-        formula = f"{passes} passes of moejax.traffic's {how}"
+        formula = f"{passes:g} passes of moejax.traffic's {how}"
         if token:
             yield Check("exchange over expert", formula, measured, token * rows * passes)
     if fsdp > 1:

@@ -13,10 +13,10 @@ from moejax.dispatch import expert_capacity
 
 TRANSPORTS = ("all_to_all", "ragged", "gather")
 FORMULAS = {
-    "slots": "2 * D * b * E * C / group tokens * (1 - 1/Z)",
+    "slots": "(2 * D * b + 4) * E * C / group tokens * (1 - 1/Z)",
     "soft": "2 * D * b * E * slots / group tokens * (1 - 1/Z)",
-    "padded": "(2 * D * b + 4) * Z * ceil(buffer_factor * T * k / Z) / T * (1 - 1/Z)",
-    "ragged": "2 * D * b * k * (1 - 1/Z)",
+    "padded": "(2 * D * b + 8) * Z * ceil(buffer_factor * T * k / Z) / T * (1 - 1/Z)",
+    "ragged": "2 * D * b * k * (1 - 1/Z) + 4 * S * (Z - 1)",
     "gather": "(2 * D * b + 8 * S) * (Z - 1)",
     "reference": "every device computes every expert",
 }
@@ -73,8 +73,9 @@ def exchange_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
 
     Of layers that differ it is the mean, so that times the number of MoE layers it is their sum.
     See FORMULAS; `ragged` is the mean of a balanced routing, the others are exact. Empty slots are
-    sent too. 4 bytes a row of the padded exchange say which expert it is for; `gather` sends 8
-    bytes a selection, expert and weight; the counts that `ragged` sends are left out.
+    sent too. 4 bytes a row are its combine weight, which `ragged` gathers; 4 more of the padded
+    exchange say which expert a row is for, and `gather` sends both for every selection. The counts
+    that `ragged` sends are left out.
     """
     stacks = config.moe_stacks()
     total = sum(stack.num_layers * _layer_bytes(own, sizes, how) for stack, own in stacks)
@@ -90,16 +91,16 @@ def _layer_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
     if kind == "gather":
         return float((both_ways + 8 * moe.slots_per_token) * (degree - 1))
     if kind == "ragged":
-        return both_ways * moe.mean_selected * away
+        return both_ways * moe.mean_selected * away + 4 * moe.slots_per_token * (degree - 1)
     if kind == "padded":
         rows = degree * part_rows(config, sizes) / local_tokens(config, sizes)
-        return (both_ways + 4) * rows * away
+        return (both_ways + 8) * rows * away
     if kind == "soft":
         return both_ways * moe.num_experts * moe.soft_slots / group_tokens(config) * away
     if kind == "slots":
         assert moe.capacity_factor is not None
         rows = moe.num_experts * slots(config, moe.capacity_factor) / group_tokens(config)
-        return both_ways * rows * away
+        return (both_ways + 4) * rows * away
     return 0.0
 
 

@@ -4,6 +4,7 @@ All are called inside the layer's `shard_map`, with one device's tokens. `by_slo
 move equal buffers; the others move assignments, and drop none of those that they are given.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +14,15 @@ from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax import exchange
-from moejax.dispatch import Slots, combine, dispatch, grouped_slots, rank_in_expert, rows_of_slots
+from moejax.dispatch import (
+    Slots,
+    combine,
+    dispatch,
+    grouped_slots,
+    rank_in_expert,
+    row_weights,
+    rows_of_slots,
+)
 from moejax.moe_config import MoEConfig
 from moejax.rounds import sum_rounds
 from moejax.routing import SoftMixing
@@ -25,7 +34,7 @@ class Experts(NamedTuple):
 
     Attributes:
         weights: leading dim E/Z; whole over fsdp, in the compute dtype.
-        on_slots: (buf [E/Z, C, D], weights) -> [E/Z, C, D].
+        on_slots: `experts.capacity_experts` or `capacity_modules` with all but arrays bound.
         on_rows: `experts.dropless_experts` or `dropless_modules` with all but arrays bound.
     """
 
@@ -46,11 +55,13 @@ def by_slots(experts: Experts, x_gtd, weight_gts, slots: Slots, num_experts: int
     """Capacity: equal buffers [G, E, C, D], an all-to-all to the experts and one back."""
     with jax.named_scope("dispatch"):
         buf_grd = jax.vmap(dispatch)(x_gtd, slots)
+        weight_gr = jax.vmap(row_weights)(weight_gts, slots)
         buf_gecd = rearrange(buf_grd, "g (e c) d -> g e c d", e=num_experts)
-    out_gecd = _to_experts_and_back(experts, buf_gecd)
+        weight_gec = rearrange(weight_gr, "g (e c) -> g e c", e=num_experts)
+    out_gecd = _to_experts_and_back(experts, buf_gecd, weight_gec)
     with jax.named_scope("combine"):
         out_grd = rearrange(out_gecd, "g e c d -> g (e c) d")
-        return jax.vmap(combine)(out_grd, weight_gts, slots)
+        return jax.vmap(combine)(out_grd, slots)
 
 
 def by_mixing(experts: Experts, x_gtd, mixing: SoftMixing):
@@ -58,17 +69,20 @@ def by_mixing(experts: Experts, x_gtd, mixing: SoftMixing):
     with jax.named_scope("dispatch"):
         mix_gtep = mixing.dispatch_gtep.astype(x_gtd.dtype)
         buf_gepd = jnp.einsum("gtd,gtep->gepd", x_gtd, mix_gtep)
-    out_gepd = _to_experts_and_back(experts, buf_gepd)
+    out_gepd = _to_experts_and_back(experts, buf_gepd, None)
     with jax.named_scope("combine"):
         mix_gtep = mixing.combine_gtep.astype(x_gtd.dtype)
         return jnp.einsum("gepd,gtep->gtd", *vary_like(out_gepd, mix_gtep))
 
 
-def _to_experts_and_back(experts: Experts, buf_gecd):
+def _to_experts_and_back(experts: Experts, buf_gecd, weight_gec):
+    def send(slots_gec):
+        return _delivered(exchange.slots_to_experts(exchange.groups_to_slots(slots_gec)))
+
     with jax.named_scope("exchange"):
-        buf_ecd = _delivered(exchange.slots_to_experts(exchange.groups_to_slots(buf_gecd)))
+        buf_ecd, weight_ec = jax.tree.map(send, (buf_gecd, weight_gec))
     with jax.named_scope("experts"):
-        buf_ecd = experts.on_slots(buf_ecd, experts.weights)
+        buf_ecd = experts.on_slots(buf_ecd, weight_ec, experts.weights)
     with jax.named_scope("exchange_back"):
         buf_ecd = _delivered(exchange.slots_to_tokens(buf_ecd))
         return exchange.slots_to_groups(buf_ecd, buf_gecd.shape[0])
@@ -154,13 +168,12 @@ def _by_gather(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
         return _delivered(exchange.scatter_results(y_td)), further
 
 
-def _run_received(experts: Experts, weights: Any, x_rd, expert_r, config: MoEConfig):
+def _run_received(experts: Experts, weights: Any, x_rd, expert_r, weight_r, config: MoEConfig):
     """Runs this device's experts on rows that were received, each for one expert."""
     rows = x_rd.shape[0]
-    one_r1 = jnp.ones((rows, 1), jnp.float32)
     expected = min(rows, int(rows / config.buffer_factor) + 1)
     return experts.on_rows(
-        x_rd, expert_r[:, None], one_r1, weights, rows=rows, expected_rows=expected
+        x_rd, expert_r[:, None], weight_r[:, None], weights, rows=rows, expected_rows=expected
     )
 
 
@@ -184,16 +197,14 @@ def _by_peers(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
             slots = rows_of_slots(slot_a.reshape(expert_ts.shape), rows)
             expert_r = _row_experts(expert_ts, slots, local)
         with jax.named_scope("dispatch"):
-            x_rd = dispatch(x_td, slots)
+            sent = (dispatch(x_td, slots), expert_r, row_weights(weight_ts, slots))
         with jax.named_scope("exchange"):
-            x_rd, expert_r = _delivered(
-                (exchange.peers_exchange(x_rd), exchange.peers_exchange(expert_r))
-            )
-        y_rd = _run_received(experts, weights, x_rd, expert_r, config)
+            x_rd, expert_r, weight_r = _delivered(jax.tree.map(exchange.peers_exchange, sent))
+        y_rd = _run_received(experts, weights, x_rd, expert_r, weight_r, config)
         with jax.named_scope("exchange_back"):
             y_rd = _delivered(exchange.peers_exchange(y_rd))
         with jax.named_scope("combine"):
-            return combine(y_rd, weight_ts, slots)
+            return combine(y_rd, slots)
 
     most = -(-assignments // part)
     operands = vary_tree((experts.weights, x_td, weight_ts), expert_ts)
@@ -213,10 +224,10 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     router may choose any number of experts.
     """
     degree, none = exchange.expert_degree(), config.num_experts
-    local, send = none // degree, expert_ts.size
-    rows = min(balanced_rows(expert_ts.shape[0], config), degree * send)
+    local, assignments = none // degree, expert_ts.size
+    rows = min(balanced_rows(expert_ts.shape[0], config), degree * assignments)
     with jax.named_scope("assign"):
-        slots = grouped_slots(expert_ts, num_experts=none, rows=send)
+        slots = grouped_slots(expert_ts, num_experts=none, rows=assignments)
         count_zze = _delivered(exchange.gather_counts(slots.group_size_e.reshape(degree, local)))
         count_zz = count_zze.sum(2)
         rounds = exchange.most(-(-count_zz.sum(0).max() // rows))
@@ -225,17 +236,18 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
         weights, x_td, weight_ts = operands
         slots, count_zze = fixed
         with jax.named_scope("dispatch"):
-            x_nd = dispatch(x_td, slots)
+            sent = (dispatch(x_td, slots), row_weights(weight_ts, slots))
         with jax.named_scope("exchange"):
             plan = exchange.ragged_window(count_zze.sum(2), index, rows)
-            x_rd = _delivered(exchange.ragged_exchange(x_nd, plan, rows))
+            send = functools.partial(exchange.ragged_exchange, plan=plan, out_rows=rows)
+            x_rd, weight_r = _delivered(jax.tree.map(send, sent))
             expert_r = exchange.received_experts(count_zze, index, rows)
-        y_rd = _run_received(experts, weights, x_rd, expert_r, config)
+        y_rd = _run_received(experts, weights, x_rd, expert_r, weight_r, config)
         with jax.named_scope("exchange_back"):
-            y_nd = _delivered(exchange.ragged_exchange(y_rd, plan.back, send))
+            y_nd = _delivered(exchange.ragged_exchange(y_rd, plan.back, assignments))
         with jax.named_scope("combine"):
-            return combine(y_nd, weight_ts, slots)
+            return combine(y_nd, slots)
 
-    most = -(-degree * send // rows)
+    most = -(-degree * assignments // rows)
     operands = vary_tree((experts.weights, x_td, weight_ts), expert_ts)
     return _in_rounds(run, operands, (slots, count_zze), rounds, most)

@@ -19,6 +19,7 @@ from moejax.dispatch import (
     expert_capacity,
     grouped_slots,
     kept_experts,
+    row_weights,
     sort_by_expert,
 )
 
@@ -219,9 +220,12 @@ def test_dispatch_and_combine_are_what_loops_say():
     assert (slot_ts == rows).sum() > 3
     assert (buf_rd == 0).all(1).sum() > 2
     np.testing.assert_array_equal(jax.jit(dispatch)(x_td, slots), buf_rd)
-    np.testing.assert_allclose(
-        jax.jit(combine)(out_rd, weight_ts, slots), y_td, rtol=1e-6, atol=1e-7
-    )
+
+    @jax.jit
+    def weighted(out_rd, weight_ts):
+        return combine(out_rd * row_weights(weight_ts, slots)[:, None], slots)
+
+    np.testing.assert_allclose(weighted(out_rd, weight_ts), y_td, rtol=1e-6, atol=1e-7)
 
 
 def test_gradients_are_those_of_the_one_hot_version():
@@ -230,7 +234,8 @@ def test_gradients_are_those_of_the_one_hot_version():
 
     def fast(x_td, scale_rd, weight_ts):
         out_rd = jnp.sin(dispatch(x_td, slots) * scale_rd)
-        return jnp.sum(jnp.cos(combine(out_rd, weight_ts, slots)))
+        weighted_rd = out_rd * row_weights(weight_ts, slots)[:, None]
+        return jnp.sum(jnp.cos(combine(weighted_rd, slots)))
 
     def naive(x_td, scale_rd, weight_ts):
         out_rd = jnp.sin(jnp.einsum("tsr,td->rd", one_hot_tsr, x_td) * scale_rd)
@@ -256,12 +261,11 @@ def test_combine_sums_bfloat16_rows_in_float32():
     A CPU sums in float32 whatever the program says, so what it says is looked at too.
     """
     slots = _capacity_slots([[0, 1, 2]], 1, 3, 1)
-    out_rd = jnp.array([[256.0], [1.0], [256.0]], jnp.bfloat16)
-    weight_ts = jnp.array([[1.0, 1.0, -1.0]])
-    y_td = combine(out_rd, weight_ts, slots)
+    out_rd = jnp.array([[256.0], [1.0], [-256.0]], jnp.bfloat16)
+    y_td = combine(out_rd, slots)
     assert y_td.dtype == jnp.bfloat16
     np.testing.assert_array_equal(y_td.astype(jnp.float32), [[1.0]])
-    program = str(jax.make_jaxpr(combine)(out_rd, weight_ts, slots))
+    program = str(jax.make_jaxpr(combine)(out_rd, slots))
     assert re.search(r":f32\S* = add ", program)
     assert not re.search(r":bf16\S* = (add|mul|reduce_sum|dot_general)\b", program)
 
@@ -272,7 +276,7 @@ def test_rows_that_no_token_owns_cannot_spoil_the_result():
     slots = _compiled_groups(2, 8)(expert_ts)
 
     def loss(out_rd, weight_ts):
-        return jnp.sum(combine(out_rd, weight_ts, slots))
+        return jnp.sum(combine(out_rd * row_weights(weight_ts, slots)[:, None], slots))
 
     out_rd = jnp.ones((8, 3)).at[2:].set(jnp.nan)
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))

@@ -15,6 +15,7 @@ from moejax.dispatch import sort_by_expert
 from moejax.experts import (
     Weights,
     capacity_experts,
+    capacity_modules,
     dropless_experts,
     dropless_modules,
     feed_forward,
@@ -195,25 +196,36 @@ def test_every_activation_and_scale(activation, scale, monkeypatch):
     _check(expert_ts, 4, activation, scale, monkeypatch, rows=40, expected_rows=16)
 
 
+@pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("scale", [None, "output_scale", "scale_out"])
-def test_capacity_experts_run_each_network_on_its_rows(scale):
-    buf_ecd, dy_ecd = _random(3, (3, 5, D), (3, 5, D))
+def test_capacity_experts_run_each_network_on_its_rows(scale, weighted):
+    """And weight what it gives for them: by the config's networks, and by modules of one's own."""
+    buf_ecd, dy_ecd, weight_ec = _random(3, (3, 5, D), (3, 5, D), (3, 5))
     weights = _weights(3, "swiglu", scale)
+    if not weighted:
+        weight_ec = None
 
-    def loop(buf_ecd, weights):
+    def loop(buf_ecd, weight_ec, weights):
         run = functools.partial(_one_expert, activation="swiglu")
-        return jax.vmap(run, (*_per_expert(weights), 0))(weights, buf_ecd)
+        out_ecd = jax.vmap(run, (*_per_expert(weights), 0))(weights, buf_ecd)
+        return out_ecd if weight_ec is None else out_ecd * weight_ec[..., None]
+
+    def modules(buf_ecd, weight_ec, weights):
+        def apply_one(params, x_rd):
+            return _one_expert(params, x_rd, "swiglu")
+
+        return capacity_modules(buf_ecd, weight_ec, weights, apply_one)
 
     run = functools.partial(capacity_experts, activation="swiglu")
-    for actual, expected in zip(
-        *(_jit_vjp(f)(buf_ecd, weights, dy_ecd) for f in (run, loop)), strict=True
-    ):
+    runs = (run, modules) if scale != "scale_out" else (run,)  # scale_in is of no one expert
+    expected = _jit_vjp(loop)(buf_ecd, weight_ec, weights, dy_ecd)
+    for actual in (_jit_vjp(f)(buf_ecd, weight_ec, weights, dy_ecd) for f in runs):
         _compare(actual, expected)
 
 
 def _jit_vjp(function):
-    def value_and_gradients(x, weights, dy):
-        y, transpose = jax.vjp(function, x, weights)
+    def value_and_gradients(x, weight, weights, dy):
+        y, transpose = jax.vjp(function, x, weight, weights)
         return y, *transpose(dy)
 
     return jax.jit(value_and_gradients)

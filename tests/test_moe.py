@@ -321,14 +321,14 @@ def test_tokens_take_two_all_to_alls_forward_and_two_backward(mesh_of):
     """Each device holds 2 sequences of 6 tokens: ceil(2 * 6 / 8) = 2 slots an expert and sequence.
 
     The buffer is [8 experts, 2 * 2 slots, D] at home and [1 expert, 8 * 4 slots, D] at the expert.
+    The combine weight of each slot goes with it, and its gradient comes back.
     """
     mesh = mesh_of(1, 1, 8, 1)
-    assert _collectives(_lowered("token", mesh, backward=False), "all_to_all") == [
-        f"1x32x{D}",
-        f"8x4x{D}",
-    ]
+    forward = [f"1x32x{D}", "1x32", f"8x4x{D}"]
+    assert _collectives(_lowered("token", mesh, backward=False), "all_to_all") == forward
+    back = [f"8x4x{D}", "8x4", f"1x32x{D}"]
     assert sorted(_collectives(_lowered("token", mesh, backward=True), "all_to_all")) == sorted(
-        [f"1x32x{D}", f"8x4x{D}"] * 2
+        forward + back
     )
     for backward in (False, True):
         text = _lowered("token", mesh, backward=backward)

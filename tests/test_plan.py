@@ -168,7 +168,7 @@ def test_a_gpus_program_has_the_part_that_jax_takes():
     ("remat", "exchange", "weights"),
     [
         ("none", 2, 1),
-        ("full", 3, 2),
+        ("full", 2.5, 2),  # the way back is not repeated
         ("exchange", 2, 2),
         ("exchange_and_dots_with_no_batch_dims", 2, 2),
     ],
@@ -184,6 +184,14 @@ def test_checks_count_what_a_remat_policy_sends_again(remat, exchange, weights):
     assert found.expected == exchange * 2 * 64 * (2 * 64 * 2 + 8 * 2)
     gathered = "once" if weights == 1 else "2 a layer"
     assert checks["weights over fsdp"].formula.endswith(gathered)
+
+
+def test_soft_moe_repeats_the_way_back_too():
+    """Its output mixes what comes back by weights that learn."""
+    model = dataclasses.replace(CONFIG.model, remat="full")
+    soft = MoEConfig(router="soft", capacity_factor=None, allow_noncausal=True)
+    assert plan.exchange_passes(dataclasses.replace(CONFIG, model=model)) == 2.5
+    assert plan.exchange_passes(dataclasses.replace(CONFIG, model=model, moe=soft)) == 3
 
 
 def test_the_oracle_exchanges_nothing_to_check():

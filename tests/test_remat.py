@@ -24,13 +24,15 @@ CONFIG = Config(
     ),
     moe=MoEConfig(num_experts=8, expert_hidden=12, capacity_factor=None, buffer_factor=100.0),
 )
-# What crosses the expert axis before and after the experts of a layer, and so under `full` again.
+# What crosses the expert axis before the experts of a layer, and so under `full` again. What comes
+# back is weighted, so that nothing needs it again; but for `soft`, which mixes it by weights.
 WAYS = {
-    "slots": ({"capacity_factor": 1.0}, 2),  # rows, and back
+    "slots": ({"capacity_factor": 1.0}, 2),  # rows and their weights
     "padded": ({"transport": "all_to_all"}, 3),  # the expert of each row too
     "padded, rounds": ({"transport": "all_to_all", "buffer_factor": 1.0}, 3),
-    # of `gather` the sums come home, which nothing needs again
+    "ragged": ({"transport": "ragged"}, 2),  # rows and weights, emulated by all-gathers
     "gather": ({"transport": "gather"}, 3),
+    "soft": ({"router": "soft", "soft_slots": 2, "allow_noncausal": True}, 2),  # there and back
 }
 MOVES = ("all-to-all", "all-gather", "reduce-scatter")
 
@@ -118,7 +120,7 @@ def test_shared_experts_and_the_exchange_do_not_wait_for_each_other(mesh_of):
         if i.opcode in ("dot", "custom-call", "fusion") and "shared" in i.attributes
         if "dot_general" in i.attributes
     }
-    assert len(exchanges) == 4
+    assert len(exchanges) == 6
     assert len(shared) >= 3 + 3  # three products forward, and at least as many back
     assert not reached(exchanges) & shared
     assert not reached(shared) & exchanges

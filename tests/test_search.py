@@ -114,7 +114,7 @@ def test_a_policy_that_keeps_what_was_delivered_sends_it_twice_and_holds_it():
 
     full, keeping, none = (on_paper(remat) for remat in ("full", "exchange", "none"))
     assert keeping[0] - full[0] == 2 * (64 * 4 + 192) * 64 * 2
-    assert 3 * keeping[1] == 3 * none[1] == 2 * full[1]
+    assert 5 * keeping[1] == 5 * none[1] == 4 * full[1]  # the way back is not repeated
     assert keeping[2] == full[2] != none[2]  # weights are gathered again all the same
     both = on_paper("exchange_and_dots_with_no_batch_dims")
     assert both[0] - on_paper("dots")[0] == 2 * (64 * 4 + 192) * 64 * 2

@@ -398,11 +398,14 @@ def expert_only(mesh_of):
     return _compiled_text(forward, abstract.params, batch), _compiled_text(step, abstract, batch)
 
 
-def test_compiled_forward_has_two_all_to_alls_and_the_step_four(expert_only):
-    """Slots go out and come back, in each direction; the compiler's partitioner adds nothing."""
+def test_compiled_forward_has_three_all_to_alls_and_the_step_six(expert_only):
+    """Slots and their weights go out and slots come back, and so do gradients the other way.
+
+    The compiler's partitioner adds nothing.
+    """
     forward, step = expert_only
-    assert len(_shapes_of(forward, "all-to-all")) == 2, _shapes_of(forward, "all-to-all")
-    assert len(_shapes_of(step, "all-to-all")) == 4, _shapes_of(step, "all-to-all")
+    assert len(_shapes_of(forward, "all-to-all")) == 3, _shapes_of(forward, "all-to-all")
+    assert len(_shapes_of(step, "all-to-all")) == 6, _shapes_of(step, "all-to-all")
 
 
 def test_expert_weights_never_leave_their_device(expert_only):

@@ -71,15 +71,16 @@ def test_slots_are_exact_in_the_decimals_that_the_user_wrote():
 
 
 def test_exchange_bytes_by_hand():
-    # 2 ways * 16 numbers * 4 bytes; of what is sent to 2 devices half leaves the device.
+    # 2 ways * 16 numbers * 4 bytes, and a weight for each slot; of what is sent to 2 devices half
+    # leaves the device.
     both_ways = 2 * 16 * 4
-    assert exchange_bytes(CONFIG, MESH, "all_to_all") == both_ways * (8 * 7 / 20) / 2
+    assert exchange_bytes(CONFIG, MESH, "all_to_all") == (both_ways + 4) * (8 * 7 / 20) / 2
     # 16 numbers each way, and an expert and a weight for each of 2 selections, to 1 other device.
     assert exchange_bytes(DROPLESS, MESH, "gather") == both_ways + 2 * 8
-    # Every selection once.
-    assert exchange_bytes(DROPLESS, MESH, "ragged") == both_ways * 2 / 2
-    # 80 tokens * 2 * 1.5 = 240 rows, 120 for each device; 4 bytes say which expert one is for.
-    assert exchange_bytes(DROPLESS, MESH, "all_to_all") == (both_ways + 4) * (240 / 80) / 2
+    # Every selection once, and its weight to 1 other device.
+    assert exchange_bytes(DROPLESS, MESH, "ragged") == both_ways * 2 / 2 + 2 * 4
+    # 80 tokens * 2 * 1.5 = 240 rows, 120 for each device; 8 bytes are a row's expert and weight.
+    assert exchange_bytes(DROPLESS, MESH, "all_to_all") == (both_ways + 8) * (240 / 80) / 2
     assert exchange_bytes(SOFT, MESH, "all_to_all") == both_ways * (8 * 3 / 20) / 2
     assert exchange_bytes(CONFIG, MESH, "reference") == 0
 
@@ -207,17 +208,21 @@ def test_bytes_of_the_ragged_exchange(degree):
     mesh = make_mesh(MeshConfig(data=8 // degree, fsdp=1, expert=degree, tensor=1))
     sizes = mesh_config(mesh)
     tokens = local_tokens(config, sizes)
-    row_bytes = 0
+    row_bytes, gathered = 0, 0.0
     for equation in _first_round(_trace(config, mesh).jaxpr.jaxpr):
+        made = equation.outvars[0].aval if equation.outvars else None
+        if equation.primitive.name == "all_gather" and made.shape == (degree, tokens * 2):
+            gathered += _received(equation, degree)
         if equation.primitive.name == "ragged_all_to_all":
             row = equation.outvars[0].aval
             row_bytes += row.size // row.shape[0] * row.dtype.itemsize
     assert row_bytes == 2 * 16 * 4  # the vector there and back
+    assert gathered == tokens * 2 * 4 * (degree - 1)  # weights
     count_zz = jnp.full((degree, degree), tokens * 2 // degree, jnp.int32)
     size_zz = np.asarray(ragged_window(count_zz, 0, int(1.5 * 2 * tokens)).size)
     away = size_zz.sum(1) - np.diag(size_zz)
     expected = exchange_bytes(config, sizes, "ragged") * tokens
-    np.testing.assert_allclose(away * row_bytes, expected)
+    np.testing.assert_allclose(away * row_bytes + gathered, expected)
 
 
 def test_ragged_is_native_on_a_tpu_and_emulated_on_a_cpu():
@@ -227,9 +232,9 @@ def test_ragged_is_native_on_a_tpu_and_emulated_on_a_cpu():
     text = {how: traced.lower(lowering_platforms=(how,)).as_text() for how in ("tpu", "cpu")}
     # Vectors, and the way back: in the first round and in the loop of further ones.
     assert text["tpu"].count("custom_call @ragged_all_to_all") == 4
-    assert text["tpu"].count('"stablehlo.all_gather"') == 1  # the counts [Z]
+    assert text["tpu"].count('"stablehlo.all_gather"') == 1 + 2  # the counts [Z], weights [T * k]
     assert "ragged_all_to_all" not in text["cpu"]
-    assert text["cpu"].count('"stablehlo.all_gather"') == 1 + 4
+    assert text["cpu"].count('"stablehlo.all_gather"') == 1 + 2 + 4
 
 
 def _shapes(equations, name: str) -> list[tuple[int, ...]]:
@@ -252,7 +257,7 @@ def test_buffers_are_those_of_the_traced_layer(config):
         assert exchanged == [(held // 2, 16)] * 2  # and the experts of rows [R]
     else:
         # [experts of a device, slots of every group of both devices, D], and the way back
-        exchanged = _shapes(equations, "all_to_all")
+        exchanged = [s for s in _shapes(equations, "all_to_all") if len(s) == 3]
         assert exchanged == [(4, held // 4, 16), (8, held // 8, 16)]
     assert gathered_weight_bytes(config, sizes) == 3 * 4 * (8 // 2) * 16 * (12 // 2)
 
