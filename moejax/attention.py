@@ -12,7 +12,7 @@ from flax import nnx
 from moejax.attend import Sight, attend
 from moejax.config import Config, ModelConfig
 from moejax.mesh import AnyMesh
-from moejax.sharding import constrain_tokens
+from moejax.sharding import constrain_tokens, gathered
 
 
 class Cache(NamedTuple):
@@ -148,8 +148,11 @@ class Attention(nnx.Module):
 
         model, dtype = self.config, x_btd.dtype
 
+        def weight(name: str) -> jax.Array:
+            return gathered(getattr(self, name)[...], f"attention/{name}", self.mesh, dtype)
+
         def project(name: str) -> jax.Array:
-            heads = jnp.einsum("btd,dhk->bthk", x_btd, getattr(self, name)[...].astype(dtype))
+            heads = jnp.einsum("btd,dhk->bthk", x_btd, weight(name))
             if model.attention_bias:
                 heads += getattr(self, f"{name}_bias")[...].astype(dtype)[None, None]
             return constrain_tokens(heads, self.mesh, heads=True)
@@ -163,7 +166,7 @@ class Attention(nnx.Module):
             k, v = cache = write_cache(cache, k, v, tokens)
         sink_h = self.sinks[...] if model.attention_sinks else None
         mixed = attend(q, k, v, sight(model, tokens), sink_h, self.mesh)
-        out = jnp.einsum("bthk,hkd->btd", mixed, self.output[...].astype(dtype))
+        out = jnp.einsum("bthk,hkd->btd", mixed, weight("output"))
         if model.attention_bias:
             out += self.output_bias[...].astype(dtype)[None, None]
         return constrain_tokens(out, self.mesh), cache

@@ -49,7 +49,8 @@ class ModelConfig:
     qk_norm: bool = True
     rope_theta: float = 10_000.0
     # what backward computes again; attention scores are computed again always. "full" repeats the
-    # exchange of tokens with the experts' devices too, "exchange" keeps what it delivered
+    # exchange of tokens with the experts' devices too, "exchange" keeps what it delivered, and the
+    # matrices of dense layers that were gathered over fsdp
     remat: Literal[
         "none",
         "full",

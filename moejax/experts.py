@@ -37,6 +37,7 @@ PLAIN = {
 }
 SHARED = "scale_in"  # the one weight without a leading E
 
+HIDDEN_BYTES, LANES = 1 << 28, 128  # of hidden activations at once, see `_over_width`
 MAX_BLOCK = 128  # rows of a block of the tail
 CHUNK_ROWS, CHUNK_BYTES = 256, 1 << 24  # of the head, see `_plan`
 
@@ -66,7 +67,12 @@ def capacity_experts(
     # Marked as varying once, so that over a tensor axis one sum goes back, not one a matrix.
     buf_ecd, weight_ec, weights = vary_tree((buf_ecd, weight_ec, weights))
     per_expert, rows = _share(buf_ecd, weights)
-    return _run_network(_stacked_network(activation), per_expert, rows, weight_ec)
+    network = _stacked_network(activation)
+
+    def run(per_expert: Weights) -> jax.Array:
+        return _run_network(network, per_expert, rows, weight_ec)
+
+    return _over_width(run, per_expert, buf_ecd.shape[0] * buf_ecd.shape[1], buf_ecd.dtype)
 
 
 def dropless_experts(
@@ -208,6 +214,51 @@ _run_network.defvjp(_run_network_forward, _run_network_backward)
 
 def _cast_like(tree, like):
     return jax.tree.map(lambda a, b: a.astype(b.dtype), tree, like)
+
+
+def _over_width(
+    run: Callable[[Weights], jax.Array], weights: Weights, rows: int, dtype: jax.typing.DTypeLike
+) -> jax.Array:
+    """Returns `run(weights)`, whose sum over the hidden width is taken in parts where it is large.
+
+    Of the hidden activations of a part the backward pass keeps none: a layer's are more than the
+    state of many a model. They are computed again, as they are under `model.remat=full` anyway.
+
+    Args:
+        rows: of all experts together.
+    """
+    wide = {"gate": 2, "up": 2, "down": 1}  # the dim of the hidden width
+    hidden = weights["up"].shape[2]
+    parts = _width_parts(hidden, rows * jnp.dtype(dtype).itemsize)
+    if parts == 1:
+        return run(weights)
+    rest = {name: w for name, w in weights.items() if name not in wide}
+
+    def split(w: jax.Array, dim: int) -> jax.Array:
+        shape = (*w.shape[:dim], parts, hidden // parts, *w.shape[dim + 1 :])
+        return jnp.moveaxis(w.reshape(shape), dim, 0)
+
+    def add(total, part):
+        return total + run(part | rest).astype(jnp.float32), None
+
+    split_weights = {
+        name: split(weights[name], dim) for name, dim in wide.items() if name in weights
+    }
+    shape = jax.eval_shape(run, weights).shape
+    zeros = vary_like(jnp.zeros(shape, jnp.float32), weights["up"])[0]
+    return lax.scan(jax.checkpoint(add), zeros, split_weights)[0].astype(dtype)
+
+
+def _width_parts(hidden: int, column_bytes: int) -> int:
+    """Returns into how many parts of whole lanes a hidden width is split, to hold `HIDDEN_BYTES`.
+
+    The fewest that do, or as many as there can be.
+    """
+    if hidden * column_bytes <= HIDDEN_BYTES:
+        return 1
+    possible = [n for n in range(1, hidden + 1) if hidden % n == 0 and hidden // n % LANES == 0]
+    enough = (n for n in possible if hidden // n * column_bytes <= HIDDEN_BYTES)
+    return next(enough, (possible or [1])[-1])
 
 
 def _weigh(x_ecf, weight_ec):
@@ -474,10 +525,15 @@ def _by_groups(activation, rows, grouped_matmul, tokens, expert_ts, weight_ts, w
         rows_r = {name: dispatch(x, slots) for name, x in tokens.items()}
     with jax.named_scope("experts"):
         matmul = functools.partial(grouped_matmul, group_sizes=slots.group_size_e)
-        names = [name for name in ("gate", "up") if name in weights]
-        pre = {name: matmul(rows_r["x"], weights[name]) for name in names}
-        hidden_rf = _weigh(_hidden(pre, activation), row_weights(weight_ts, slots))
-        out_rd = matmul(hidden_rf.astype(rows_r["x"].dtype), weights["down"])
+        weight_r = row_weights(weight_ts, slots)
+
+        def run(weights: Weights) -> jax.Array:
+            names = [name for name in ("gate", "up") if name in weights]
+            pre = {name: matmul(rows_r["x"], weights[name]) for name in names}
+            hidden_rf = _weigh(_hidden(pre, activation), weight_r)
+            return matmul(hidden_rf.astype(rows_r["x"].dtype), weights["down"])
+
+        out_rd = _over_width(run, weights, rows, rows_r["x"].dtype)
         if "output_scale" in weights:
             out_rd *= weights["output_scale"].at[expert_r].get(mode="clip")
         if "scale_out" in weights:

@@ -247,6 +247,9 @@ def parse(text: str) -> Program:
             current = None
         elif current is not None and (match := _INSTRUCTION.match(line)):
             current.append(_instruction(match[2], match[3], bool(match[1])))
+        elif current:  # a kernel's metadata goes on over lines
+            last = current[-1]
+            current[-1] = dataclasses.replace(last, attributes=last.attributes + line)
     devices = re.search(r"num_partitions=(\d+)", text.partition("\n")[0])
     return Program(found, entry, int(devices[1]) if devices else 1)
 

@@ -17,7 +17,7 @@ from moejax.attention import (
 )
 from moejax.config import Config
 from moejax.mesh import AnyMesh
-from moejax.sharding import constrain_tokens
+from moejax.sharding import constrain_tokens, gathered
 
 
 class LatentAttention(nnx.Module):
@@ -50,31 +50,34 @@ class LatentAttention(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         """Returns [B, T, D] and the cache with this call's keys and latents written to it."""
         model, position_bt = self.config, tokens.position_bt
-        q_bthk = self._heads(self.query_norm(self._down(x_btd, self.query_down)), self.query_up)
+        q_bthk = self._heads(self.query_norm(self._down(x_btd, "query_down")), "query_up")
         still, turning = jnp.split(q_bthk, [model.qk_nope_head_dim], axis=-1)
         turned = rope(turning, position_bt, model.rope_theta)
         q_bthk = jnp.concatenate([still, turned], axis=-1)
-        latent_btc = self.latent_norm(self._down(x_btd, self.latent_down))
-        key_bt1r = self._down(x_btd, self.key_rope)[:, :, None]
+        latent_btc = self.latent_norm(self._down(x_btd, "latent_down"))
+        key_bt1r = self._down(x_btd, "key_rope")[:, :, None]
         key_bt1r = rope(key_bt1r, position_bt, model.rope_theta)
         if cache is not None:
             cache = write_cache(cache, key_bt1r, latent_btc[:, :, None], tokens)
             key_bt1r, latent_btc = cache.key, cache.value[:, :, 0]
         k_bshk, v_bshv = (
-            self._heads(latent_btc, self.key_up),
-            self._heads(latent_btc, self.value_up),
+            self._heads(latent_btc, "key_up"),
+            self._heads(latent_btc, "value_up"),
         )
         shared = jnp.broadcast_to(key_bt1r, (*k_bshk.shape[:-1], key_bt1r.shape[-1]))
         k_bshk = jnp.concatenate([k_bshk, shared], axis=-1)
         mixed = attend(q_bthk, k_bshk, v_bshv, sight(model, tokens), None, self.mesh)
-        out = jnp.einsum("bthv,hvd->btd", mixed, self.output[...].astype(x_btd.dtype))
+        out = jnp.einsum("bthv,hvd->btd", mixed, self._weight("output", x_btd))
         return constrain_tokens(out, self.mesh), cache
 
-    def _down(self, x_btd: jax.Array, w_dc: nnx.Param) -> jax.Array:
+    def _weight(self, name: str, x_btd: jax.Array) -> jax.Array:
+        return gathered(getattr(self, name)[...], f"attention/{name}", self.mesh, x_btd.dtype)
+
+    def _down(self, x_btd: jax.Array, name: str) -> jax.Array:
         """Returns [B, T, C], whole on every device of a tensor group."""
-        narrow = jnp.einsum("btd,dc->btc", x_btd, w_dc[...].astype(x_btd.dtype))
+        narrow = jnp.einsum("btd,dc->btc", x_btd, self._weight(name, x_btd))
         return constrain_tokens(narrow, self.mesh)
 
-    def _heads(self, x_btc: jax.Array, w_chk: nnx.Param) -> jax.Array:
-        heads = jnp.einsum("btc,chk->bthk", x_btc, w_chk[...].astype(x_btc.dtype))
+    def _heads(self, x_btc: jax.Array, name: str) -> jax.Array:
+        heads = jnp.einsum("btc,chk->bthk", x_btc, self._weight(name, x_btc))
         return constrain_tokens(heads, self.mesh, heads=True)

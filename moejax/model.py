@@ -25,7 +25,7 @@ from moejax.moe_config import MoEConfig, Stack
 from moejax.router_state import state_of_stack
 from moejax.router_stats import RouterStats, of_stacks
 from moejax.routing import RouterInputs
-from moejax.sharding import constrain_tokens
+from moejax.sharding import GATHERED, constrain_tokens, gathered
 from moejax.transport import EXCHANGED
 
 
@@ -52,17 +52,21 @@ ATTENTION = {"grouped": Attention, "latent": LatentAttention}
 class FeedForward(nnx.Module):
     """The dense SwiGLU layer."""
 
-    def __init__(self, config: Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Config, mesh: AnyMesh, *, rngs: nnx.Rngs):
         model = config.model
         d, f = model.d_model, model.dense_hidden
+        self.mesh = mesh
         self.gate = normal(rngs, (d, f), d, model.param_dtype)
         self.up = normal(rngs, (d, f), d, model.param_dtype)
         self.down = normal(rngs, (f, d), f, model.param_dtype, output_scale(model))
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         weights = {"gate": self.gate, "up": self.up, "down": self.down}
-        cast = {name: w[...].astype(x_btd.dtype) for name, w in weights.items()}
-        return feed_forward(x_btd, cast, "swiglu")
+        whole = {
+            name: gathered(w[...], f"ffn/{name}", self.mesh, x_btd.dtype)
+            for name, w in weights.items()
+        }
+        return feed_forward(x_btd, whole, "swiglu")
 
 
 class Block(nnx.Module):
@@ -84,7 +88,7 @@ class Block(nnx.Module):
                 rngs=rngs,
             )
         else:
-            self.ffn = FeedForward(config, rngs=rngs)
+            self.ffn = FeedForward(config, mesh, rngs=rngs)
         self.sparse = sparse
 
     def __call__(
@@ -204,10 +208,10 @@ REMAT_POLICIES = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_saveable,
     "dots_with_no_batch_dims": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGED),
+    "exchange": jax.checkpoint_policies.save_only_these_names(EXCHANGED, GATHERED),
     "exchange_and_dots_with_no_batch_dims": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names(EXCHANGED),
+        jax.checkpoint_policies.save_only_these_names(EXCHANGED, GATHERED),
     ),
 }
 

@@ -33,6 +33,7 @@ from moejax.router_state import initial_router_state
 from moejax.router_stats import RouterStats, router_stats
 from moejax.routing import RouterInputs, Routing, route, soft_mixing
 from moejax.sharding import (
+    gathered,
     parameter_spec,
     split_spec,
     token_spec,
@@ -216,19 +217,21 @@ def apply_moe(
     )
     y_btd, stats, expert_bts = run(routed, x_btd, inputs, dict(state))
     if config.shared_experts:
-        y_btd = y_btd + shared_output(weights, x_btd, config)
+        y_btd = y_btd + shared_output(weights, x_btd, config, mesh)
     return y_btd, stats, expert_bts
 
 
 @functools.partial(jax.named_call, name="shared")
-def shared_output(weights: Weights, x_btd: jax.Array, config: MoEConfig) -> jax.Array:
+def shared_output(
+    weights: Weights, x_btd: jax.Array, config: MoEConfig, mesh: AnyMesh
+) -> jax.Array:
     """Returns what the shared experts give for every token (DeepSeekMoE), gated where asked."""
-    cast = {
-        name.removeprefix("shared_"): w.astype(x_btd.dtype)
+    whole = {
+        name.removeprefix("shared_"): gathered(w, f"moe/{name}", mesh, x_btd.dtype)
         for name, w in weights.items()
         if name in ("shared_gate", "shared_up", "shared_down")
     }
-    y_btd = feed_forward(x_btd, cast, config.activation)
+    y_btd = feed_forward(x_btd, whole, config.activation)
     if config.shared_gate == "none":
         return y_btd
     logit_bt = jnp.einsum("btd,d->bt", x_btd.astype(jnp.float32), weights["shared_router"])

@@ -4,10 +4,12 @@ Tokens are split over data x fsdp x expert, so for everything but the experts th
 more data axis. Experts are split over `expert`, every matrix over `fsdp` and `tensor` too.
 """
 
+import functools
 from typing import Any
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -17,6 +19,7 @@ from moejax.parameters import AXES_OF
 
 BATCH_AXES = ("data", "fsdp", "expert")
 CONTEXT_AXIS = "context"
+GATHERED = "gathered"  # what a remat policy keeps of dense layers' weights
 
 # By the end of the parameter's path. A stacked layer dim in front is never split.
 PARAMETER_SPECS = {
@@ -138,6 +141,38 @@ def constrain_tokens(x: jax.Array, mesh: AnyMesh, *, heads: bool = False) -> jax
     """Splits tokens [B, T, ...] as `token_spec` says."""
     spec = token_spec(x.shape, mesh, heads=heads)
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
+def gathered(w: jax.Array, name: str, mesh: AnyMesh, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Returns a matrix of a dense layer whole over fsdp, in the compute dtype.
+
+    One gather serves all products of a pass; the partitioner by itself makes one for each. The
+    gradient is split again where it is summed.
+
+    Args:
+        name: the end of the parameter's path, `attention/query`.
+    """
+    if mesh.shape["fsdp"] == 1:
+        return w.astype(dtype)
+    spec = parameter_spec(name, w.ndim)
+    return checkpoint_name(_whole_over_fsdp(w.astype(dtype), spec, mesh), GATHERED)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _whole_over_fsdp(w, spec: P, mesh: AnyMesh):
+    rest = P(*(None if axis == "fsdp" else axis for axis in spec))
+    return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, rest))
+
+
+def _whole_forward(w, spec, mesh):
+    return _whole_over_fsdp(w, spec, mesh), None
+
+
+def _whole_backward(spec, mesh, _, grad):
+    return (jax.lax.with_sharding_constraint(grad, NamedSharding(mesh, spec)),)
+
+
+_whole_over_fsdp.defvjp(_whole_forward, _whole_backward)
 
 
 def place_batch(mesh: Mesh, rows: Any, batch_size: int, accumulation: int) -> Any:

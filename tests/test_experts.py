@@ -196,10 +196,34 @@ def test_every_activation_and_scale(activation, scale, monkeypatch):
     _check(expert_ts, 4, activation, scale, monkeypatch, rows=40, expected_rows=16)
 
 
+def _in_parts(monkeypatch):
+    """Takes the hidden width of 10 in 5 parts."""
+    monkeypatch.setattr(experts, "LANES", 2)
+    monkeypatch.setattr(experts, "HIDDEN_BYTES", 1)
+    assert experts._width_parts(F, 1) == 5
+
+
+@pytest.mark.parametrize(("activation", "scale"), [*VARIANTS[1:], ("swiglu", None)])
+def test_a_hidden_width_in_parts_changes_nothing(activation, scale, monkeypatch):
+    _in_parts(monkeypatch)
+    _check(_routing(20, 2, 4), 4, activation, scale, monkeypatch, rows=40)
+
+
+def test_the_parts_of_a_hidden_width_are_whole_lanes(monkeypatch):
+    monkeypatch.setattr(experts, "HIDDEN_BYTES", 1 << 28)
+    # Mixtral 8x7B on a pod: 4 parts of 3,584 columns of 36,864 rows in bfloat16, 7 of 2,048
+    assert [experts._width_parts(14336, 2 * rows) for rows in (36864, 40960)] == [4, 7]
+    assert experts._width_parts(14336, 1) == 1
+    assert experts._width_parts(100, 1 << 30) == 1  # no part of it has whole lanes
+
+
+@pytest.mark.parametrize("parts", [1, 5])
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("scale", [None, "output_scale", "scale_out"])
-def test_capacity_experts_run_each_network_on_its_rows(scale, weighted):
+def test_capacity_experts_run_each_network_on_its_rows(scale, weighted, parts, monkeypatch):
     """And weight what it gives for them: by the config's networks, and by modules of one's own."""
+    if parts > 1:
+        _in_parts(monkeypatch)
     buf_ecd, dy_ecd, weight_ec = _random(3, (3, 5, D), (3, 5, D), (3, 5))
     weights = _weights(3, "swiglu", scale)
     if not weighted:

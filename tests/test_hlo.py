@@ -162,7 +162,9 @@ ENTRY %main (i: s8[1,1,1], q: bf16[2,4,5,7], k: bf16[2,2,6,7], v: bf16[2,2,6,3])
   %k = bf16[2,2,6,7]{3,2,1,0} parameter(2)
   %v = bf16[2,2,6,3]{3,2,1,0} parameter(3)
   %splash_mha_dq_segmented_no_residuals.2 = bf16[2,4,5,7]{3,2,1,0} custom-call(%i, %q, %k, %v), \
-custom_call_target="tpu_custom_call"
+custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+  "block": 512
+}}, metadata={op_name="jit(step)/attention/pallas_call"}
   %splash_mha_dkv_segmented_no_residuals.1 = bf16[2,2,6,7]{3,2,1,0} custom-call(%i, %q, %k, %v), \
 custom_call_target="tpu_custom_call"
   ROOT %splash_mha_fwd_segmented_residuals.1 = bf16[2,4,5,3]{3,2,1,0} custom-call(%i, %q, %k, %v), \
@@ -175,7 +177,10 @@ def test_flops_of_the_attention_kernels_by_hand():
     """Of half of the pairs of queries and keys: 2 products forward, 3 for queries, 4 for keys."""
     pairs = 2 * 4 * 5 * 6 // 2
     widths = (7 + 3) + (7 + 7 + 3) + (7 + 7 + 3 + 3)
-    assert hlo.matmul_flops(hlo.parse(ATTENTION)) == 2 * pairs * widths
+    program = hlo.parse(ATTENTION)
+    assert hlo.matmul_flops(program) == 2 * pairs * widths
+    scopes = [cost.scope for cost in hlo.costs(program)]
+    assert scopes == ["jit(step)/attention/pallas_call", "", ""]
 
 
 def test_products_of_a_window_by_hand():
