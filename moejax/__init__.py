@@ -5,7 +5,7 @@ Dims are letters, the same in names, einsums and docs:
     B batch (sequences)   T tokens of a sequence   D model width     V vocabulary
     L layers              H query heads            N key/value heads K head width
     E experts             F expert hidden width    S selected experts of a token (top-k)
-    C capacity: slots an expert has in one group   G groups          Z degree of the expert axis
+    C capacity: slots an expert has in one group   G groups          Z degree of the expert axes
 
 An array that crosses a function carries its dims as a suffix: `x_btd`, `expert_ts`, `buf_ecd`.
 Inside a per-sequence or per-device scope `t` runs over every token in that scope.

@@ -258,7 +258,10 @@ class TrainConfig:
         )
 
 
-AXES = ("data", "fsdp", "expert", "context", "tensor")
+AXES = ("data", "fsdp", "expert_fsdp", "expert", "context", "tensor")
+FSDP_AXES = ("fsdp", "expert_fsdp")  # that split the matrices outside of experts
+EXPERT_AXES = ("expert_fsdp", "expert")  # that split the experts
+TOKEN_AXES = ("data", "fsdp", "expert_fsdp", "expert")  # that split sequences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,10 +269,11 @@ class MeshConfig:
     """Sizes of the mesh axes. At most one is None: it takes the devices that are left."""
 
     data: int | None = None
-    fsdp: int | None = 1
-    expert: int | None = 1
+    fsdp: int | None = 1  # splits every matrix, an expert's too; gathered before use
+    expert: int | None = 1  # splits the experts; all else is whole on each of its devices
     context: int | None = 1  # splits every sequence: for those too long for a device
     tensor: int | None = 1
+    expert_fsdp: int | None = 1  # splits the experts as `expert` does, and all else as `fsdp` does
 
     def __post_init__(self):
         require_positive("mesh", self, *AXES)
@@ -288,7 +292,7 @@ class MeshConfig:
         """
         sizes = {axis: getattr(self, axis) for axis in AXES}
         product = math.prod(size for size in sizes.values() if size is not None)
-        asked = " x ".join(f"{axis} {sizes[axis]}" for axis in AXES)
+        asked = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n != 1) or "data 1"
         require(
             product <= num_devices,
             f"mesh {asked} needs {product} devices and {num_devices} are there; make an axis "
@@ -310,8 +314,18 @@ class MeshConfig:
 
     @property
     def token_shards(self) -> int:
-        """Into how many parts a batch of sequences is split: data x fsdp x expert."""
-        return math.prod(getattr(self, axis) for axis in ("data", "fsdp", "expert"))
+        """Into how many parts a batch of sequences is split."""
+        return math.prod(getattr(self, axis) for axis in TOKEN_AXES)
+
+    @property
+    def expert_degree(self) -> int:
+        """Z, the devices that the experts are split over."""
+        return math.prod(getattr(self, axis) for axis in EXPERT_AXES)
+
+    @property
+    def fsdp_degree(self) -> int:
+        """The devices that a matrix outside of experts is split over, tensor aside."""
+        return math.prod(getattr(self, axis) for axis in FSDP_AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -438,51 +452,58 @@ class Config:
         """Checks that the parameters can be split over `mesh`; see `check_mesh`."""
         model, moe = self.model, self.moe
 
-        def divides(axis: str, name: str, value: int) -> None:
-            size = getattr(mesh, axis)
+        def divides(axes: tuple[str, ...], name: str, value: int) -> None:
+            split = {axis: getattr(mesh, axis) for axis in axes if getattr(mesh, axis) > 1}
+            size = math.prod(split.values())
+            named = " x ".join(f"{axis} {n}" for axis, n in split.items())
+            hint = _divisor_hint(value, size) + " in all" * (len(split) > 1)
+            named = f"axes {named}" if len(split) > 1 else f"{''.join(split)} axis"
             require(
                 value % size == 0,
-                f"{name}={value} is not divisible by the {axis} axis ({size}); use a multiple of "
-                f"{size} or another mesh.{axis}{_divisor_hint(value, size)}",
+                f"{name}={value} is not divisible by the {named} ({size}); use a multiple of "
+                f"{size} or another mesh.{' or mesh.'.join(split)}{hint}",
             )
 
-        divides("context", "data.sequence_length", self.data.sequence_length)
+        tensor = ("tensor",)
+        divides(("context",), "data.sequence_length", self.data.sequence_length)
         require(
             mesh.context == 1 or moe.every is None or moe.router != "soft",
             f"mesh.context={mesh.context} splits sequences, and moe.router='soft' mixes all tokens "
             "of one; use mesh.context=1 or another moe.router",
         )
         if moe.every is not None:
-            for axis, name in (("expert", "moe.num_experts"), ("tensor", "moe.expert_hidden")):
+            for axes, name in ((EXPERT_AXES, "moe.num_experts"), (tensor, "moe.expert_hidden")):
                 by_layer = getattr(moe, f"{name.removeprefix('moe.')}_by_layer")
                 if by_layer is None:
-                    divides(axis, name, getattr(moe, name.removeprefix("moe.")))
+                    divides(axes, name, getattr(moe, name.removeprefix("moe.")))
                 for layer, value in enumerate(by_layer or ()):
-                    divides(axis, f"{name}_by_layer[{layer}]", value)
+                    divides(axes, f"{name}_by_layer[{layer}]", value)
         if self.num_dense_layers:
-            divides("tensor", "model.dense_hidden", model.dense_hidden)
-        divides("tensor", "model.num_heads", model.num_heads)
+            divides(tensor, "model.dense_hidden", model.dense_hidden)
+        divides(tensor, "model.num_heads", model.num_heads)
         if model.attention == "latent":
             for name in ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim"):
-                divides("tensor", f"model.{name}", getattr(model, name))
+                divides(tensor, f"model.{name}", getattr(model, name))
             for name in ("q_lora_rank", "kv_lora_rank"):
-                divides("fsdp", f"model.{name}", getattr(model, name))
+                divides(FSDP_AXES, f"model.{name}", getattr(model, name))
         else:
-            divides("tensor", "model.num_kv_heads", model.num_kv_heads)
-        divides("tensor", "model.vocab_size", model.vocab_size)
-        divides("fsdp", "model.d_model", model.d_model)
+            divides(tensor, "model.num_kv_heads", model.num_kv_heads)
+        divides(tensor, "model.vocab_size", model.vocab_size)
+        divides(FSDP_AXES, "model.d_model", model.d_model)
 
     def check_batch_fits(self, mesh: MeshConfig) -> None:
         """Checks that a microbatch splits into whole groups on `mesh`; see `check_mesh`."""
         moe = self.moe
         microbatch = self.train.batch_size // self.train.accumulation
         unit = mesh.token_shards * moe.group_sequences
+        sizes = ((axis, getattr(mesh, axis)) for axis in TOKEN_AXES)
+        split = " x ".join(f"{axis} {n}" for axis, n in sizes if n > 1) or "data 1"
         require(
             microbatch % unit == 0,
             f"train.batch_size={self.train.batch_size} over "
             f"train.accumulation={self.train.accumulation} gives microbatches of {microbatch} "
-            f"sequences, not a multiple of {unit} = data {mesh.data} x fsdp {mesh.fsdp} x expert "
-            f"{mesh.expert} x moe.group_sequences {moe.group_sequences}; use "
+            f"sequences, not a multiple of {unit} = {split} x moe.group_sequences "
+            f"{moe.group_sequences}; use "
             "train.batch_size="
             f"{max(1, round(microbatch / unit)) * unit * self.train.accumulation} or a smaller "
             "mesh",

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import moe, reference
-from moejax.config import MeshConfig
+from moejax.config import EXPERT_AXES, MeshConfig
 from moejax.errors import ConfigError
 from moejax.loss import auxiliary_loss
 from moejax.mesh import AnyMesh, make_mesh, single_device_mesh
@@ -108,13 +108,16 @@ def case_config(name: str, dispatch: str, transport: str) -> MoEConfig | None:
 
 
 def meshes(num_devices: int) -> list[MeshConfig]:
-    """Returns meshes with the expert axis 1, 2, 4 and 8 and the other axes in between."""
-    shapes = ((1, 1, 1, 1), (1, 2, 2, 2), (2, 1, 4, 1), (1, 1, 8, 1), (1, 2, 1, 1), (1, 1, 2, 1))
-    found = [
-        MeshConfig(data, fsdp, expert, 1, tensor)
-        for data, fsdp, expert, tensor in shapes
-        if data * fsdp * expert * tensor <= num_devices
-    ]
+    """Returns meshes with experts over 1, 2, 4 and 8 devices and the other axes in between."""
+    shapes = (
+        MeshConfig(data=1),
+        MeshConfig(data=1, fsdp=2, expert=2, tensor=2),
+        MeshConfig(data=2, expert_fsdp=2, expert=2),
+        MeshConfig(data=1, expert=8),
+        MeshConfig(data=1, fsdp=2),
+        MeshConfig(data=1, expert=2),
+    )
+    found = [mesh for mesh in shapes if mesh.num_devices <= num_devices]
     if num_devices >= 8:  # the small ones are for machines with fewer devices
         found = found[:4]
     return found
@@ -231,7 +234,7 @@ def check_layouts(name: str, num_devices: int) -> Iterator[Cell]:
             oracles[dispatch] = run_layer(layer, None)
         worst, where, rounds = 0.0, "", 0
         for sizes in meshes(num_devices):
-            if sizes.expert == 1 and transport != DISPATCH[0][1] and config.router != "soft":
+            if sizes.expert_degree == 1 and transport != DISPATCH[0][1] and config.router != "soft":
                 continue  # nothing is sent, so all transports are one program
             ours = run_layer(layer, make_mesh(sizes, jax.devices()[: sizes.num_devices]))
             found, key = difference(ours, oracles[dispatch])
@@ -276,7 +279,7 @@ def permuted_experts(layer: Layer, plain: Mapping[str, np.ndarray]) -> float:
     config = layer.config
     order = np.array([3, 0, 7, 1, 6, 2, 5, 4, *range(EXPERTS, config.choices)])
     weights = {
-        name: value[order[:EXPERTS]] if AXES_OF.get(name, (None,))[:1] == ("expert",) else value
+        name: value[order[:EXPERTS]] if AXES_OF.get(name, (None,))[:1] == (EXPERT_AXES,) else value
         for name, value in layer.weights.items()
     }
     for name in ("router", "router_noise", "router_bias"):

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moejax.config import AXES, Config, MeshConfig
+from moejax.config import AXES, EXPERT_AXES, Config, MeshConfig
 from moejax.flops import (
     active_counts,
     active_experts,
@@ -31,7 +31,7 @@ from moejax.flops import (
 from moejax.moe_config import MoEConfig, Stack
 from moejax.optim import make_optimizer
 from moejax.parameters import AXES_OF, kind_of, moe_parameters
-from moejax.sharding import path_name
+from moejax.sharding import gathered_axes, path_name
 from moejax.state import abstract_state
 from moejax.traffic import (
     FORMULAS,
@@ -153,14 +153,14 @@ def gathered_weight_bytes(config: Config, sizes: MeshConfig) -> int:
     """
     if config.moe.transport == "reference":
         return 0
-    split = {"expert": sizes.expert, "tensor": sizes.tensor}
 
     def layer(moe: MoEConfig) -> int:
         count = 0
         for name, parameter in moe_parameters(moe, config.model.d_model).items():
             if kind_of(name) == "experts":
-                parts = math.prod(split.get(axis) or 1 for axis in AXES_OF[name] if axis)
-                count += math.prod(parameter.shape) // parts
+                axes = AXES_OF.get(name, ())
+                whole = [None if axis in gathered_axes(axes) else axis for axis in axes]
+                count += math.prod(local_shape(parameter.shape, P(*whole), sizes))
         return count
 
     return max((layer(own.moe) for _, own in config.moe_stacks()), default=0) * itemsize(config)
@@ -191,6 +191,7 @@ def _mesh_facts(config: Config, sizes: MeshConfig) -> list[tuple[str, str]]:
     words = {
         "data": "sequences",
         "fsdp": "sequences, and every matrix",
+        "expert_fsdp": "sequences, experts, and every matrix outside of them",
         "expert": "sequences, and experts",
         "context": "every sequence",
         "tensor": "heads, hidden widths, vocabulary",
@@ -223,8 +224,10 @@ def _moe_facts(config: Config, sizes: MeshConfig) -> list[tuple[str, str]]:
     if moe.takes_capacity:
         name = "capacity in the second evaluation"
         facts += _capacity_facts(name, config, moe.eval_capacity_factor)
-    how = moe.transport_over(sizes.expert or 1)
-    facts.append(("transport", f"{how} over expert={sizes.expert}"))
+    how = moe.transport_over(sizes.expert_degree)
+    split = [axis for axis in EXPERT_AXES if getattr(sizes, axis) > 1] or ["expert"]
+    over = " x ".join(f"{axis}={getattr(sizes, axis)}" for axis in split)
+    facts.append(("transport", f"{how} over {over}"))
     return facts
 
 
@@ -239,11 +242,11 @@ def _selection_words(config: Config) -> str:
 
 def _transport_table(config: Config, sizes: MeshConfig) -> Table:
     """What each transport would move and hold, the config's own first marked."""
-    title = "transports, bytes over the expert axis per token and layer, forward"
+    title = "transports, bytes over the expert axes per token and layer, forward"
     table = Table(title=title, title_justify="left")
     for column in ("transport", "bytes", "per device, microbatch and layer", "buffers", "formula"):
         table.add_column(column, justify="left" if column in ("transport", "formula") else "right")
-    chosen = config.moe.transport_over(sizes.expert or 1)
+    chosen = config.moe.transport_over(sizes.expert_degree)
     possible = ("all_to_all",) if config.moe.router == "soft" else TRANSPORTS
     for how in ("reference",) if chosen == "reference" else possible:
         sent = exchange_bytes(config, sizes, how)
@@ -356,7 +359,7 @@ def _memory_table(config: Config, sizes: MeshConfig, kinds: dict[str, list[Place
     if config.num_moe_layers:
         table.add_section()
         rows = (
-            buffer_rows(config, sizes, config.moe.transport_over(sizes.expert or 1))
+            buffer_rows(config, sizes, config.moe.transport_over(sizes.expert_degree))
             * config.model.d_model
             * itemsize(config)
         )

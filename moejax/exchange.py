@@ -1,4 +1,4 @@
-"""exchange: the MoE layer's collectives over the expert axis, to call inside `shard_map` only.
+"""exchange: the MoE layer's collectives over the expert axes, to call inside `shard_map` only.
 
 `slots_to_experts` and `peers_exchange` are padded all-to-alls of equal parts. `Ragged` sends each
 device exactly the rows that it is to get. `gather_tokens` moves tokens instead of assignments:
@@ -13,58 +13,72 @@ import jax.numpy as jnp
 from einops import rearrange
 from jax import lax
 
+from moejax.config import EXPERT_AXES, FSDP_AXES
 from moejax.sharding import vary_like, varying_axes
 
-EXPERT_AXIS = "expert"
 FSDP_AXIS = "fsdp"
 CONTEXT_AXIS = "context"
 TENSOR_AXIS = "tensor"
 
 
+def _split(axes: tuple[str, ...]) -> tuple[str, ...]:
+    """Returns those of the axes that have more than one device; the first named is outermost."""
+    return tuple(axis for axis in axes if lax.axis_size(axis) > 1)
+
+
 def expert_degree() -> int:
     """Returns Z, the number of devices that the experts are split over."""
-    return lax.axis_size(EXPERT_AXIS)
+    return lax.axis_size(EXPERT_AXES)
+
+
+def _expert_index() -> jax.Array:
+    """Returns this device's place among the Z, in the order of the experts."""
+    return lax.axis_index(_split(EXPERT_AXES))
 
 
 def slots_to_experts(buf_ecd_local: jax.Array) -> jax.Array:
     """All-to-all to the experts: [E, C, ...] of local tokens -> [E/Z, Z*C, ...] of its experts."""
     if expert_degree() == 1:
         return buf_ecd_local
-    return lax.all_to_all(buf_ecd_local, EXPERT_AXIS, split_axis=0, concat_axis=1, tiled=True)
+    return lax.all_to_all(
+        buf_ecd_local, _split(EXPERT_AXES), split_axis=0, concat_axis=1, tiled=True
+    )
 
 
 def slots_to_tokens(buf_ecd_expert: jax.Array) -> jax.Array:
     """The way back of `slots_to_experts`: [E/Z, Z*C, D] -> [E, C, D]."""
     if expert_degree() == 1:
         return buf_ecd_expert
-    return lax.all_to_all(buf_ecd_expert, EXPERT_AXIS, split_axis=1, concat_axis=0, tiled=True)
+    return lax.all_to_all(
+        buf_ecd_expert, _split(EXPERT_AXES), split_axis=1, concat_axis=0, tiled=True
+    )
 
 
 def peers_exchange(rows: jax.Array) -> jax.Array:
     """All-to-all of Z equal parts of rows [Z*R, ...]: part i goes to device i. Its own inverse."""
     if expert_degree() == 1:
         return rows
-    return lax.all_to_all(rows, EXPERT_AXIS, split_axis=0, concat_axis=0, tiled=True)
+    return lax.all_to_all(rows, _split(EXPERT_AXES), split_axis=0, concat_axis=0, tiled=True)
 
 
 def gather_tokens(x_td_local: jax.Array) -> jax.Array:
-    """All-gather over the expert axis: [T, ...] of a device -> [Z*T, ...] of the expert group."""
+    """All-gather over the expert axes: [T, ...] of a device -> [Z*T, ...] of the expert group."""
     if expert_degree() == 1:
         return x_td_local
-    return lax.all_gather(x_td_local, EXPERT_AXIS, tiled=True)
+    return lax.all_gather(x_td_local, _split(EXPERT_AXES), tiled=True)
 
 
 def scatter_results(y_td_global: jax.Array) -> jax.Array:
-    """Reduce-scatter over the expert axis: partial [Z*T, D] -> this device's whole [T, D]."""
+    """Reduce-scatter over the expert axes: partial [Z*T, D] -> this device's whole [T, D]."""
     if expert_degree() == 1:
         return y_td_global
-    return lax.psum_scatter(y_td_global, EXPERT_AXIS, tiled=True)
+    return lax.psum_scatter(y_td_global, _split(EXPERT_AXES), tiled=True)
 
 
 def local_experts(expert_ts: jax.Array, num_experts: int) -> jax.Array:
     """Renumbers to this device's E/Z experts; every other one becomes the sentinel E/Z."""
     local = num_experts // expert_degree()
-    index_ts = expert_ts - lax.axis_index(EXPERT_AXIS) * local
+    index_ts = expert_ts - _expert_index() * local
     return jnp.where((index_ts >= 0) & (index_ts < local), index_ts, local)
 
 
@@ -89,7 +103,7 @@ class Ragged(NamedTuple):
 
 def gather_counts(count_ze: jax.Array) -> jax.Array:
     """Returns int32 [Z, Z, E/Z]: the rows that each device has for each expert of each device."""
-    return lax.all_gather(count_ze, EXPERT_AXIS)
+    return lax.all_gather(count_ze, _split(EXPERT_AXES))
 
 
 def ragged_window(count_zz: jax.Array, index: jax.Array | int, rows: int) -> Ragged:
@@ -114,7 +128,7 @@ def received_experts(count_zze: jax.Array, index: jax.Array | int, rows: int) ->
     of their experts. Sending a number with each row would take 512 bytes a row on a TPU.
     """
     local = count_zze.shape[2]
-    end_n = jnp.cumsum(count_zze[:, lax.axis_index(EXPERT_AXIS)].reshape(-1))
+    end_n = jnp.cumsum(count_zze[:, _expert_index()].reshape(-1))
     position_r = index * rows + jnp.arange(rows, dtype=jnp.int32)
     part_r = jnp.searchsorted(end_n, position_r, side="right")
     return jnp.where(position_r < end_n[-1], part_r % local, local).astype(jnp.int32)
@@ -155,7 +169,7 @@ _ragged.defvjp(_ragged_forward, _ragged_backward)
 
 
 def _native(rows, plan: Ragged, out):
-    me = lax.axis_index(EXPERT_AXIS)
+    me = _expert_index()
     return lax.ragged_all_to_all(
         rows,
         out,
@@ -163,13 +177,13 @@ def _native(rows, plan: Ragged, out):
         plan.size[me],
         plan.place[me],
         plan.size[:, me],
-        axis_name=EXPERT_AXIS,
+        axis_name=_split(EXPERT_AXES),
     )
 
 
 def _emulated(rows, plan: Ragged, out):
-    me = lax.axis_index(EXPERT_AXIS)
-    all_rows = lax.all_gather(rows, EXPERT_AXIS)
+    me = _expert_index()
+    all_rows = lax.all_gather(rows, _split(EXPERT_AXES))
     place_z, size_z = plan.place[:, me], plan.size[:, me]
     row_r1 = jnp.arange(out.shape[0], dtype=jnp.int32)[:, None]
     inside_rz = (row_r1 >= place_z[None]) & (row_r1 < (place_z + size_z)[None])
@@ -208,24 +222,30 @@ def own_part(x: jax.Array, axis: int, parts: int) -> jax.Array:
 
 
 def gather_weights(w: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """Gathers a weight over fsdp, in the compute dtype.
+    """Gathers a matrix over fsdp and expert_fsdp, in the compute dtype.
 
     The transpose is a reduce-scatter, not an all-reduce.
     """
-    w = w.astype(dtype)
-    return (
-        w if lax.axis_size(FSDP_AXIS) == 1 else lax.all_gather(w, FSDP_AXIS, axis=axis, tiled=True)
-    )
+    return _gathered(w.astype(dtype), axis, _split(FSDP_AXES))
+
+
+def gather_experts(w_e: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:
+    """Gathers the matrices of this device's experts over fsdp; see `gather_weights`."""
+    return _gathered(w_e.astype(dtype), axis, _split((FSDP_AXIS,)))
+
+
+def _gathered(w: jax.Array, axis: int, over: tuple[str, ...]) -> jax.Array:
+    return lax.all_gather(w, over, axis=axis, tiled=True) if over else w
 
 
 def sum_weight_gradient(grad: jax.Array, axis: int) -> jax.Array:
     """The way back of `gather_weights`: sums a whole weight's gradient over all tokens' devices.
 
-    By a reduce-scatter over fsdp, so that each device keeps its part.
+    By a reduce-scatter over fsdp and expert_fsdp, so that each device keeps its part.
     """
-    if lax.axis_size(FSDP_AXIS) > 1:
-        grad = lax.psum_scatter(grad, FSDP_AXIS, scatter_dimension=axis, tiled=True)
-    axes = tuple(a for a in varying_axes(grad) if a not in (FSDP_AXIS, TENSOR_AXIS))
+    if over := _split(FSDP_AXES):
+        grad = lax.psum_scatter(grad, over, scatter_dimension=axis, tiled=True)
+    axes = tuple(a for a in varying_axes(grad) if a not in (*FSDP_AXES, TENSOR_AXIS))
     return lax.psum(grad, axes) if axes else grad
 
 

@@ -63,7 +63,7 @@ def _keep_freed_memory() -> None:
 
 
 def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:
-    """Returns the mesh (data, fsdp, expert, tensor); axes of size 1 exist too.
+    """Returns the mesh of AXES; axes of size 1 exist too.
 
     Args:
         config: sizes; at most one None, which takes the devices that are left.

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import exchange, reference
 from moejax.assign import capacities, capacity_slots, group_keys, service_order
+from moejax.config import EXPERT_AXES
 from moejax.dispatch import kept_experts
 from moejax.errors import ConfigError
 from moejax.experts import (
@@ -63,7 +64,7 @@ class MoE(nnx.Module):
         output_scale: of the start of the last matrices before the residual.
         expert: makes one expert from its `nnx.Rngs`, in place of the config's network: a module of
             your own, called with rows [R, D], each by itself, that gives [R, D] of the same dtype.
-            Its parameters are stacked over experts, split over the expert axis and whole over all
+            Its parameters are stacked over experts, split over the expert axes and whole over all
             others.
         rngs: `params` initialises the weights: normal of variance 1/fan-in, the router's a tenth of
             that deviation.
@@ -112,7 +113,7 @@ class MoE(nnx.Module):
         """Returns y [B, T, D] in the dtype of x, and the routing's sums over the whole batch.
 
         Args:
-            x_btd: tokens; B is a multiple of data x fsdp x expert x group_sequences.
+            x_btd: tokens; B is a multiple of `MeshConfig.token_shards` x group_sequences.
             mask_bt: bool; False for padding, which takes no slot and counts nowhere. Default: no
                 padding.
             state: this layer's router state, an entry of `initial_router_state` without its leading
@@ -203,7 +204,7 @@ def apply_moe(
         )
     routed = {n: w for n, w in weights.items() if not n.startswith("shared_")}
     specs = {
-        n: P(exchange.EXPERT_AXIS) if n == "expert" else parameter_spec(f"moe/{n}", w.ndim)
+        n: P(EXPERT_AXES) if n == "expert" else parameter_spec(f"moe/{n}", w.ndim)
         for n, w in routed.items()
     }
     specs = {name: split_spec(spec, mesh) for name, spec in specs.items()}
@@ -306,7 +307,7 @@ def _gather_experts(weights: Weights, dtype) -> dict[str, jax.Array]:
     """Returns the expert networks' weights whole over fsdp, in the compute dtype."""
     fsdp_dim = {"gate": 1, "up": 1, "down": 2}
     experts = {
-        name: exchange.gather_weights(weights[name], dim, dtype)
+        name: exchange.gather_experts(weights[name], dim, dtype)
         for name, dim in fsdp_dim.items()
         if name in weights
     }

@@ -5,21 +5,22 @@ The module that makes them, their sharding, FLOPs, weight decay and gradient gro
 
 from typing import Literal, NamedTuple
 
+from moejax.config import EXPERT_AXES, FSDP_AXES
 from moejax.moe_config import WITHOUT_LOGITS, MoEConfig
 
 Kind = Literal["router", "experts", "shared"]
 
 
 # The mesh axes of the parameters that are split; all others are whole on every device.
-AXES_OF: dict[str, tuple[str | None, ...]] = {
-    "gate": ("expert", "fsdp", "tensor"),  # [E, D, F]
-    "up": ("expert", "fsdp", "tensor"),  # [E, D, F]
-    "down": ("expert", "tensor", "fsdp"),  # [E, F, D]
-    "output_scale": ("expert", None),  # [E, D]
-    "scale_out": ("expert", None, None),  # [E, R, D]
-    "shared_gate": ("fsdp", "tensor"),  # [D, F]
-    "shared_up": ("fsdp", "tensor"),  # [D, F]
-    "shared_down": ("tensor", "fsdp"),  # [F, D]
+AXES_OF: dict[str, tuple[str | tuple[str, ...] | None, ...]] = {
+    "gate": (EXPERT_AXES, "fsdp", "tensor"),  # [E, D, F]
+    "up": (EXPERT_AXES, "fsdp", "tensor"),  # [E, D, F]
+    "down": (EXPERT_AXES, "tensor", "fsdp"),  # [E, F, D]
+    "output_scale": (EXPERT_AXES, None),  # [E, D]
+    "scale_out": (EXPERT_AXES, None, None),  # [E, R, D]
+    "shared_gate": (FSDP_AXES, "tensor"),  # [D, F]
+    "shared_up": (FSDP_AXES, "tensor"),  # [D, F]
+    "shared_down": ("tensor", FSDP_AXES),  # [F, D]
 }
 
 

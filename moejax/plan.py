@@ -7,6 +7,7 @@ sheet (`topology.py`), and are printed as such.
 """
 
 import dataclasses
+import itertools
 import math
 import re
 import time
@@ -18,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from moejax import hlo
-from moejax.config import AXES, Config, ConfigError, MeshConfig
+from moejax.config import AXES, EXPERT_AXES, FSDP_AXES, Config, ConfigError, MeshConfig
 from moejax.data import Batch
 from moejax.describe import (
     gathered_weight_bytes,
@@ -28,7 +29,7 @@ from moejax.describe import (
 )
 from moejax.flops import flops_per_token
 from moejax.mesh import make_mesh
-from moejax.sharding import batch_sharding
+from moejax.sharding import batch_sharding, gathered_axes
 from moejax.step import make_train_step
 from moejax.topology import Topology, topology_devices
 from moejax.traffic import buffer_rows, exchange_bytes, itemsize, local_tokens, worst_rounds
@@ -38,6 +39,8 @@ PLACES = (
     *("attention", "ffn", "route", "assign", "dispatch", "exchange", "experts", "exchange_back"),
     *("combine", "weights", "shared", "free_experts", "loss", "optimizer", "moe"),
 )
+
+EXCHANGE = ("exchange", "exchange_back")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,7 +314,7 @@ def _memory_by_kind(
     rest = arguments - sum(state.values())
     memory = {**state, "batch and layout": max(rest, 0)}
     copies, saved = _layer_carries(config, sizes, program)
-    how = config.moe.transport_over(sizes.expert or 1)
+    how = config.moe.transport_over(sizes.expert_degree)
     rows = buffer_rows(config, sizes, how) if config.num_moe_layers else 0
     parts = {
         "gradients": sum(row.per_device for row in kinds["gradients"]),
@@ -455,43 +458,51 @@ def _checks(config: Config, sizes: MeshConfig, traffic: Sequence[Traffic]) -> It
     """Yields what the compiled step sends next to what formulas say that it has to."""
     moe, steps = config.moe, config.train.accumulation
     again = config.model.remat != "none"
-    fsdp, degree = sizes.fsdp or 1, sizes.expert or 1
+    degree = sizes.expert_degree
+    experts = _joined(EXPERT_AXES, sizes)[-1:]
 
-    def sent(axes: Sequence[str], kinds: Sequence[str], places: Sequence[str] = ()) -> float:
+    def sent(axes: Sequence[str], kinds: Sequence[str], exchange: bool) -> float:
         found = (t for t in traffic if t.axes in axes and t.kind in kinds)
-        return sum(t.sent for t in found if not places or t.place in places)
+        return sum(t.sent for t in found if (t.place in EXCHANGE) == exchange)
 
     if config.num_moe_layers and degree > 1:
         how = moe.transport_over(degree)
         token = exchange_bytes(config, sizes, how)  # 0 where every device has all experts
         rows = local_tokens(config, sizes) * config.num_moe_layers * steps
         kinds = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce")
-        measured = sent(("expert",), kinds, ("exchange", "exchange_back"))
+        measured = sent(experts, kinds, True)
         passes = exchange_passes(config)
         formula = f"{passes:g} passes of moejax.traffic's {how}"
         if token:
             yield Check("exchange over expert", formula, measured, token * rows * passes)
-    if fsdp > 1:
+    if sizes.fsdp_degree > 1:
         rows = placements(config, sizes)["parameters"]
         width = itemsize(config)
         layers = ends = 0
         for row in rows:
-            if any("fsdp" in (axis or ()) for axis in row.spec):
-                local = math.prod(local_shape(row.shape, row.spec, sizes)) * width
-                if row.name.startswith(("prefix", "runs")):
-                    layers += local
-                else:
-                    ends += local
+            over = math.prod(getattr(sizes, axis) for axis in gathered_axes(row.spec))
+            local = math.prod(local_shape(row.shape, row.spec, sizes)) * width
+            if row.name.startswith(("prefix", "runs")):
+                layers += local * (over - 1)
+            else:
+                ends += local * (over - 1)
         passes = 1 + again
         yield Check(
             "weights over fsdp",
             f"all-gather, {passes} a layer" if again else "all-gather once",
-            sent(("fsdp",), ("all-gather",)),
-            (passes * layers + ends) * (fsdp - 1) * steps,
+            sent(_joined(FSDP_AXES, sizes), ("all-gather",), False),
+            (passes * layers + ends) * steps,
         )
         yield Check(
             "gradients over fsdp",
             "reduce-scatter once",
-            sent(("fsdp",), ("reduce-scatter", "all-reduce")),
-            (layers + ends) * (fsdp - 1) * steps,
+            sent(_joined(FSDP_AXES, sizes), ("reduce-scatter", "all-reduce"), False),
+            (layers + ends) * steps,
         )
+
+
+def _joined(axes: Sequence[str], sizes: MeshConfig) -> list[str]:
+    """Returns how `Traffic.axes` names groups along some of the axes, all of them last."""
+    split = [axis for axis in axes if getattr(sizes, axis) > 1]
+    numbers = range(1, len(split) + 1)
+    return [" + ".join(some) for n in numbers for some in itertools.combinations(split, n)]

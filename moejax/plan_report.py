@@ -119,7 +119,7 @@ def remedy(made: Plan) -> str:
             f"state and gradients take {bytes_text(state)}: mesh.fsdp={fsdp} halves them, on twice "
             "the devices or in place of mesh.data"
         )
-        if config.num_moe_layers and (sizes.expert or 1) < config.moe.num_experts:
+        if config.num_moe_layers and sizes.expert_degree < config.moe.num_experts:
             expert = 2 * (sizes.expert or 1)
             options.append(f"so does mesh.expert={expert}, for the experts")
     local = local_tokens(config, sizes) // config.data.sequence_length

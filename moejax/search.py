@@ -21,12 +21,21 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from moejax.config import AXES, Config, ConfigError, MeshConfig, ModelConfig
+from moejax.config import (
+    AXES,
+    EXPERT_AXES,
+    TOKEN_AXES,
+    Config,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+)
 from moejax.describe import Placement, bytes_text, local_shape, output_console, placements
 from moejax.flops import flops_per_token
 from moejax.overrides import config_values
 from moejax.plan import exchange_passes, make_plan
 from moejax.plan_report import plan_record
+from moejax.sharding import gathered_axes
 from moejax.topology import Topology, topology_devices
 from moejax.traffic import TRANSPORTS, buffer_rows, exchange_bytes, itemsize, local_tokens
 
@@ -79,14 +88,18 @@ def layouts(config: Config, topology: Topology, num_devices: int) -> list[Layout
 def _meshes(num_devices: int, context: int) -> Iterator[MeshConfig]:
     """Yields the meshes of `num_devices`; sequences are split as the config says."""
     divisors = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
-    for fsdp, expert, tensor in itertools.product(divisors, repeat=3):
-        data, rest = divmod(num_devices, fsdp * expert * context * tensor)
+    axes = [axis for axis in AXES if axis not in ("data", "context")]
+    for sizes in itertools.product(divisors, repeat=len(axes)):
+        data, rest = divmod(num_devices, math.prod(sizes) * context)
         if not rest:
-            yield MeshConfig(data, fsdp, expert, context, tensor)
+            inner = dict(zip(axes, sizes, strict=True))
+            yield MeshConfig(data=data, context=context, **inner)
 
 
 def _variants(config: Config, mesh: MeshConfig) -> Iterator[Config]:
     """Yields the config with all that can vary on `mesh`, nothing where it cannot be laid out."""
+    if not config.num_moe_layers and mesh.expert_fsdp != 1:
+        return  # without experts the same as fsdp
     try:
         config.check_model_fits(mesh)
     except ConfigError:
@@ -96,7 +109,7 @@ def _variants(config: Config, mesh: MeshConfig) -> Iterator[Config]:
         return
     policies = typing.get_args(typing.get_type_hints(ModelConfig)["remat"])
     splits = [n for n in range(1, groups + 1) if groups % n == 0]
-    moves = mesh.expert != 1 and config.num_moe_layers and config.moe.router != "soft"
+    moves = mesh.expert_degree != 1 and config.num_moe_layers and config.moe.router != "soft"
     transports = TRANSPORTS if moves else (config.moe.transport,)
     for remat, accumulation, transport in itertools.product(policies, splits, transports):
         yield dataclasses.replace(
@@ -124,7 +137,7 @@ def _bytes(config: Config, rows: dict[str, list[Placement]]) -> int:
     """Returns state, gradients, kept activations, a layer's buffers and weights, and logits."""
     model, moe, mesh = config.model, config.moe, config.mesh
     width, tokens = itemsize(config), local_tokens(config, mesh)
-    tensor, degree = mesh.tensor or 1, mesh.expert or 1
+    tensor, degree = mesh.tensor or 1, mesh.expert_degree
     state = sum(
         math.prod(local_shape(row.shape, row.spec, mesh)) * row.total // math.prod(row.shape)
         for kind in rows.values()
@@ -170,11 +183,24 @@ def _loss_bytes(config: Config) -> int:
 
 def _layer_weights(config: Config, parameters: Sequence[Placement]) -> int:
     """Returns the numbers in a layer's weights on a device, whole over fsdp."""
-    whole = dataclasses.replace(config.mesh, fsdp=1)
+    mesh = config.mesh
     stacks = [row for row in parameters if row.name.startswith(("prefix", "runs"))]
-    return sum(math.prod(local_shape(row.shape, row.spec, whole)) for row in stacks) // max(
-        1, config.model.num_layers
+    whole = (
+        math.prod(local_shape(row.shape, row.spec, mesh)) * _gathered_over(row, mesh)[0]
+        for row in stacks
     )
+    return sum(whole) // max(1, config.model.num_layers)
+
+
+def _gathered_over(row: Placement, mesh: MeshConfig) -> tuple[int, str]:
+    """Returns how many devices a parameter is gathered over, and the outermost of their axes."""
+    axes = gathered_axes(row.spec)
+    return math.prod(getattr(mesh, axis) for axis in axes), _outermost(axes or ("fsdp",), mesh)
+
+
+def _outermost(axes: tuple[str, ...], mesh: MeshConfig) -> str:
+    """Returns the first of the axes that is split, else the last."""
+    return next((axis for axis in axes if getattr(mesh, axis) > 1), axes[-1])
 
 
 def _sent(
@@ -185,13 +211,14 @@ def _sent(
     again = config.model.remat != "none"
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     tokens = local_tokens(config, mesh) * steps
-    if config.num_moe_layers and sizes["expert"] > 1:
-        how = config.moe.transport_over(sizes["expert"])
+    degree = mesh.expert_degree
+    if config.num_moe_layers and degree > 1:
+        how = config.moe.transport_over(degree)
         routed = tokens * config.num_moe_layers * exchange_passes(config)
         sent = exchange_bytes(config, mesh, how) * routed
         # All-to-all over a ring of A: V * A / 4 for V bytes a device ("How To Scale Your Model").
-        hops = sizes["expert"] / 4 if topology.chip.is_tpu and how != "gather" else 1.0
-        yield sent * max(hops, 1.0), _speed(topology, mesh, "expert")
+        hops = degree / 4 if topology.chip.is_tpu and how != "gather" else 1.0
+        yield sent * max(hops, 1.0), _speed(topology, mesh, _outermost(EXPERT_AXES, mesh))
     # every device gathers keys and values of its sequences, and sends their gradients back
     keys = config.model.num_layers * tokens * _key_numbers(config.model) // sizes["tensor"]
     yield keys * width * (2 + again) * (sizes["context"] - 1), _speed(topology, mesh, "context")
@@ -200,10 +227,11 @@ def _sent(
         axes = {
             name for part in row.spec for name in ((part,) if isinstance(part, str) else part or ())
         }
-        if "fsdp" in axes:
-            passes = 2 + again * row.name.startswith(("prefix", "runs"))
-            yield local * (sizes["fsdp"] - 1) * passes, _speed(topology, mesh, "fsdp")
-        for axis in {"data", "expert", "context"} - axes:
+        over, outermost = _gathered_over(row, mesh)
+        passes = 2 + again * row.name.startswith(("prefix", "runs"))
+        yield local * (over - 1) * passes, _speed(topology, mesh, outermost)
+        summed = [axis for axis in (*TOKEN_AXES, "context") if axis not in (*axes, "fsdp")]
+        for axis in summed:
             yield 2 * local * (1 - 1 / sizes[axis]), _speed(topology, mesh, axis)
     sums = (4 + 2 * again) * config.model.num_layers * tokens * config.model.d_model * width
     yield 2 * sums * (1 - 1 / sizes["tensor"]), _speed(topology, mesh, "tensor")

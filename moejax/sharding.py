@@ -1,10 +1,12 @@
 """Where every array lives: one table from parameter name to mesh axes.
 
-Tokens are split over data x fsdp x expert, so for everything but the experts the expert axis is one
-more data axis. Experts are split over `expert`, every matrix over `fsdp` and `tensor` too.
+Tokens are split over data x fsdp x expert_fsdp x expert, so for everything but the experts the
+expert axis is one more data axis, and `expert_fsdp` one more fsdp axis. Experts are split over
+`expert_fsdp` and `expert`, every matrix over `fsdp` and `tensor` too.
 """
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,36 +15,36 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.config import AXES
+from moejax.config import AXES, EXPERT_AXES, FSDP_AXES, TOKEN_AXES
 from moejax.mesh import AnyMesh
 from moejax.parameters import AXES_OF
 
-BATCH_AXES = ("data", "fsdp", "expert")
+BATCH_AXES = TOKEN_AXES
 CONTEXT_AXIS = "context"
 GATHERED = "gathered"  # what a remat policy keeps of dense layers' weights
 
 # By the end of the parameter's path. A stacked layer dim in front is never split.
 PARAMETER_SPECS = {
-    "embedding": P("tensor", "fsdp"),  # [V, D]
-    "unembedding": P("fsdp", "tensor"),  # [D, V]
-    "attention/query": P("fsdp", "tensor", None),  # [D, H, K]
-    "attention/key": P("fsdp", "tensor", None),  # [D, N, K]
-    "attention/value": P("fsdp", "tensor", None),  # [D, N, K]
-    "attention/output": P("tensor", None, "fsdp"),  # [H, K, D]
+    "embedding": P("tensor", FSDP_AXES),  # [V, D]
+    "unembedding": P(FSDP_AXES, "tensor"),  # [D, V]
+    "attention/query": P(FSDP_AXES, "tensor", None),  # [D, H, K]
+    "attention/key": P(FSDP_AXES, "tensor", None),  # [D, N, K]
+    "attention/value": P(FSDP_AXES, "tensor", None),  # [D, N, K]
+    "attention/output": P("tensor", None, FSDP_AXES),  # [H, K, D]
     "attention/query_bias": P("tensor", None),  # [H, K]
     "attention/key_bias": P("tensor", None),  # [N, K]
     "attention/value_bias": P("tensor", None),  # [N, K]
     "attention/output_bias": P(None),  # [D]
     "attention/sinks": P("tensor"),  # [H]
-    "attention/query_down": P("fsdp", "tensor"),  # [D, Q]
-    "attention/query_up": P("fsdp", "tensor", None),  # [Q, H, K + R]
-    "attention/latent_down": P("fsdp", "tensor"),  # [D, C]
-    "attention/key_up": P("fsdp", "tensor", None),  # [C, H, K]
-    "attention/value_up": P("fsdp", "tensor", None),  # [C, H, V]
-    "attention/key_rope": P("fsdp", "tensor"),  # [D, R]
-    "ffn/gate": P("fsdp", "tensor"),  # [D, F]
-    "ffn/up": P("fsdp", "tensor"),  # [D, F]
-    "ffn/down": P("tensor", "fsdp"),  # [F, D]
+    "attention/query_down": P(FSDP_AXES, "tensor"),  # [D, Q]
+    "attention/query_up": P(FSDP_AXES, "tensor", None),  # [Q, H, K + R]
+    "attention/latent_down": P(FSDP_AXES, "tensor"),  # [D, C]
+    "attention/key_up": P(FSDP_AXES, "tensor", None),  # [C, H, K]
+    "attention/value_up": P(FSDP_AXES, "tensor", None),  # [C, H, V]
+    "attention/key_rope": P(FSDP_AXES, "tensor"),  # [D, R]
+    "ffn/gate": P(FSDP_AXES, "tensor"),  # [D, F]
+    "ffn/up": P(FSDP_AXES, "tensor"),  # [D, F]
+    "ffn/down": P("tensor", FSDP_AXES),  # [F, D]
     **{f"moe/{name}": P(*axes) for name, axes in AXES_OF.items()},
     "scale": P(None),  # of a norm: [D] or [K]
 }
@@ -70,17 +72,23 @@ def matrix_dims(name: str) -> tuple[int, int] | None:
     They are the last dims of the array. A matrix has its D over fsdp, and that is one side of it:
     a query [D, H, K] has one dim of rows and two of columns, a stack of experts [E, F, D] one each.
     """
-    axes = [axis for axis in _axes_in_table(name) if axis != "expert"]
-    if "fsdp" not in axes:
+    axes = [axes for axes in _axes_in_table(name) if axes != EXPERT_AXES]
+    if not gathered_axes(axes):
         return None
     others = len(axes) - 1
-    return (1, others) if axes[0] == "fsdp" else (others, 1)
+    return (1, others) if gathered_axes(axes[:1]) else (others, 1)
 
 
 def stacked_dims(name: str) -> int:
     """Returns how many leading dims of a parameter count layers and experts."""
     layers = any(part.startswith("layer_") for part in name.split("/"))
-    return layers + (_axes_in_table(name)[:1] == ("expert",))
+    return layers + (_axes_in_table(name)[:1] == (EXPERT_AXES,))
+
+
+def gathered_axes(spec: Iterable[str | tuple[str, ...] | None]) -> tuple[str, ...]:
+    """Returns the axes over which a parameter of this spec is gathered before use: those of D."""
+    entries = ((entry,) if isinstance(entry, str) else entry or () for entry in spec)
+    return next((names for names in entries if "fsdp" in names), ())
 
 
 def parameter_spec(name: str, ndim: int) -> P:
@@ -152,15 +160,15 @@ def gathered(w: jax.Array, name: str, mesh: AnyMesh, dtype: jax.typing.DTypeLike
     Args:
         name: the end of the parameter's path, `attention/query`.
     """
-    if mesh.shape["fsdp"] == 1:
-        return w.astype(dtype)
     spec = parameter_spec(name, w.ndim)
+    if all(mesh.shape[axis] == 1 for axis in gathered_axes(spec)):
+        return w.astype(dtype)
     return checkpoint_name(_whole_over_fsdp(w.astype(dtype), spec, mesh), GATHERED)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _whole_over_fsdp(w, spec: P, mesh: AnyMesh):
-    rest = P(*(None if axis == "fsdp" else axis for axis in spec))
+    rest = P(*(None if entry == gathered_axes(spec) else entry for entry in spec))
     return jax.lax.with_sharding_constraint(w, NamedSharding(mesh, rest))
 
 

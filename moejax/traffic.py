@@ -1,6 +1,6 @@
-"""What each transport moves over the expert axis and holds on a device, by formula.
+"""What each transport moves over the expert axes and holds on a device, by formula.
 
-Z devices on the expert axis, T tokens of a microbatch on a device, b bytes a number in the compute
+Z devices on the expert axes, T tokens of a microbatch on a device, b bytes a number in the compute
 dtype, S = k selected experts a token. Forward; the backward pass moves the same rows again.
 Collectives over fsdp and tensor are not counted.
 """
@@ -62,14 +62,13 @@ def part_rows(config: Config, sizes: MeshConfig) -> int:
 
     All MoE layers are alike.
     """
-    assert sizes.expert is not None
     tokens = local_tokens(config, sizes)
     balanced = int(config.moe.buffer_factor * tokens * config.moe.mean_selected)
-    return min(math.ceil(balanced / sizes.expert), tokens * config.moe.slots_per_token)
+    return min(math.ceil(balanced / sizes.expert_degree), tokens * config.moe.slots_per_token)
 
 
 def exchange_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
-    """Returns the bytes that a token costs its device in one MoE layer, forward, over `expert`.
+    """Returns the bytes that a token sends over the expert axes in one MoE layer, forward.
 
     Of layers that differ it is the mean, so that times the number of MoE layers it is their sum.
     See FORMULAS; `ragged` is the mean of a balanced routing, the others are exact. Empty slots are
@@ -83,8 +82,7 @@ def exchange_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
 
 
 def _layer_bytes(config: Config, sizes: MeshConfig, how: str) -> float:
-    moe, degree = config.moe, sizes.expert
-    assert degree is not None
+    moe, degree = config.moe, sizes.expert_degree
     both_ways = 2 * config.model.d_model * itemsize(config)
     away = 1 - 1 / degree
     kind = formula(config, sizes, how)
@@ -118,8 +116,7 @@ def buffer_rows(config: Config, sizes: MeshConfig, how: str) -> int:
 
 
 def _layer_rows(config: Config, sizes: MeshConfig, how: str) -> int:
-    moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
-    assert degree is not None
+    moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert_degree
     sent = tokens * moe.slots_per_token
     received = min(int(moe.buffer_factor * tokens * moe.mean_selected), degree * sent)
     kind = formula(config, sizes, how)
@@ -148,8 +145,7 @@ def worst_rounds(config: Config, sizes: MeshConfig) -> int:
 
 
 def _layer_rounds(config: Config, sizes: MeshConfig) -> int:
-    moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert
-    assert degree is not None
+    moe, tokens, degree = config.moe, local_tokens(config, sizes), sizes.expert_degree
     how = formula(config, sizes, moe.transport_over(degree))
     if how in ("soft", "reference") or (how == "slots" and degree > 1):
         return 1

@@ -63,14 +63,15 @@ class Layout(NamedTuple):
     accumulation: int
     remat: str
     dispatch: str
+    expert_fsdp: int = 1
 
     @property
-    def sizes(self) -> tuple[int, ...]:
+    def sizes(self) -> dict[str, int]:
         """Sizes of the mesh axes, in the order of AXES."""
-        return self.data, self.fsdp, self.expert, self.context, self.tensor
+        return {axis: getattr(self, axis) for axis in AXES}
 
     def __str__(self) -> str:
-        mesh = " ".join(f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1)
+        mesh = " ".join(f"{axis} {size}" for axis, size in self.sizes.items() if size > 1)
         settings = f"accumulation {self.accumulation}, remat {self.remat}, {self.dispatch}"
         return f"{mesh or 'one device'}, {settings}"
 
@@ -143,10 +144,12 @@ def layouts(config: Config, num_devices: int) -> list[Layout]:
     for mesh, accumulation, remat, how in itertools.product(
         factorisations(num_devices, len(AXES)), accumulations(config), REMAT, dispatches(config)
     ):
-        data, fsdp, expert, context, tensor = mesh
-        layout = Layout(data, fsdp, expert, context, tensor, accumulation, remat, how)
+        sizes = dict(zip(AXES, mesh, strict=True))
+        layout = Layout(**sizes, accumulation=accumulation, remat=remat, dispatch=how)
+        if sizes["expert_fsdp"] > 1 and not config.num_moe_layers:
+            continue  # without experts the same as fsdp
         try:
-            laid_out(config, layout, num_devices).check_mesh(MeshConfig(*mesh))
+            laid_out(config, layout, num_devices).check_mesh(MeshConfig(**sizes))
         except ConfigError:
             continue
         found.append(layout)
@@ -178,11 +181,15 @@ def covering(candidates: list[Layout]) -> list[Layout]:
     theirs. Of layouts that cover as much, the one that splits one axis most comes first, and of
     those the one with the most experts' devices.
     """
-    candidates = sorted(candidates, key=lambda layout: (-max(layout.sizes), -layout.expert))
+    candidates = sorted(
+        candidates,
+        key=lambda layout: (-max(layout.sizes.values()), -layout.expert, -layout.expert_fsdp),
+    )
 
     def pairs(layout: Layout) -> set:
-        split = (size > 1 for size in layout.sizes)
-        return set(itertools.combinations(enumerate((*split, *layout[len(AXES) :])), 2))
+        split = (size > 1 for size in layout.sizes.values())
+        others = layout.accumulation, layout.remat, layout.dispatch
+        return set(itertools.combinations(enumerate((*split, *others)), 2))
 
     missing = set().union(*map(pairs, candidates)) if candidates else set()
     chosen = []
@@ -213,14 +220,14 @@ def laid_out(config: Config, layout: Layout, num_devices: int) -> Config:
         train=dataclasses.replace(
             config.train, batch_size=batch_size, accumulation=layout.accumulation
         ),
-        mesh=MeshConfig(*layout.sizes),
+        mesh=MeshConfig(**layout.sizes),
         logging=dataclasses.replace(config.logging, choices=True),
     )
 
 
 def oracle(config: Config, layout: Layout, num_devices: int) -> Config:
     """Returns the config of the dense oracle for a layout: one device, one microbatch, no remat."""
-    plain = layout._replace(data=1, fsdp=1, expert=1, tensor=1, accumulation=1, remat="none")
+    plain = layout._replace(**dict.fromkeys(AXES, 1), accumulation=1, remat="none")
     config = laid_out(config, plain, num_devices)
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, transport="reference"))
 

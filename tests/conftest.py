@@ -67,14 +67,14 @@ jax.nn.dot_product_attention = _exempt(jax.nn.dot_product_attention)
 
 
 @functools.cache
-def _mesh_of(data: int, fsdp: int, expert: int, tensor: int, context: int = 1) -> jax.sharding.Mesh:
-    config = MeshConfig(data, fsdp, expert, context, tensor)
+def _mesh_of(data: int, fsdp: int, expert: int, tensor: int, **others) -> jax.sharding.Mesh:
+    config = MeshConfig(data=data, fsdp=fsdp, expert=expert, tensor=tensor, **others)
     return make_mesh(config, jax.devices()[: config.num_devices])
 
 
 @pytest.fixture(scope="session")
 def mesh_of():
-    """Returns `(data, fsdp, expert, tensor, context=1) -> mesh` on the first devices."""
+    """Returns `(data, fsdp, expert, tensor, **others) -> mesh` on the first devices."""
     return _mesh_of
 
 

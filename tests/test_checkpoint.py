@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from moejax.checkpoint import Checkpoints
-from moejax.config import CheckpointConfig, MeshConfig
+from moejax.config import EXPERT_AXES, CheckpointConfig, MeshConfig
 from moejax.mesh import make_mesh
 from moejax.sharding import tree_shardings
 from moejax.state import TrainState
@@ -45,11 +45,15 @@ def wide():
     return make_mesh(MeshConfig(data=1, fsdp=2, expert=4), jax.devices()[:8])
 
 
-def test_restored_bit_for_bit_on_another_mesh(tmp_path, wide):
+@pytest.mark.parametrize(
+    "sizes", [{"expert": 2}, {"expert_fsdp": 2}, {"expert_fsdp": 2, "expert": 2}]
+)
+def test_restored_bit_for_bit_on_another_mesh(tmp_path, wide, sizes):
     state = make_state(7, wide)
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(state, {"counters": {"tokens_seen": 5}}, 1.5)
-    narrow = make_mesh(MeshConfig(data=1, expert=2), jax.devices()[:2])
+    sizes = MeshConfig(data=1, **sizes)
+    narrow = make_mesh(sizes, jax.devices()[: sizes.num_devices])
     with Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints:
         restored = checkpoints.restore(7, abstract(state, narrow))
         params, router_state = checkpoints.restore_model(7, abstract(state, narrow))
@@ -61,7 +65,8 @@ def test_restored_bit_for_bit_on_another_mesh(tmp_path, wide):
             getattr(state, field.name),
         )
     gate = params["runs"]["layer_0"]["moe"]["gate"]
-    assert gate.sharding == NamedSharding(narrow, P(None, "expert", "fsdp", "tensor"))
+    assert gate.sharding == NamedSharding(narrow, P(None, EXPERT_AXES, "fsdp", "tensor"))
+    assert gate.addressable_shards[0].data.shape == (1, 8 // sizes.expert_degree, 4, 6)
     np.testing.assert_array_equal(router_state["bias"], np.full((1, 8), 7))
 
 

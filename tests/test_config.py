@@ -371,18 +371,18 @@ def test_the_transport_of_dropless_routing_sends_least():
         (
             MeshConfig(data=2, expert=8),
             8,
-            "mesh data 2 x fsdp 1 x expert 8 x context 1 x tensor 1 needs 16 devices and 8 are "
-            "there; make an axis smaller, or on a CPU give --cpu_devices 16",
+            "mesh data 2 x expert 8 needs 16 devices and 8 are there; make an "
+            "axis smaller, or on a CPU give --cpu_devices 16",
         ),
         (
             MeshConfig(data=2),
             8,
-            "mesh data 2 x fsdp 1 x expert 1 x context 1 x tensor 1 takes 2 devices and 8 ",
+            "mesh data 2 takes 2 devices and 8 are there; sizes must multiply to 8",
         ),
         (
             MeshConfig(expert=3),
             8,
-            "mesh data None x fsdp 1 x expert 3 x context 1 x tensor 1 takes 3 devices a",
+            "mesh data None x expert 3 takes 3 devices a",
         ),
     ],
 )
@@ -396,6 +396,9 @@ def test_the_free_axis_takes_the_devices_that_are_left():
     mesh = MeshConfig(data=2, expert=None).resolve(8)
     assert (mesh.data, mesh.fsdp, mesh.expert, mesh.tensor) == (2, 1, 4, 1)
     assert (mesh.num_devices, mesh.token_shards) == (8, 8)
+    mesh = MeshConfig(data=1, fsdp=2, expert_fsdp=None, expert=2, tensor=2).resolve(24)
+    assert (mesh.expert_fsdp, mesh.token_shards) == (3, 12)
+    assert (mesh.expert_degree, mesh.fsdp_degree) == (6, 6)
     mesh = MeshConfig(tensor=2).resolve(8)
     assert (mesh.data, mesh.num_devices, mesh.token_shards) == (4, 8, 4)
 
@@ -408,6 +411,22 @@ def test_the_free_axis_takes_the_devices_that_are_left():
             MeshConfig(data=1, expert=4),
             "moe.num_experts=6 is not divisible by the expert axis (4); use a multiple of 4 or "
             "another mesh.expert, for example 3",
+        ),
+        (
+            "moe.num_experts=12",
+            MeshConfig(data=1, expert_fsdp=4, expert=2),
+            "moe.num_experts=12 is not divisible by the axes expert_fsdp 4 x expert 2 (8); use a "
+            "multiple of 8 or another mesh.expert_fsdp or mesh.expert, for example 6 in all",
+        ),
+        (
+            "",
+            MeshConfig(data=1, expert_fsdp=3),
+            "moe.num_experts=8 is not divisible by the expert_fsdp axis (3); use a multiple of 3 ",
+        ),
+        (
+            "moe.every=None",
+            MeshConfig(data=1, fsdp=2, expert_fsdp=3),
+            "model.d_model=128 is not divisible by the axes fsdp 2 x expert_fsdp 3 (6)",
         ),
         (
             "moe.expert_hidden=255",
@@ -430,7 +449,7 @@ def test_the_free_axis_takes_the_devices_that_are_left():
             "train.batch_size=20",
             MeshConfig(data=2, expert=4),
             "train.batch_size=20 over train.accumulation=1 gives microbatches of 20 sequences, not "
-            "a multiple of 8 = data 2 x fsdp 1 x expert 4 x moe.group_sequences 1; use train.batch",
+            "a multiple of 8 = data 2 x expert 4 x moe.group_sequences 1; use train.batch",
         ),
     ],
 )

@@ -40,7 +40,7 @@ def _id(cell) -> str:
 
 def _slow_unless_quick(cell):
     """The mesh with experts over four of eight devices waits for `make test-slow`."""
-    marks = [pytest.mark.slow] if cell[3].expert == 4 else []
+    marks = [pytest.mark.slow] if cell[3].expert_degree == 4 else []
     return pytest.param(cell, marks=marks, id=_id(cell))
 
 
@@ -82,11 +82,43 @@ def test_parts_of_sequences_are_the_oracle(name, dispatch, transport, sizes):
     assert worst <= contract.TOLERANCE, where
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        MeshConfig(data=1, expert_fsdp=4, expert=2),
+        pytest.param(MeshConfig(data=1, fsdp=2, expert_fsdp=4), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1, expert_fsdp=2, expert=2), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=1, expert_fsdp=4, context=2), marks=pytest.mark.slow),
+    ],
+    ids=contract._mesh_name,
+)
+@pytest.mark.parametrize(("dispatch", "transport"), contract.DISPATCH)
+def test_experts_over_both_axes_are_the_oracle(dispatch, transport, sizes):
+    layer = contract.make_layer(contract.case_config("sigmoid_bias", dispatch, transport))
+    ours = contract.run_layer(layer, make_mesh(sizes, jax.devices()[: sizes.num_devices]))
+    worst, where = contract.difference(ours, contract.run_layer(layer, None))
+    assert worst <= contract.TOLERANCE, where
+
+
+def test_experts_in_another_order_than_their_weights_fail(monkeypatch):
+    """Places counted along `expert` first: device 1 would take the tokens of another's expert."""
+
+    def swapped():
+        inner, outer = (jax.lax.axis_index(axis) for axis in ("expert_fsdp", "expert"))
+        return outer * jax.lax.axis_size("expert_fsdp") + inner
+
+    layer = contract.make_layer(contract.case_config("softmax", "dropless", "gather"))
+    oracle = contract.run_layer(layer, None)
+    monkeypatch.setattr(exchange, "_expert_index", swapped)
+    ours = contract.run_layer(layer, make_mesh(MeshConfig(data=1, expert_fsdp=4, expert=2)))
+    assert contract.difference(ours, oracle)[0] > 0.1
+
+
 def test_every_router_is_a_case_and_every_way_is_here():
     cells = _cells()
     assert len({cell[0] for cell in cells}) == len(cells) == 18
     assert {cell[1:3] for cell in cells} == set(contract.DISPATCH)
-    assert {sizes.expert for sizes in MESHES} == {1, 2, 4, 8}
+    assert {sizes.expert_degree for sizes in MESHES} == {1, 2, 4, 8}
     routers = {changes.get("router", "softmax") for changes in contract.CASES.values()}
     assert routers == set(Router.__args__)
 

@@ -137,7 +137,7 @@ def test_it_prints_the_numbers_plainly():
         "7 slots per expert and group of 1 x 20 tokens: ceil(1.25 * 2 * 20 / 8)",
         "all_to_all over expert=2",
         "runs/layer_1/moe/gate",
-        "P(None, 'expert', 'fsdp', 'tensor')",
+        "P(None, ('expert_fsdp', 'expert'), 'fsdp', 'tensor')",
     ):
         assert word in text, word
 

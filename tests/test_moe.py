@@ -317,13 +317,15 @@ def _collectives(text: str, kind: str) -> list[str]:
     return found
 
 
-def test_tokens_take_two_all_to_alls_forward_and_two_backward(mesh_of):
+@pytest.mark.parametrize("both", [1, 4], ids=["expert", "expert_fsdp_4"])
+def test_tokens_take_two_all_to_alls_forward_and_two_backward(mesh_of, both):
     """Each device holds 2 sequences of 6 tokens: ceil(2 * 6 / 8) = 2 slots an expert and sequence.
 
     The buffer is [8 experts, 2 * 2 slots, D] at home and [1 expert, 8 * 4 slots, D] at the expert.
-    The combine weight of each slot goes with it, and its gradient comes back.
+    The combine weight of each slot goes with it, and its gradient comes back. No expert is
+    gathered: they are split by `expert_fsdp` as by `expert`.
     """
-    mesh = mesh_of(1, 1, 8, 1)
+    mesh = mesh_of(1, 1, 8 // both, 1, expert_fsdp=both)
     forward = [f"1x32x{D}", "1x32", f"8x4x{D}"]
     assert _collectives(_lowered("token", mesh, backward=False), "all_to_all") == forward
     back = [f"8x4x{D}", "8x4", f"1x32x{D}"]

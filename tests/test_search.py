@@ -33,10 +33,10 @@ def test_layouts_use_all_devices_and_are_allowed(found):
         layout.config.check_mesh(layout.config.mesh)
     sizes = {
         axis: {getattr(layout.config.mesh, axis) for layout in found}
-        for axis in ("data", "fsdp", "expert", "tensor")
+        for axis in ("data", "fsdp", "expert_fsdp", "expert", "tensor")
     }
     assert sizes["fsdp"] == sizes["data"] == {1, 2, 4, 8}
-    assert sizes["expert"] == {1, 2, 4}  # of 4 experts
+    assert sizes["expert"] == sizes["expert_fsdp"] == {1, 2, 4}  # of 4 experts
     assert sizes["tensor"] == {1, 2}  # of 2 key/value heads
     assert {layout.config.moe.transport for layout in found} > {"gather", "ragged", "all_to_all"}
     assert {layout.config.train.accumulation for layout in found} > {1, 2}

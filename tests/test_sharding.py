@@ -7,10 +7,25 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moejax.config import Config, ConfigError, MeshConfig, ModelConfig, MoEConfig, OptimConfig
+from moejax.config import (
+    EXPERT_AXES,
+    FSDP_AXES,
+    Config,
+    ConfigError,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    OptimConfig,
+)
 from moejax.mesh import make_mesh, mesh_config, single_device_mesh
 from moejax.optim import make_optimizer
-from moejax.sharding import PARAMETER_SPECS, parameter_spec, path_name, place_batch
+from moejax.sharding import (
+    PARAMETER_SPECS,
+    gathered_axes,
+    parameter_spec,
+    path_name,
+    place_batch,
+)
 from moejax.state import abstract_state, initial_state
 from moejax.step import parameter_group
 
@@ -104,6 +119,18 @@ def test_every_matrix_is_split_over_fsdp_and_tensor(layers):
             assert held == expected, name
 
 
+def test_over_expert_fsdp_experts_are_split_by_expert_and_all_else_by_width(mesh_of):
+    """[L, E, D, F] of 4 experts over 2 x 2 devices, a query [L, D, H, K] over 2 of them."""
+    mesh = mesh_of(1, 1, 2, 2, expert_fsdp=2)
+    params = _named(abstract_state(CONFIG, mesh, make_optimizer(CONFIG.optim, 10)).params)
+    gate, query = (params[f"runs/layer_0/{name}"] for name in ("moe/gate", "attention/query"))
+    assert gate.sharding.shard_shape((2, 4, 16, 12)) == (2, 1, 16, 6)
+    assert query.sharding.shard_shape((2, 16, 4, 4)) == (2, 8, 2, 4)
+    assert gathered_axes(gate.sharding.spec) == ("fsdp",)
+    assert gathered_axes(query.sharding.spec) == ("fsdp", "expert_fsdp")
+    assert gathered_axes(params["runs/layer_0/moe/router"].sharding.spec) == ()
+
+
 def test_stacked_layers_are_never_split(layers):
     for params in layers.values():
         for name, leaf in params.items():
@@ -158,12 +185,12 @@ def test_factored_statistics_have_the_axes_of_the_dims_that_they_keep(mesh_of):
             if f"/{kind}/" in name:
                 factors[kind, name.split(f"/{kind}/")[1]] = (ndim, spec)
     expected = {
-        f"{layer}/moe/gate": (P(None, "expert", "fsdp"), P(None, "expert", "tensor")),
-        f"{layer}/moe/down": (P(None, "expert", "tensor"), P(None, "expert", "fsdp")),
-        f"{layer}/attention/query": (P(None, "fsdp"), P(None, "tensor", None)),
-        f"{layer}/attention/output": (P(None, "tensor", None), P(None, "fsdp")),
-        "embedding": (P("tensor"), P("fsdp")),
-        "unembedding": (P("fsdp"), P("tensor")),
+        f"{layer}/moe/gate": (P(None, EXPERT_AXES, "fsdp"), P(None, EXPERT_AXES, "tensor")),
+        f"{layer}/moe/down": (P(None, EXPERT_AXES, "tensor"), P(None, EXPERT_AXES, "fsdp")),
+        f"{layer}/attention/query": (P(None, FSDP_AXES), P(None, "tensor", None)),
+        f"{layer}/attention/output": (P(None, "tensor", None), P(None, FSDP_AXES)),
+        "embedding": (P("tensor"), P(FSDP_AXES)),
+        "unembedding": (P(FSDP_AXES), P("tensor")),
     }
     for name, (rows, columns) in expected.items():
         assert factors["of_rows", name] == (len(rows), rows), name
@@ -174,10 +201,10 @@ def test_factored_statistics_have_the_axes_of_the_dims_that_they_keep(mesh_of):
 
 
 def test_names_are_matched_by_whole_parts():
-    assert parameter_spec("runs/layer_0/moe/gate", 4) == P(None, "expert", "fsdp", "tensor")
-    assert parameter_spec("prefix/layer_0/ffn/gate", 3) == P(None, "fsdp", "tensor")
+    assert parameter_spec("runs/layer_0/moe/gate", 4) == P(None, EXPERT_AXES, "fsdp", "tensor")
+    assert parameter_spec("prefix/layer_0/ffn/gate", 3) == P(None, FSDP_AXES, "tensor")
     assert parameter_spec("my_embedding", 2) == P()
-    assert parameter_spec("0/mu/embedding", 2) == P("tensor", "fsdp")
+    assert parameter_spec("0/mu/embedding", 2) == P("tensor", FSDP_AXES)
     assert parameter_spec("0/count", 0) == P()
 
 
@@ -219,7 +246,8 @@ def test_batches_keep_the_order_of_their_rows(mesh_of, accumulation, shape):
 
 
 def test_meshes_have_all_axes(mesh_of):
-    assert single_device_mesh().axis_names == ("data", "fsdp", "expert", "context", "tensor")
+    names = ("data", "fsdp", "expert_fsdp", "expert", "context", "tensor")
+    assert single_device_mesh().axis_names == names
     assert mesh_config(mesh_of(1, 2, 4, 1)) == MeshConfig(1, 2, 4, 1, 1)
     assert mesh_config(make_mesh(MeshConfig(data=2, expert=None))) == MeshConfig(2, 1, 4, 1, 1)
 

@@ -379,10 +379,10 @@ def _shapes_of(text: str, operation: str) -> list[str]:
     return found
 
 
-@pytest.fixture(scope="module")
-def expert_only(mesh_of):
+@pytest.fixture(scope="module", params=[1, 4], ids=["expert", "expert_fsdp_4"])
+def expert_only(mesh_of, request):
     """The compiled text of a forward pass and of the train step of one MoE layer on 8 devices."""
-    mesh = mesh_of(1, 1, 8, 1)
+    mesh = mesh_of(1, 1, 8 // request.param, 1, expert_fsdp=request.param)
     config = dataclasses.replace(
         _with({"first_dense": 0}), model=dataclasses.replace(CONFIG.model, num_layers=1)
     )

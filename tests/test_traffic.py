@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
 
-from moejax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
+from moejax.config import (
+    EXPERT_AXES,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    MoEConfig,
+    TrainConfig,
+)
 from moejax.describe import gathered_weight_bytes
 from moejax.dispatch import expert_capacity
 from moejax.exchange import ragged_window
@@ -175,8 +183,8 @@ def _first_round(jaxpr):
 
 def _received(equation, degree: int) -> float:
     """Bytes that one device gets from the others of its expert group."""
-    if equation.params.get("axis_name") not in ("expert", ("expert",)):
-        return 0.0  # weights over fsdp
+    if not set(EXPERT_AXES) & set(equation.params.get("axis_name") or ()):
+        return 0.0  # sums over data
     name = equation.primitive.name
     sizes = [v.aval.size * v.aval.dtype.itemsize for v in equation.outvars]
     if name in ("all_to_all", "all_gather", "all_gather_invariant"):
@@ -187,9 +195,10 @@ def _received(equation, degree: int) -> float:
 
 
 @pytest.mark.parametrize("config", TRACED.values(), ids=TRACED)
+@pytest.mark.parametrize("both", [1, 2], ids=["expert", "expert_fsdp_2"])
 @pytest.mark.parametrize("degree", [2, 4])
-def test_exchange_bytes_are_those_of_the_traced_collectives(config, degree):
-    mesh = make_mesh(MeshConfig(data=8 // degree, fsdp=1, expert=degree, tensor=1))
+def test_exchange_bytes_are_those_of_the_traced_collectives(config, degree, both):
+    mesh = make_mesh(MeshConfig(data=8 // degree, expert_fsdp=both, expert=degree // both))
     sizes, how = mesh_config(mesh), config.moe.transport_over(degree)
     jaxpr = _trace(config, mesh).jaxpr.jaxpr
     received = sum(_received(equation, degree) for equation in _first_round(jaxpr))

@@ -47,7 +47,7 @@ EXPERT_8 = verify.Layout(1, 1, 8, 1, 1, 1, "none", "capacity by all_to_all")
 
 
 def test_layouts_agree(config):
-    """All four axes, both accumulations, remat, and each way to move what is and is not dropped."""
+    """Every axis, both accumulations, remat, and each way to move what is and is not dropped."""
     found = rows(
         config,
         verify.Layout(1, 2, 2, 1, 2, 2, "full", "capacity by all_to_all"),
@@ -55,16 +55,17 @@ def test_layouts_agree(config):
         verify.Layout(2, 1, 4, 1, 1, 1, "none", "dropless by gather"),
         verify.Layout(1, 2, 4, 1, 1, 2, "none", "dropless by ragged"),
         verify.Layout(1, 1, 8, 1, 1, 1, "none", "dropless by all_to_all"),
+        verify.Layout(1, 2, 2, 1, 1, 2, "none", "capacity by all_to_all", expert_fsdp=2),
     )
-    assert [row.failures for row in found] == [[]] * 5
+    assert [row.failures for row in found] == [[]] * 6
     assert all(max(row.groups.values()) > 0 for row in found), "nothing was compared"
-    assert [row.dropped > 0 for row in found] == [True, True, False, False, False]
+    assert [row.dropped > 0 for row in found] == [True, True, False, False, False, True]
     assert set(found[0].groups) == {"router", "experts", "attention", "norms", "embeddings"}
 
 
 def test_expert_gradients_scaled_by_the_expert_degree_are_found(config, monkeypatch):
     """The commonest bug of expert parallelism: forward equal, expert gradients Z times too big."""
-    honest = moejax.exchange.gather_weights
+    honest = moejax.exchange.gather_experts
 
     @jax.custom_vjp
     def scaled(w):
@@ -72,7 +73,7 @@ def test_expert_gradients_scaled_by_the_expert_degree_are_found(config, monkeypa
 
     scaled.defvjp(lambda w: (w, None), lambda _, grad: (grad * 8,))
     monkeypatch.setattr(
-        moejax.exchange, "gather_weights", lambda w, axis, dtype: scaled(honest(w, axis, dtype))
+        moejax.exchange, "gather_experts", lambda w, axis, dtype: scaled(honest(w, axis, dtype))
     )
     (row,) = rows(config, EXPERT_8)
     assert "gradient of experts" in row.failures
@@ -147,9 +148,11 @@ def test_a_tie_moves_no_more_first_choices_than_there_are_ties():
 def test_layouts_are_those_that_fit(config):
     found = verify.layouts(config, 8)
     assert len(set(found)) == len(found)
-    meshes = {layout[:4] for layout in found}
-    assert (1, 1, 8, 1) in meshes
-    assert (2, 2, 2, 1) in meshes
+    meshes = {tuple(layout.sizes.values()) for layout in found}
+    assert (1, 1, 1, 8, 1, 1) in meshes
+    assert (2, 2, 1, 2, 1, 1) in meshes
+    assert (1, 2, 2, 2, 1, 1) in meshes
+    assert (1, 1, 8, 1, 1, 1) in meshes
     assert all(layout.tensor <= 2 for layout in found), "2 heads do not split over 4"
     dense = dataclasses.replace(config, moe=dataclasses.replace(config.moe, every=None))
     assert {layout.dispatch for layout in verify.layouts(dense, 8)} == {"dropless by gather"}
@@ -202,7 +205,8 @@ def test_covering_has_every_pair_of_settings(config):
     chosen = verify.covering(candidates)
 
     def settings(layout):
-        return [*(size > 1 for size in layout[:5]), *layout[5:]]
+        others = layout.accumulation, layout.remat, layout.dispatch
+        return [*(size > 1 for size in layout.sizes.values()), *others]
 
     def pairs(layouts):
         return {
