@@ -475,7 +475,10 @@ def _describe(line: Line) -> int:
 
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
-    help = "pod to compile for: v5p:4x4x8 (chips of a TPU's torus), h100:16x8 (hosts x GPUs)"
+    help = (
+        "pod to compile for: v5p:4x4x8 (chips of a TPU's torus), v5p:4x4x8:2 (two of them), "
+        "h100:16x8 (hosts x GPUs)"
+    )
     _option(parser, "--topology", help, metavar="CHIP:SIZES")
     help = "try meshes, remat, microbatches and transports on paper, compile the best, rank them"
     parser.add_argument("--search", action="store_true", help=help)

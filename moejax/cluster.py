@@ -40,6 +40,8 @@ SHUTDOWN_SECONDS = 20
 APPEAR_SECONDS = 30
 TPU_PORT = 8476 + 6  # beside those that libtpu takes
 SLICES = "MEGASCALE_NUM_SLICES"
+SLICE_ID = "MEGASCALE_SLICE_ID"
+SLICES_COORDINATOR = "MEGASCALE_COORDINATOR_ADDRESS"
 
 
 class Cluster(NamedTuple):
@@ -153,14 +155,19 @@ def tpu_vm_cluster(metadata: Callable[[str], str | None]) -> Cluster | None:
 
 
 def _tpu_cluster(hosts: list[str], worker: int, slices: Mapping[str, str]) -> Cluster:
-    """The hosts of one slice. Several, joined over the data center, have no torus for a mesh."""
-    num_slices = slices.get(SLICES) or "1"
-    if num_slices != "1":
-        raise ConfigError(
-            f"{SLICES}={num_slices}: a mesh lies on the torus of one TPU slice; use one slice, "
-            "larger if need be, or start a job with a --workdir of its own on each"
-        )
-    return Cluster(f"{hosts[0].split(':')[0]}:{TPU_PORT}", len(hosts), worker)
+    """The hosts of a slice; of several slices all of their hosts, slice by slice."""
+    first, number, index = hosts[0], 1, 0
+    if (slices.get(SLICES) or "1") != "1":
+        missing = [name for name in (SLICES_COORDINATOR, SLICE_ID) if not slices.get(name)]
+        if missing:
+            raise ConfigError(
+                f"{SLICES}={slices[SLICES]} is set and {', '.join(missing)} is not; whatever "
+                "starts several slices sets all three, see docs/launching.md"
+            )
+        first = slices[SLICES_COORDINATOR]  # the first host of slice 0
+        number, index = _whole(slices, SLICES), _whole(slices, SLICE_ID)
+    process = index * len(hosts) + worker
+    return Cluster(f"{first.split(':')[0]}:{TPU_PORT}", number * len(hosts), process)
 
 
 def _metadata(attribute: str) -> str | None:

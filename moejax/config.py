@@ -308,6 +308,22 @@ class MeshConfig:
             sizes[axis] = num_devices // product
         return MeshConfig(**sizes)
 
+    def check_slices(self, slices: int) -> None:
+        """Checks that only `data` spans that many TPU slices; every size is known.
+
+        Raises:
+            ConfigError: another axis would have to.
+        """
+        assert self.data is not None
+        sizes = ((axis, getattr(self, axis)) for axis in AXES[1:])
+        inner = " x ".join(f"{axis} {n}" for axis, n in sizes if n > 1)
+        require(
+            self.data % slices == 0,
+            f"mesh.data={self.data} is not a multiple of the {slices} TPU slices: only data spans "
+            f"the network between slices, and {inner} has to fit into the "
+            f"{self.num_devices // slices} devices of one; use mesh.data={slices} or a multiple",
+        )
+
     @property
     def num_devices(self) -> int:
         return math.prod(getattr(self, axis) for axis in AXES)

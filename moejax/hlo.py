@@ -287,6 +287,8 @@ def collectives(program: Program, unknown_trips: int = 0) -> list[Collective]:
     found, parts = [], set()
     for run in program.runs(unknown_trips):
         kind = run.instruction.operation
+        if kind == "send" and (between := _between_slices(run, program)):
+            found.append(between)
         if kind not in KINDS:
             continue
         # A TPU's reduce-scatter is a fusion of an all-reduce and the slice of it that is kept.
@@ -303,6 +305,23 @@ def collectives(program: Program, unknown_trips: int = 0) -> list[Collective]:
         groups = _groups(attributes, program.devices)
         found.append(Collective(kind, sizes, groups, run.times, program.scope(run)))
     return found
+
+
+def _between_slices(run: Run, program: Program) -> Collective | None:
+    """Returns what a TPU sends to other slices, which its runtime does from the host.
+
+    Devices of the same number in each slice make a group; the program is that of one slice.
+    """
+    attributes = run.instruction.attributes
+    kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', attributes)
+    slices = re.search(r'_xla_megascale_target="\{([\d,:]+)\}', attributes)
+    if kind is None or slices is None:
+        return None
+    first, _, last = slices[1].partition(":")
+    number = int(last) - int(first) + 1 if last else len(slices[1].split(","))
+    groups = np.arange(number)[None] * program.devices
+    name = kind[1].lower().replace("_", "-")
+    return Collective(name, (nbytes(run.types[0]),), groups, run.times, program.scope(run))
 
 
 def _groups(attributes: str, devices: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Starting JAX and making the one device mesh. No other module does either."""
 
 import ctypes
+import itertools
 import os
 from typing import TypeAlias
 
@@ -65,24 +66,46 @@ def _keep_freed_memory() -> None:
 def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:
     """Returns the mesh of AXES; axes of size 1 exist too.
 
+    The last axes are those of neighbours: on the torus of a TPU, within a host of GPUs. Of several
+    TPU slices each has whole groups of every axis but `data`, which alone spans the network.
+
     Args:
         config: sizes; at most one None, which takes the devices that are left.
         devices: default: every device of every process.
 
     Raises:
-        ConfigError: the sizes do not multiply to the number of devices, or these are several TPU
-            slices, between which there is no torus.
+        ConfigError: the sizes do not multiply to the number of devices, or an axis other than
+            `data` does not fit into a TPU slice.
     """
     devices = jax.devices() if devices is None else devices
-    slices = {getattr(device, "slice_index", None) for device in devices}
-    if devices[0].platform == "tpu" and len(slices) > 1:
-        raise ConfigError(
-            f"the devices are {len(slices)} TPU slices, and the mesh lies on one torus; start the "
-            "processes of one slice only"
-        )
     sizes = config.resolve(len(devices))
     shape = tuple(getattr(sizes, axis) for axis in AXES)
-    return Mesh(_in_order(devices, shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    groups = _by_slice(devices)
+    if devices[0].platform != "tpu":  # slices are hosts, which any axis may span
+        groups = [list(itertools.chain(*groups))]
+    sizes.check_slices(len(groups))
+    if len({len(group) for group in groups}) > 1:
+        raise ConfigError(
+            f"the {len(groups)} TPU slices have {', '.join(str(len(g)) for g in groups)} devices; "
+            "a mesh needs slices of one size"
+        )
+    inner = (shape[0] // len(groups), *shape[1:])
+    order = np.concatenate([_in_order(group, inner) for group in groups])
+    return Mesh(order, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _by_slice(devices: list[Device]) -> list[list[Device]]:
+    """Returns the devices of each TPU slice, or of each host of GPUs, in their order.
+
+    What JAX calls a slice of GPUs are those that share a host, or a fabric of fast links. Processes
+    that were dealt out to hosts in turn are brought together so.
+    """
+    groups: dict[int, list[Device]] = {}
+    if devices[0].platform == "gpu":  # XLA numbers them by their links, JAX lists them by process
+        devices = sorted(devices, key=lambda device: device.id)
+    for device in devices:
+        groups.setdefault(getattr(device, "slice_index", 0), []).append(device)
+    return [groups[index] for index in sorted(groups)]
 
 
 def _in_order(devices: list[Device], shape: tuple[int, ...]) -> np.ndarray:
@@ -90,7 +113,10 @@ def _in_order(devices: list[Device], shape: tuple[int, ...]) -> np.ndarray:
 
     An axis gets whole dimensions of the torus where they multiply to its size. Else dimensions are
     split (expert=8 on 4 x 4 x 4), and where that finds no way either, devices stay in their order.
+    So do those that lie on no torus.
     """
+    if devices[0].platform != "tpu":
+        return np.asarray(devices).reshape(shape)
     for split in (False, True):
         try:
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=split)

@@ -41,6 +41,7 @@ PLACES = (
 )
 
 EXCHANGE = ("exchange", "exchange_back")
+BETWEEN = " between slices"  # behind the axes of a collective
 
 
 @dataclasses.dataclass(frozen=True)
@@ -389,12 +390,19 @@ def _traffic(
     devices = list(mesh.devices.flat)
     rows: dict[tuple[str, str, str, str], list[float]] = {}
     for c in collectives:
-        key = (c.kind, " + ".join(c.axes(sizes)), *place_and_pass(c.scope))
+        axes = " + ".join(c.axes(sizes)) + BETWEEN * _between_slices(topology, devices, c)
+        key = (c.kind, axes, *place_and_pass(c.scope))
         row = rows.setdefault(key, [0, 0.0, 0.0])
         for i, value in enumerate((c.times, c.sent, link_seconds(topology, devices, c))):
             row[i] += value
     found = [Traffic(*key, int(row[0]), row[1], row[2]) for key, row in rows.items()]
     return tuple(sorted(found, key=lambda t: -t.sent))
+
+
+def _between_slices(topology: Topology, devices: Sequence[Any], c: hlo.Collective) -> bool:
+    """Whether a collective of TPUs leaves their slice; the devices of one slice have no number."""
+    members = [devices[i] for i in c.groups[0]]
+    return topology.slices > 1 and len({device.slice_index for device in members}) > 1
 
 
 def place_and_pass(scope: str) -> tuple[str, str]:
@@ -428,6 +436,9 @@ def link_seconds(topology: Topology, devices: Sequence[Any], c: hlo.Collective) 
             return max((here - 1) * part / chip.link, (c.group - here) * part / chip.network)
         nics = len(hosts) / len(set(hosts))
         return max(c.sent / chip.link, c.sent / (chip.network * nics))
+    if _between_slices(topology, devices, c):
+        assert chip.network is not None
+        return c.sent / chip.network
     places = np.array([d.coords[: chip.dims] for d in members])
     spans = [len(set(places[:, dim])) for dim in range(chip.dims)]
     if max(spans) == 1:

@@ -37,6 +37,7 @@ def plan_record(made: Plan) -> dict[str, Any]:
     record: dict[str, Any] = {
         "topology": made.topology.name,
         "chips": made.topology.num_chips,
+        "slices": made.topology.slices,
         "devices": made.sizes.num_devices,
         "mesh": {axis: getattr(made.sizes, axis) for axis in AXES},
         "fits": made.fits,
@@ -143,11 +144,14 @@ def _pod_table(made: Plan) -> Table:
     usable = f"{bytes_text(memory)} usable"
     if part < 1:
         usable += f": {part:.0%} of its memory, {GPU_FRACTION}={part:g}"
+    slow = ""
+    if made.topology.slices > 1 and chip.network is not None:
+        slow = f", to other slices {chip.network / 1e9:.3g} GB/s"
     rows = [
         ("pod", f"{made.topology.name}: {made.topology.num_chips} chips {devices}".strip()),
         ("mesh", " x ".join(f"{axis} {getattr(sizes, axis)}" for axis in AXES)),
         ("a device", f"{chip.flops / 1e12:,.0f} TFLOP/s bf16, {usable}"),
-        ("", f"memory {chip.bandwidth / 1e9:,.0f} GB/s, a link {chip.link / 1e9:,.0f} GB/s"),
+        ("", f"memory {chip.bandwidth / 1e9:,.0f} GB/s, a link {chip.link / 1e9:,.0f} GB/s{slow}"),
         ("tokens of a step", f"{made.tokens:,}, {made.tokens // sizes.num_devices:,} a device"),
         ("compiled in", f"{made.compile_seconds:.0f} s"),
     ]

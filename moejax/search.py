@@ -81,6 +81,8 @@ def layouts(config: Config, topology: Topology, num_devices: int) -> list[Layout
     rows = placements(config, MeshConfig(data=1))
     found = []
     for mesh in _meshes(num_devices, config.mesh.context or 1):
+        if (mesh.data or 1) % topology.slices:
+            continue  # only data spans slices
         found += [_on_paper(changed, topology, rows) for changed in _variants(config, mesh)]
     return sorted(found, key=lambda layout: layout.seconds)
 
@@ -240,6 +242,8 @@ def _sent(
 def _speed(topology: Topology, mesh: MeshConfig, axis: str) -> float:
     """Returns the bytes/s along an axis: a ring of a torus, or GPUs within and between hosts."""
     chip = topology.chip
+    if chip.network is not None and axis == "data" and topology.slices > 1:
+        return chip.network
     if chip.is_tpu or chip.network is None:
         return 2 * chip.link
     inner = AXES[AXES.index(axis) :]  # the last axis is the one of neighbours

@@ -3,8 +3,8 @@
 Nothing here imports JAX at its top: `start_compiler` has to come before. Numbers are of one JAX
 device, which on TPU v2, v3 and 7x is half a chip. Sources: Google's TPU pages and NVIDIA's data
 sheets (FLOP/s without sparsity, memory, links); what a program can use of a TPU's memory is what
-libtpu 0.0.42 says when it refuses one. Bandwidth of links: "How To Scale Your Model"
-(jax-ml.github.io/scaling-book), chapters on TPUs and GPUs.
+libtpu 0.0.42 says when it refuses one. Bandwidth of links and of the network between
+slices: "How To Scale Your Model" (jax-ml.github.io/scaling-book), chapters on TPUs and GPUs.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class Chip:
         memory: bytes; of a TPU those that a program can use, see `Topology.memory`.
         bandwidth: bytes/s of that memory.
         link: bytes/s one way over one link of a TPU's torus, or out of a GPU within its host.
-        network: bytes/s of a GPU to other hosts; None for a TPU, whose torus is all there is.
+        network: bytes/s of a GPU to other hosts, of a TPU to other slices; None where unknown.
         dims: of a TPU's torus; 0 for a GPU.
         wraps: the size from which a dimension of the torus is a ring.
         clock: cycles/s of a TPU, which its compiler counts in: `flops` over those of a cycle.
@@ -51,19 +51,19 @@ class Chip:
         return self.dims > 0
 
 
-def _tpu(kinds, flops, gib: float, bandwidth, link, dims, wraps, flops_per_cycle) -> Chip:
+def _tpu(kinds, flops, gib: float, bandwidth, link, network, dims, wraps, flops_per_cycle) -> Chip:
     memory = int(gib * GIB)
     clock = flops / flops_per_cycle
-    return Chip(kinds, flops, memory, bandwidth, link, None, dims, wraps, clock)
+    return Chip(kinds, flops, memory, bandwidth, link, network, dims, wraps, clock)
 
 
 # A core multiplies 128 x 128 numbers a cycle on each of 4 units, from v6e on 256 x 256 on 2 or 4.
 CHIPS = {
-    "v4": _tpu(("TPU v4",), 2.75e14, 30.75, 1.2e12, 4.5e10, 3, 4, 2**18),
-    "v5e": _tpu(("TPU v5 lite", "TPU v5e"), 1.97e14, 15.75, 8.1e11, 4.5e10, 2, 16, 2**17),
-    "v5p": _tpu(("TPU v5", "TPU v5p"), 4.59e14, 95.74, 2.765e12, 9e10, 3, 4, 2**18),
-    "v6e": _tpu(("TPU v6 lite", "TPU v6e"), 9.18e14, 31.25, 1.6e12, 9e10, 2, 16, 2**19),
-    "tpu7x": _tpu(("TPU7x",), 2.307e15 / 2, 94.75, 7.38e12 / 2, 9e10 / 2, 3, 4, 2**19),
+    "v4": _tpu(("TPU v4",), 2.75e14, 30.75, 1.2e12, 4.5e10, None, 3, 4, 2**18),
+    "v5e": _tpu(("TPU v5 lite", "TPU v5e"), 1.97e14, 15.75, 8.1e11, 4.5e10, 3.125e9, 2, 16, 2**17),
+    "v5p": _tpu(("TPU v5", "TPU v5p"), 4.59e14, 95.74, 2.765e12, 9e10, 6.25e9, 3, 4, 2**18),
+    "v6e": _tpu(("TPU v6 lite", "TPU v6e"), 9.18e14, 31.25, 1.6e12, 9e10, 1.25e10, 2, 16, 2**19),
+    "tpu7x": _tpu(("TPU7x",), 2.307e15 / 2, 94.75, 7.38e12 / 2, 9e10 / 2, 1.25e10 / 2, 3, 4, 2**19),
     "a100": Chip(("NVIDIA A100-SXM4-80GB",), 3.12e14, 85_100_068_864, 2.039e12, 3e11, 2.5e10),
     "h100": Chip(("NVIDIA H100 80GB HBM3",), 9.89e14, 84_942_979_072, 3.352e12, 4.5e11, 5e10),
     "h200": Chip(("NVIDIA H200",), 9.89e14, 151_397_597_184, 4.8e12, 4.5e11, 5e10),
@@ -109,8 +109,9 @@ _GPUS = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A pod: chips in a torus (`v5p:4x4x8`), or hosts with GPUs (`h100:16x8`).
+    """A pod: chips in a torus (`v5p:4x4x8`), several (`v5p:4x4x8:2`), or GPUs (`h100:16x8`).
 
+    `shape` is of one slice, and `slices` their number; of GPUs hosts and GPUs of a host.
     `fraction` is the part of `chip.memory` that JAX takes when it starts.
     """
 
@@ -118,6 +119,7 @@ class Topology:
     chip: Chip
     shape: tuple[int, ...]
     fraction: float = 1.0
+    slices: int = 1
 
     @property
     def memory(self) -> int:
@@ -126,7 +128,7 @@ class Topology:
 
     @property
     def num_chips(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * self.slices
 
     def wraps(self, dim: int) -> bool:
         """Whether dimension `dim` of a TPU's torus is a ring, not a line."""
@@ -134,12 +136,13 @@ class Topology:
 
 
 def parse_topology(text: str) -> Topology:
-    """Reads `CHIP:SIZES`, and for GPUs from the environment how much of their memory JAX takes.
+    """Reads `CHIP:SIZES[:SLICES]`; what JAX takes of a GPU's memory is in the environment.
 
     Raises:
         ConfigError: no such chip, sizes that its pods do not have, or no such part of the memory.
     """
     name, _, sizes = text.partition(":")
+    sizes, several, slices = sizes.partition(":")
     require(
         name in CHIPS,
         f"--topology {text}: {name!r} is no chip that can be planned for; use one of "
@@ -154,8 +157,23 @@ def parse_topology(text: str) -> Topology:
         and len(sizes.split("x")) == dims,
         f"--topology {text}: {name} needs {what}, for example {name}:{example}",
     )
+    require(
+        not several or re.fullmatch(r"[1-9]\d{0,3}", slices) is not None,
+        f"--topology {text}: {slices!r} is no number of slices; give it as in {name}:{example}:2",
+    )
+    require(
+        not several or (chip.is_tpu and chip.network is not None),
+        f"--topology {text}: "
+        + (
+            f"the speed of the network between slices of {name} is not known; plan one slice, or "
+            "v5e, v5p, v6e or tpu7x"
+            if chip.is_tpu
+            else f"slices are of TPUs; more hosts of GPUs are {name}:HOSTSxGPUS"
+        ),
+    )
+    shape = tuple(int(size) for size in sizes.split("x"))
     fraction = 1.0 if chip.is_tpu else _gpu_fraction()
-    return Topology(text, chip, tuple(int(size) for size in sizes.split("x")), fraction)
+    return Topology(text, chip, shape, fraction, int(slices or 1))
 
 
 def _gpu_fraction() -> float:
@@ -222,7 +240,10 @@ def topology_devices(topology: Topology) -> list[Any]:
     import jax
     from jax.experimental import topologies
 
-    platform, name, options = "tpu", topology.name, {}
+    platform, options = "tpu", {}
+    name = ":".join(topology.name.split(":")[:2])
+    if topology.slices > 1:
+        options["num_slices"] = topology.slices
     if name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # both cores are one device, as JAX runs it
     if not topology.chip.is_tpu:

@@ -29,6 +29,11 @@ SLURM = {
     "SLURM_PROCID": "2",
 }
 GKE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a-0.svc,a-1.svc"}
+SLICES = {
+    "MEGASCALE_NUM_SLICES": "3",
+    "MEGASCALE_SLICE_ID": "2",
+    "MEGASCALE_COORDINATOR_ADDRESS": "b-0.svc:8081",
+}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,7 @@ GKE = {"TPU_WORKER_ID": "1", "TPU_WORKER_HOSTNAMES": "a-0.svc,a-1.svc"}
         ({"SLURM_JOB_ID": "7", "SLURM_PROCID": "0"}, None),  # a batch script, outside of srun
         (GKE, ("a-0.svc:8482", 2, 1)),
         (GKE | {"MEGASCALE_NUM_SLICES": "1"}, ("a-0.svc:8482", 2, 1)),
+        (GKE | SLICES, ("b-0.svc:8482", 6, 5)),  # the second of the third slice
         (SLURM | {"JAX_PROCESS_ID": "2"}, ("gpu07:61441", 3, 2)),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, None),  # compiling for TPUs where there is none
     ],
@@ -79,7 +85,12 @@ def test_first_host_of_a_compressed_list(nodes, first):
             "JAX_NUM_PROCESSES=4 is set and JAX_COORDINATOR_ADDRESS is not: .*; set JAX_COORD",
         ),
         ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID=0 is set .* train alone"),
-        (GKE | {"MEGASCALE_NUM_SLICES": "2"}, "MEGASCALE_NUM_SLICES=2: .* use one slice"),
+        (
+            GKE | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "0"},
+            "MEGASCALE_NUM_SLICES=2 is set and MEGASCALE_COORDINATOR_ADDRESS is not; .* all three",
+        ),
+        (GKE | SLICES | {"MEGASCALE_SLICE_ID": "3"}, "process 7 of 6 .*numbered from 0 to 5"),
+        (GKE | SLICES | {"MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES='two' is not a wh"),
     ],
 )
 def test_variables_that_do_not_fit(environment, message):
@@ -101,14 +112,14 @@ def test_a_tpu_machine_by_its_metadata(metadata, found):
     assert tpu_vm_cluster(metadata.get) == found
 
 
-def test_a_tpu_machine_of_several_slices_is_refused():
+def test_a_tpu_machine_of_several_slices():
     metadata = {
         "agent-worker-number": "0",
         "worker-network-endpoints": "host-0",
-        "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n",
+        "tpu-env": "ZONE: 'z'\nMEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'\n"
+        "MEGASCALE_COORDINATOR_ADDRESS: '10.0.0.9'\n",
     }
-    with pytest.raises(ConfigError, match=r"MEGASCALE_NUM_SLICES=2: .* use one slice"):
-        tpu_vm_cluster(metadata.get)
+    assert tpu_vm_cluster(metadata.get) == ("10.0.0.9:8482", 2, 1)
 
 
 class _Metadata(http.server.BaseHTTPRequestHandler):

@@ -374,6 +374,33 @@ def test_memory_of_what_is_started_early_by_hand():
     }
 
 
+# A sum over two slices of eight chips, as libtpu 0.0.42.1 writes it: their hosts send.
+SLICES = """HloModule jit_f, num_partitions=8
+
+ENTRY %main (x: bf16[64,512]) -> bf16[64,512] {
+  %x = bf16[64,512]{1,0:T(8,128)(2,1)} parameter(0)
+  %token = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce.1_0"}
+  %send = (bf16[64,512]{1,0}, u32[], token[]) send(%x, %token), channel_id=2, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:7}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}, metadata={op_name="jit(f)/optimizer/add"}
+  %recv = (bf16[64,512]{1,0}, u32[], token[]) recv(%token), channel_id=1, \
+is_host_transfer=true, frontend_attributes={_xla_megascale_target="{1,2}x{0:7}",\
+_xla_megascale_transfer_type="ALL_REDUCE"}
+  %sent = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %done = (bf16[64,512]{1,0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %sum = bf16[64,512]{1,0} get-tuple-element(%done), index=0
+}
+"""
+
+
+@pytest.mark.parametrize(("target", "slices"), [("{1,2}", 2), ("{1:4}", 4), ("{1,2,3}", 3)])
+def test_what_goes_to_other_slices_is_a_collective_over_data(target, slices):
+    (found,) = hlo.collectives(hlo.parse(SLICES.replace("{1,2}x", target + "x")))
+    assert (found.kind, found.group, found.scope) == ("all-reduce", slices, "jit(f)/optimizer/add")
+    assert found.sent == pytest.approx(2 * 64 * 512 * 2 * (slices - 1) / slices)
+    assert found.axes({"data": 2 * slices, "fsdp": 2, "expert": 2}) == ("data",)
+
+
 # One all-gather in three fusions that overlap with work, and two that XLA made of a fusion's parts.
 OVERLAPPED = """\
 HloModule jit_overlap, num_partitions=4

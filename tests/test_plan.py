@@ -81,6 +81,15 @@ def test_seconds_on_a_torus_by_hand():
     assert _seconds("v5p:4x4x4", "collective-permute", [[0, 1]], 90_000_000) == pytest.approx(0.001)
 
 
+def test_seconds_between_slices_are_those_of_the_network():
+    """v5p: 6.25 GB/s of a chip. Of 2 slices each sends half of a sum, then half of the whole."""
+    devices = [SimpleNamespace(id=i, coords=(i % 4, 0, 0), slice_index=i // 4) for i in range(8)]
+    between = _seconds("v5p:4x1x1:2", "all-reduce", [[0, 4]], 625_000_000, devices)
+    assert between == pytest.approx(0.1)
+    within = _seconds("v5p:4x1x1:2", "all-reduce", [[0, 1, 2, 3]], 625_000_000, devices)
+    assert within == pytest.approx(1.5 * 0.625 / 180)
+
+
 def test_two_devices_of_a_chip_use_no_link():
     devices = [SimpleNamespace(id=i, coords=(0, 0, 0)) for i in range(2)]
     assert _seconds("tpu7x:2x2x1", "all-gather", [[0, 1]], 10**9, devices) == 0
@@ -319,18 +328,20 @@ def _compiler(module: str, extra: str):
     )
 
 
-def _run(file: Path, topology: str) -> dict:
+def _run(file: Path, topology: str, *mesh: str) -> dict:
     """Plans a whole train step for 8 chips, two layers of 4 experts, in a process of its own."""
     words = "model.num_layers=2 model.d_model=256 model.dtype=bfloat16 model.remat=full"
     words += " moe.num_experts=4 moe.capacity_factor=1.25 moe.expert_hidden=256"
     words += " data.sequence_length=256 train.batch_size=16"
-    words += " mesh.data=1 mesh.fsdp=2 mesh.expert=4"
     command = [sys.executable, "-m", "moejax", "plan", "configs/quickstart.py"]
-    command += ["--topology", topology, "--json", str(file), *words.split()]
+    command += ["--topology", topology, "--json", str(file), *words.split(), *mesh]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "fits: " in result.stdout
     return json.loads(file.read_text())
+
+
+MESH = ("mesh.data=1", "mesh.fsdp=2", "mesh.expert=4")
 
 
 def useful_flops() -> float:
@@ -354,7 +365,7 @@ def _check_record(record: dict) -> None:
 
 @_compiler("libtpu", "plan-tpu")
 def test_plan_of_a_tiny_model_for_tpus(tmp_path):
-    record = _run(tmp_path / "plan.json", "v5e:2x4")
+    record = _run(tmp_path / "plan.json", "v5e:2x4", *MESH)
     _check_record(record)
     assert {"all-to-all over expert", "all-gather over fsdp"} <= set(
         record["wire_bytes_by_kind_and_axis"]
@@ -365,8 +376,23 @@ def test_plan_of_a_tiny_model_for_tpus(tmp_path):
     assert record["cycles"] > 0
 
 
+@_compiler("libtpu", "plan-tpu")
+def test_plan_of_two_slices(tmp_path):
+    """What crosses the network is the sum of gradients: a device sends and gets half of its own."""
+    record = _run(
+        tmp_path / "plan.json", "v5e:2x2:2", "mesh.data=2", "mesh.fsdp=2", "mesh.expert=2"
+    )
+    assert (record["slices"], record["chips"]) == (2, 8)
+    between = record["wire_bytes_by_kind_and_axis"]["all-reduce over data between slices"]
+    held = record["argument_bytes"] / 3  # parameters and two moments, float32
+    assert 0.7 * held < between < 1.1 * held
+    across = [axes for axes in record["wire_bytes_by_axis"] if axes.endswith(" between slices")]
+    assert across == ["data between slices"]
+    assert record["roofline"]["links"] > between / 3.125e9
+
+
 @_compiler("jax_cuda12_plugin", "plan-gpu")
 def test_plan_of_a_tiny_model_for_gpus(tmp_path):
-    record = _run(tmp_path / "plan.json", "h100:1x8")
+    record = _run(tmp_path / "plan.json", "h100:1x8", *MESH)
     _check_record(record)
     assert record["cycles"] is None

@@ -244,6 +244,15 @@ def test_the_search_json_has_every_try(monkeypatch, compiled, tmp_path):
     assert (tmp_path / "moejax" / "plans").is_dir()
 
 
+def test_slices_are_joined_by_data_alone_and_by_their_network():
+    pod = parse_topology("v5e:2x4:2")
+    found = search.layouts(CONFIG, pod, 16)
+    assert {layout.config.mesh.data for layout in found} == {2, 4, 8, 16}
+    mesh = MeshConfig(data=2, fsdp=8)
+    assert search._speed(pod, mesh, "data") == pod.chip.network == 3.125e9
+    assert search._speed(pod, mesh, "fsdp") == 2 * pod.chip.link
+
+
 def test_links_of_gpus_end_at_the_host():
     pod = parse_topology("h100:2x8")
     mesh = MeshConfig(data=1, fsdp=2, expert=8)
