@@ -40,7 +40,7 @@ def _id(cell) -> str:
 
 def _slow_unless_quick(cell):
     """The mesh with experts over four of eight devices waits for `make test-slow`."""
-    marks = [pytest.mark.slow] if cell[3].expert_degree == 4 else []
+    marks = [pytest.mark.slow] if cell[3].expert == 4 else []
     return pytest.param(cell, marks=marks, id=_id(cell))
 
 
@@ -118,7 +118,7 @@ def test_every_router_is_a_case_and_every_way_is_here():
     cells = _cells()
     assert len({cell[0] for cell in cells}) == len(cells) == 18
     assert {cell[1:3] for cell in cells} == set(contract.DISPATCH)
-    assert {sizes.expert_degree for sizes in MESHES} == {1, 2, 4, 8}
+    assert {sizes.expert for sizes in MESHES} == {1, 2, 4, 8}
     routers = {changes.get("router", "softmax") for changes in contract.CASES.values()}
     assert routers == set(Router.__args__)
 
