@@ -130,6 +130,31 @@ def grouped_slots(expert_ts: jax.Array, *, num_experts: int, rows: int) -> Slots
     return rows_of_slots(slot_ts, rows, groups.count_e)
 
 
+def side_by_side(slots: Slots, num_experts: int) -> Slots:
+    """Returns the slots of one buffer for G groups, each expert's C rows of all groups together.
+
+    So no buffer is transposed on its way to the experts. Rows are [E, G, C].
+
+    Args:
+        slots: of each group, with a leading G; rows of each [E, C].
+    """
+    groups, _, top_k = slots.slot_ts.shape
+    rows, assignments = slots.assignment_r.shape[1], slots.slot_ts[0].size
+    part = rows // num_experts
+    group_g = jnp.arange(groups, dtype=jnp.int32)
+    slot_gts, group_g11 = slots.slot_ts, group_g[:, None, None]
+    place_gts = (slot_gts // part * groups + group_g11) * part + slot_gts % part
+    slot_gts = jnp.where(slot_gts < rows, place_gts, groups * rows)
+    number_gr = slots.assignment_r + group_g[:, None] * assignments
+    number_gr = jnp.where(slots.assignment_r < assignments, number_gr, groups * assignments)
+    number_gec = number_gr.reshape(groups, num_experts, part)
+    return Slots(
+        slot_gts.reshape(-1, top_k),
+        number_gec.swapaxes(0, 1).reshape(-1),
+        slots.group_size_e.sum(0),
+    )
+
+
 @jax.custom_vjp
 def dispatch(x_td: jax.Array, slots: Slots) -> jax.Array:
     """Copies each token to the rows of its assignments: [T, D] -> [R, D], empty rows 0."""

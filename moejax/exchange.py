@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax import lax
 
 from moejax.config import EXPERT_AXES, FSDP_AXES
@@ -38,20 +37,23 @@ def _expert_index() -> jax.Array:
 
 def slots_to_experts(buf_ecd_local: jax.Array) -> jax.Array:
     """All-to-all to the experts: [E, C, ...] of local tokens -> [E/Z, Z*C, ...] of its experts."""
-    if expert_degree() == 1:
+    degree = expert_degree()
+    if degree == 1:
         return buf_ecd_local
-    return lax.all_to_all(
-        buf_ecd_local, _split(EXPERT_AXES), split_axis=0, concat_axis=1, tiled=True
-    )
+    experts, slots, *rest = buf_ecd_local.shape
+    parts_zecd = peers_exchange(buf_ecd_local).reshape(degree, experts // degree, slots, *rest)
+    return parts_zecd.swapaxes(0, 1).reshape(experts // degree, degree * slots, *rest)
 
 
 def slots_to_tokens(buf_ecd_expert: jax.Array) -> jax.Array:
     """The way back of `slots_to_experts`: [E/Z, Z*C, D] -> [E, C, D]."""
-    if expert_degree() == 1:
+    degree = expert_degree()
+    if degree == 1:
         return buf_ecd_expert
-    return lax.all_to_all(
-        buf_ecd_expert, _split(EXPERT_AXES), split_axis=1, concat_axis=0, tiled=True
-    )
+    local, slots, *rest = buf_ecd_expert.shape
+    # Along the first dim: of an exchange along the second, libtpu 0.0.42 makes slow copies.
+    parts_ezcd = buf_ecd_expert.reshape(local, degree, slots // degree, *rest)
+    return peers_exchange(parts_ezcd.swapaxes(0, 1).reshape(local * degree, -1, *rest))
 
 
 def peers_exchange(rows: jax.Array) -> jax.Array:
@@ -152,7 +154,8 @@ def _ragged(rows, plan, out):
 
 
 def _ragged_exchange(rows, plan, out_rows):
-    out = jnp.zeros((out_rows, *rows.shape[1:]), rows.dtype)
+    # Made apart from the exchange, whose own layout libtpu 0.0.42 fills 4 times slower.
+    out = lax.optimization_barrier(jnp.zeros((out_rows, *rows.shape[1:]), rows.dtype))
     return _ragged(rows, plan, vary_like(out, rows)[0])
 
 
@@ -231,7 +234,13 @@ def gather_weights(w: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.
 
 def gather_experts(w_e: jax.Array, axis: int, dtype: jax.typing.DTypeLike) -> jax.Array:
     """Gathers the matrices of this device's experts over fsdp; see `gather_weights`."""
-    return _gathered(w_e.astype(dtype), axis, _split((FSDP_AXIS,)))
+    over = _split((FSDP_AXIS,))
+    if not over or axis != 1 or w_e.shape[0] > 1:
+        return _gathered(w_e.astype(dtype), axis, over)
+    # Of the one expert of a device, libtpu 0.0.42 sums all of the gradient of a dim that is then
+    # the outermost, and slices it: twice the bytes. Not if the devices have a dim of their own.
+    whole = lax.all_gather(w_e.astype(dtype), over, axis=1)
+    return whole.reshape(1, -1, *w_e.shape[2:])
 
 
 def _gathered(w: jax.Array, axis: int, over: tuple[str, ...]) -> jax.Array:
@@ -268,13 +277,3 @@ def most(count: jax.Array) -> jax.Array:
     """Returns the largest of all devices' counts."""
     axes = varying_axes(count)
     return lax.pmax(count, axes) if axes else count
-
-
-def groups_to_slots(buf_gecd: jax.Array) -> jax.Array:
-    """Puts the groups of a device side by side: [G, E, C, ...] -> [E, G*C, ...]."""
-    return rearrange(buf_gecd, "g e c ... -> e (g c) ...")
-
-
-def slots_to_groups(buf_ecd: jax.Array, groups: int) -> jax.Array:
-    """The way back of `groups_to_slots`."""
-    return rearrange(buf_ecd, "e (g c) d -> g e c d", g=groups)

@@ -95,7 +95,7 @@ def dropless_experts(
         expert_ts: int32 [T, S], of a token all different; E marks no assignment.
         weight_ts: float32 [T, S]; combine weights.
         rows: a bound on the assignments that are not E; buffers off the CPU have that many rows.
-        expected_rows: how many there are usually; default `rows`. Sizes the CPU's buffers.
+        expected_rows: how many there are usually; default `rows`. Sizes what is computed at once.
 
     Returns:
         [T, D]: y_t = sum_s weight_ts * expert_ts(x_t), summed in float32, in the dtype of x.
@@ -104,7 +104,8 @@ def dropless_experts(
     per_expert, tokens = _share(x_td, weights)
     num_experts, d_model, hidden = weights["up"].shape
     row_bytes = (d_model + hidden) * x_td.dtype.itemsize
-    plan = _plan(x_td.shape[0], num_experts, expected_rows or rows, row_bytes)
+    expected_rows = expected_rows or rows
+    plan = _plan(x_td.shape[0], num_experts, expected_rows, row_bytes)
     by_groups = functools.partial(_by_groups, activation, rows)
     return lax.platform_dependent(
         tokens,
@@ -114,7 +115,7 @@ def dropless_experts(
         cpu=functools.partial(_head_and_tail, _stacked_network(activation), plan),
         cuda=functools.partial(by_groups, _gpu_grouped_matmul),
         rocm=functools.partial(by_groups, _gpu_grouped_matmul),
-        default=functools.partial(by_groups, _tpu_grouped_matmul),
+        default=functools.partial(by_groups, functools.partial(_tpu_matmul, expected_rows)),
     )
 
 
@@ -548,8 +549,8 @@ def _gpu_grouped_matmul(x_rd, w_edf, group_sizes):
     return matmul(x_rd, w_edf, group_sizes=group_sizes)
 
 
-@jax.custom_vjp
-def _tpu_grouped_matmul(x_rd, w_edf, group_sizes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _tpu_matmul(expected_rows, x_rd, w_edf, group_sizes):
     """`lax.ragged_dot`, whose own gradient of the weights is a dense product on a TPU.
 
     libtpu 0.0.42 has kernels for the product and for the gradient of the rows only.
@@ -557,45 +558,51 @@ def _tpu_grouped_matmul(x_rd, w_edf, group_sizes):
     return lax.ragged_dot(x_rd, w_edf, group_sizes)
 
 
-def _tpu_forward(x_rd, w_edf, group_sizes):
-    return _tpu_grouped_matmul(x_rd, w_edf, group_sizes), (x_rd, w_edf, group_sizes)
+def _tpu_forward(expected_rows, x_rd, w_edf, group_sizes):
+    return lax.ragged_dot(x_rd, w_edf, group_sizes), (x_rd, w_edf, group_sizes)
 
 
-def _tpu_backward(saved, dy_rf):
+def _tpu_backward(expected_rows, saved, dy_rf):
     x_rd, w_edf, group_sizes = saved
     dx_rd = lax.ragged_dot(dy_rf, w_edf.swapaxes(1, 2), group_sizes)
-    dw_edf = _grouped_outer(x_rd, dy_rf, group_sizes)
+    dw_edf = _grouped_outer(expected_rows, x_rd, dy_rf, group_sizes)
     dgroup_sizes = np.zeros(group_sizes.shape, jax.dtypes.float0)
     return dx_rd.astype(x_rd.dtype), dw_edf.astype(w_edf.dtype), dgroup_sizes
 
 
-_tpu_grouped_matmul.defvjp(_tpu_forward, _tpu_backward)
+_tpu_matmul.defvjp(_tpu_forward, _tpu_backward)
 
 
-def _grouped_outer(x_rd, dy_rf, size_e):
+def _grouped_outer(expected_rows, x_rd, dy_rf, size_e):
     """Returns x_e^T dy_e of each expert's rows, float32 [E, D, F].
 
-    One batched product over each expert's first rows, as many as nearly all have where the load is
-    balanced, and another one as long as any expert has more.
+    One batched product over each expert's first rows, as many as nearly all have where the load of
+    `expected_rows` is balanced, and then a quarter of them at a time while any expert has more.
     """
-    rows, mean = x_rd.shape[0], x_rd.shape[0] / size_e.shape[0]
-    part = min(rows, -(-math.ceil(mean + 2 * mean**0.5) // TILE_ROWS) * TILE_ROWS)
+    rows, mean = x_rd.shape[0], expected_rows / size_e.shape[0]
+    first = min(rows, _in_tiles(mean + 2 * mean**0.5))
+    more = min(first, _in_tiles(first / 4))
     start_e = jnp.cumsum(size_e) - size_e
 
-    def product(n):
-        rank_c = n * part + jnp.arange(part, dtype=jnp.int32)
+    def product(start, count):
+        rank_c = start + jnp.arange(count, dtype=jnp.int32)
         row_ec = jnp.where(rank_c[None] < size_e[:, None], start_e[:, None] + rank_c[None], rows)
         x_ecd = x_rd.at[row_ec].get(mode="fill", fill_value=0)
         dy_ecf = dy_rf.at[row_ec].get(mode="fill", fill_value=0)
         return jnp.einsum("ecd,ecf->edf", x_ecd, dy_ecf, preferred_element_type=jnp.float32)
 
     def body(carry):
-        n, total_edf = carry
-        return n + 1, total_edf + product(n)
+        start, total_edf = carry
+        return start + more, total_edf + product(start, more)
 
-    parts = -(-size_e.max() // part)
-    first = (lax.full_like(parts, 1), product(0))
-    return lax.while_loop(lambda carry: carry[0] < parts, body, first)[1]
+    most = size_e.max()
+    carry = (lax.full_like(most, first), product(0, first))
+    return lax.while_loop(lambda carry: carry[0] < most, body, carry)[1]
+
+
+def _in_tiles(rows: float) -> int:
+    """Returns `rows` rounded up to whole tiles."""
+    return -(-math.ceil(rows) // TILE_ROWS) * TILE_ROWS
 
 
 @functools.cache

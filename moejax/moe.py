@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from moejax import exchange, reference
 from moejax.assign import capacities, capacity_slots, group_keys, service_order
 from moejax.config import EXPERT_AXES
-from moejax.dispatch import kept_experts
+from moejax.dispatch import kept_experts, side_by_side
 from moejax.errors import ConfigError
 from moejax.experts import (
     capacity_experts,
@@ -334,17 +334,16 @@ def _run_experts(
     if config.capacity_factor is not None:
         slots = _assign(expert_bts, inputs, routing, config, group)
         kept_bts = kept_experts(group(expert_bts), slots, none).reshape(expert_bts.shape)
+    flat = functools.partial(rearrange, pattern="b t d -> (b t) d")
+    x_td, weight_ts = flat(x_btd), flat(own(routing.weight_bts))
     # On one expert device nothing is exchanged, and what was kept needs no empty slots; nor do
     # parts of sequences, whose tokens share the slots of an expert with other devices'.
     if slots is not None and _by_equal_slots(config) and own(kept_bts) is kept_bts:
-        y_gtd = by_slots(experts, group(x_btd), group(routing.weight_bts), slots, none)
-        y_btd, further = y_gtd.reshape(x_btd.shape), jnp.zeros((), jnp.int32)
+        y_td = by_slots(experts, x_td, weight_ts, side_by_side(slots, none), none)
+        further = jnp.zeros((), jnp.int32)
     else:
-        flat = functools.partial(rearrange, pattern="b t d -> (b t) d")
-        y_td, further = by_assignments(
-            experts, flat(x_btd), flat(own(kept_bts)), flat(own(routing.weight_bts)), config
-        )
-        y_btd = y_td.reshape(x_btd.shape)
+        y_td, further = by_assignments(experts, x_td, flat(own(kept_bts)), weight_ts, config)
+    y_btd = y_td.reshape(x_btd.shape)
     # A free expert has no capacity: its choices are kept. What was dropped gets the sentinel.
     kept_bts = jnp.where(kept_bts < none, kept_bts, config.choices)
     return y_btd, jnp.where(routing.expert_bts < none, kept_bts, routing.expert_bts), further

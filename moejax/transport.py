@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from einops import rearrange
 from jax.ad_checkpoint import checkpoint_name
 
 from moejax import exchange
@@ -51,41 +50,38 @@ def _delivered(tree: Any) -> Any:
     return checkpoint_name(tree, EXCHANGED)
 
 
-def by_slots(experts: Experts, x_gtd, weight_gts, slots: Slots, num_experts: int):
-    """Capacity: equal buffers [G, E, C, D], an all-to-all to the experts and one back."""
+def by_slots(experts: Experts, x_td, weight_ts, slots: Slots, num_experts: int):
+    """Capacity: equal buffers [E, C, D], an all-to-all to the experts and one back."""
     with jax.named_scope("dispatch"):
-        buf_grd = jax.vmap(dispatch)(x_gtd, slots)
-        weight_gr = jax.vmap(row_weights)(weight_gts, slots)
-        buf_gecd = rearrange(buf_grd, "g (e c) d -> g e c d", e=num_experts)
-        weight_gec = rearrange(weight_gr, "g (e c) -> g e c", e=num_experts)
-    out_gecd = _to_experts_and_back(experts, buf_gecd, weight_gec)
+        buf_ecd = dispatch(x_td, slots).reshape(num_experts, -1, x_td.shape[1])
+        weight_ec = row_weights(weight_ts, slots).reshape(num_experts, -1)
+    out_ecd = _to_experts_and_back(experts, buf_ecd, weight_ec)
     with jax.named_scope("combine"):
-        out_grd = rearrange(out_gecd, "g e c d -> g (e c) d")
-        return jax.vmap(combine)(out_grd, slots)
+        return combine(out_ecd.reshape(-1, x_td.shape[1]), slots)
 
 
 def by_mixing(experts: Experts, x_gtd, mixing: SoftMixing):
     """Soft MoE: every slot is a mean of a group's tokens, every output a mean of its slots."""
+    groups, _, num_experts, _ = mixing.dispatch_gtep.shape
     with jax.named_scope("dispatch"):
         mix_gtep = mixing.dispatch_gtep.astype(x_gtd.dtype)
-        buf_gepd = jnp.einsum("gtd,gtep->gepd", x_gtd, mix_gtep)
-    out_gepd = _to_experts_and_back(experts, buf_gepd, None)
+        buf_egpd = jnp.einsum("gtd,gtep->egpd", x_gtd, mix_gtep)
+        buf_ecd = buf_egpd.reshape(num_experts, -1, x_gtd.shape[2])
+    out_ecd = _to_experts_and_back(experts, buf_ecd, None)
     with jax.named_scope("combine"):
         mix_gtep = mixing.combine_gtep.astype(x_gtd.dtype)
-        return jnp.einsum("gepd,gtep->gtd", *vary_like(out_gepd, mix_gtep))
+        out_egpd = out_ecd.reshape(num_experts, groups, -1, x_gtd.shape[2])
+        return jnp.einsum("egpd,gtep->gtd", *vary_like(out_egpd, mix_gtep))
 
 
-def _to_experts_and_back(experts: Experts, buf_gecd, weight_gec):
-    def send(slots_gec):
-        return _delivered(exchange.slots_to_experts(exchange.groups_to_slots(slots_gec)))
-
+def _to_experts_and_back(experts: Experts, buf_ecd, weight_ec):
     with jax.named_scope("exchange"):
-        buf_ecd, weight_ec = jax.tree.map(send, (buf_gecd, weight_gec))
+        sent = (buf_ecd, weight_ec)
+        buf_ecd, weight_ec = _delivered(jax.tree.map(exchange.slots_to_experts, sent))
     with jax.named_scope("experts"):
         buf_ecd = experts.on_slots(buf_ecd, weight_ec, experts.weights)
     with jax.named_scope("exchange_back"):
-        buf_ecd = _delivered(exchange.slots_to_tokens(buf_ecd))
-        return exchange.slots_to_groups(buf_ecd, buf_gecd.shape[0])
+        return _delivered(exchange.slots_to_tokens(buf_ecd))
 
 
 def by_assignments(

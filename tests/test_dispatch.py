@@ -20,6 +20,7 @@ from moejax.dispatch import (
     grouped_slots,
     kept_experts,
     row_weights,
+    side_by_side,
     sort_by_expert,
 )
 
@@ -284,6 +285,19 @@ def test_rows_that_no_token_owns_cannot_spoil_the_result():
     assert value == 6
     np.testing.assert_array_equal(by_weight, [[3.0], [0.0], [3.0]])
     np.testing.assert_array_equal(by_out, [[1.0] * 3] * 2 + [[0.0] * 3] * 6)
+
+
+def test_groups_side_by_side_have_each_experts_rows_together():
+    """Two groups of CONTESTED, 1 and 2 of 2 slots an expert: rows are [expert, group, slot].
+
+    The first group's tokens 0 to 3 are 0 to 3 of all, the second's 4 to 7.
+    """
+    assign = _compiled_slots(2, 2, "token")
+    groups = jax.vmap(assign)(np.stack([CONTESTED, CONTESTED]), jnp.array([1, 2]))
+    slots = side_by_side(groups, 2)
+    first, second = [[0, 4], [8, 8], [8, 8], [8, 8]], [[2, 6], [3, 7], [8, 8], [8, 8]]
+    np.testing.assert_array_equal(slots.slot_ts, first + second)
+    np.testing.assert_array_equal(slots.assignment_r, [0, 16, 8, 10, 1, 16, 9, 11])
 
 
 @pytest.mark.parametrize("priority", ["token", "rank"])

@@ -183,6 +183,13 @@ def test_dropless_experts_are_a_loop_over_experts(expert_ts, num_experts, monkey
     _check(expert_ts, num_experts, "swiglu", None, monkeypatch, rows=rows)
 
 
+def test_an_expert_with_more_rows_than_expected_takes_further_parts(monkeypatch):
+    """On a TPU its first 64 rows, since 4 experts expect 50 +- 7, and 21 times 16 of 400."""
+    monkeypatch.setattr(experts, "TILE_ROWS", 8)
+    expert_ts = np.full((400, 1), 2, np.int32)
+    _check(expert_ts, 4, "swiglu", None, monkeypatch, rows=400, expected_rows=200)
+
+
 VARIANTS = [(name, None) for name in ("geglu", "gelu", "relu", "squared_relu")]
 VARIANTS += [("swiglu", "output_scale"), ("swiglu", "scale_out")]
 

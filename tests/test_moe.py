@@ -10,8 +10,9 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
-from moejax import moe, reference
+from moejax import exchange, moe, reference
 from moejax.mesh import single_device_mesh
 from moejax.moe_config import MoEConfig
 from moejax.parameters import moe_parameters
@@ -326,12 +327,10 @@ def test_tokens_take_two_all_to_alls_forward_and_two_backward(mesh_of, both):
     gathered: they are split by `expert_fsdp` as by `expert`.
     """
     mesh = mesh_of(1, 1, 8 // both, 1, expert_fsdp=both)
-    forward = [f"1x32x{D}", "1x32", f"8x4x{D}"]
+    forward = [f"8x4x{D}", "8x4", f"8x4x{D}"]
     assert _collectives(_lowered("token", mesh, backward=False), "all_to_all") == forward
-    back = [f"8x4x{D}", "8x4", f"1x32x{D}"]
-    assert sorted(_collectives(_lowered("token", mesh, backward=True), "all_to_all")) == sorted(
-        forward + back
-    )
+    step = _collectives(_lowered("token", mesh, backward=True), "all_to_all")
+    assert sorted(step) == sorted(2 * forward)
     for backward in (False, True):
         text = _lowered("token", mesh, backward=backward)
         assert _collectives(text, "all_gather") == []
@@ -361,6 +360,36 @@ def test_fsdp_gathers_expert_weights_and_reduce_scatters_their_gradients(mesh_of
     assert whole not in summed
     assert sorted(s for s in summed if s in scattered) == scattered
     assert summed.count(f"{D}x{E}") == 1
+
+
+@pytest.mark.parametrize(
+    ("experts", "gathered", "scattered"), [(1, "1x4x2x3", "1x1x2x3"), (2, "2x8x3", "2x2x3")]
+)
+def test_the_gradient_of_one_expert_is_scattered_over_a_dim_of_its_own(
+    mesh_of, experts, gathered, scattered
+):
+    """Of one matrix [D, F] D would be outermost, and libtpu would sum all of it."""
+    random = np.random.default_rng(0)
+    w_edf = random.normal(size=(experts, 8, 3)).astype(np.float32)
+    grad_zedf = random.normal(size=(4, experts, 8, 3)).astype(np.float32)
+
+    def whole(w_edf):
+        return exchange.gather_experts(w_edf, 1, jnp.float32)[None]
+
+    every = jax.shard_map(
+        whole, mesh=mesh_of(1, 4, 1, 1), in_specs=P(None, "fsdp"), out_specs=P("fsdp")
+    )
+
+    def both(w_edf, grad_zedf):
+        w_zedf, transpose = jax.vjp(every, w_edf)
+        return w_zedf, transpose(grad_zedf)[0]
+
+    w_zedf, grad_edf = jax.jit(both)(w_edf, grad_zedf)
+    np.testing.assert_array_equal(w_zedf, np.stack([w_edf] * 4))
+    np.testing.assert_allclose(grad_edf, grad_zedf.sum(0), rtol=1e-5, atol=1e-6)
+    text = jax.jit(both).lower(w_edf, grad_zedf).as_text()
+    assert _collectives(text, "all_gather") == [gathered]
+    assert _collectives(text, "reduce_scatter") == [scattered]
 
 
 @st.composite

@@ -30,7 +30,7 @@ WAYS = {
     "slots": ({"capacity_factor": 1.0}, 2),  # rows and their weights
     "padded": ({"transport": "all_to_all"}, 3),  # the expert of each row too
     "padded, rounds": ({"transport": "all_to_all", "buffer_factor": 1.0}, 3),
-    "ragged": ({"transport": "ragged"}, 2),  # rows and weights, emulated by all-gathers
+    "ragged": ({"transport": "ragged"}, 3),  # rows, weights and counts, all by all-gathers here
     "gather": ({"transport": "gather"}, 3),
     "soft": ({"router": "soft", "soft_slots": 2, "allow_noncausal": True}, 2),  # there and back
 }
@@ -65,7 +65,8 @@ SLOW = [pytest.param(*way, id=name, marks=pytest.mark.slow) for name, way in WAY
 @pytest.mark.parametrize(("changes", "repeated"), [WAYS["slots"], *SLOW[1:]])
 def test_backward_repeats_no_exchange_that_is_kept(mesh_of, params_of, changes, repeated):
     mesh = mesh_of(1, 1, 4, 1)
-    params = params_of(CONFIG, mesh)
+    moe = dataclasses.replace(CONFIG.moe, **changes)
+    params = params_of(dataclasses.replace(CONFIG, moe=moe), mesh)
     params = jax.device_put(params, tree_shardings(mesh, params))
     plain, (expected, losses) = _compiled(mesh, params, "none", changes)
     full, _ = _compiled(mesh, params, "full", changes)

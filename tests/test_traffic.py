@@ -265,9 +265,9 @@ def test_buffers_are_those_of_the_traced_layer(config):
         exchanged = [s for s in _shapes(equations, "all_to_all") if len(s) == 2]
         assert exchanged == [(held // 2, 16)] * 2  # and the experts of rows [R]
     else:
-        # [experts of a device, slots of every group of both devices, D], and the way back
+        # [all experts, slots of every group of a device, D], there and back
         exchanged = [s for s in _shapes(equations, "all_to_all") if len(s) == 3]
-        assert exchanged == [(4, held // 4, 16), (8, held // 8, 16)]
+        assert exchanged == [(8, held // 8, 16)] * 2
     assert gathered_weight_bytes(config, sizes) == 3 * 4 * (8 // 2) * 16 * (12 // 2)
 
 
