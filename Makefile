@@ -46,9 +46,8 @@ claims: setup ## try claims of the literature at CPU size, into docs/claims.md (
 compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an hour)
 	$(BIN)/python benchmarks/compare.py train.steps=900
 
-plans: $(PLANNER) ## memory, traffic and time of Mixtral 8x7B on 64 TPU v5p, which needs none (10 minutes)
-	-$(BIN)/moejax plan configs/models/mixtral_8x7b.py --topology v5p:4x4x4
-	-$(BIN)/moejax plan configs/models/mixtral_8x7b.py --topology v5p:4x4x4 moe.capacity_factor=1.25
+plans: $(PLANNER) ## published models on pods that are not here, into docs/planning.md (an hour)
+	$(BIN)/python benchmarks/plans.py --write docs/planning.md
 
 bench: setup ## speed and compile time of the train step, into the README table
 	$(BIN)/python benchmarks/step.py --readme README.md

@@ -1,0 +1,146 @@
+"""Plans published models on pods that are not here, into docs/planning.md.
+
+    python benchmarks/plans.py [--only NAME ...] [--write docs/planning.md]
+
+One process a plan, each 3 to 10 minutes and 3 to 8 GB on two cores; needs moejax[plan-tpu], and
+moejax[plan-gpu] for the GPUs. Results are kept in runs/plans and taken from there if the code, the
+config and the compiler are the same; `--only` compiles nothing but what it names.
+"""
+
+import argparse
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+KEPT = ROOT / "runs/plans"
+BEGIN, END = "<!-- plans:begin -->", "<!-- plans:end -->"
+GIB = 2**30
+COLUMNS = (
+    *("plan", "pod and changes", "memory, GiB", "sent, GiB", "G cycles", "step, s"),
+    *("compiled, s", "a peer: memory / sent / G cycles"),
+)
+
+
+class Case(NamedTuple):
+    """A plan: a config of configs/models with changes on a pod, and what a peer needs for it."""
+
+    config: str
+    topology: str
+    words: tuple[str, ...] = ()
+    peer: str = ""  # peak GiB, wire GiB, G cycles
+
+
+RAGGED, SLOTS = "moe.transport=ragged", "moe.capacity_factor=1.25"
+DEEPSEEK = ("train.batch_size=256", "mesh.fsdp=8", RAGGED)
+CASES = {
+    "mixtral, dropless": Case("mixtral_8x7b", "v5p:4x4x4", (RAGGED,), "MaxText 31.6 / 94.5 / 12.2"),
+    "mixtral, capacity 1.25": Case(
+        "mixtral_8x7b", "v5p:4x4x4", (SLOTS,), "MaxText 24.3 / 300 / 11.7"
+    ),
+    "mixtral, dropless, exchange kept": Case(
+        "mixtral_8x7b", "v5p:4x4x4", (RAGGED, "model.remat=exchange")
+    ),
+    "mixtral, capacity 1.25, exchange kept": Case(
+        "mixtral_8x7b", "v5p:4x4x4", (SLOTS, "model.remat=exchange")
+    ),
+    "mixtral on 128": Case(
+        "mixtral_8x7b", "v5p:4x4x8", (RAGGED, "train.batch_size=512", "mesh.fsdp=16")
+    ),
+    "deepseek on 256": Case(
+        "deepseek_v3", "v5p:4x8x8", DEEPSEEK, "MaxText does not fit: 121.8 GiB of temporaries"
+    ),
+    "deepseek on 512": Case(
+        "deepseek_v3", "v5p:8x8x8", (*DEEPSEEK, "train.batch_size=512", "mesh.fsdp=16")
+    ),
+    "olmoe on 16": Case(
+        "olmoe_1b_7b", "v5e:4x4", ("train.batch_size=16", "mesh.fsdp=2", "mesh.expert=8")
+    ),
+    "mixtral on 128 H100": Case(
+        "mixtral_8x7b", "h100:16x8", (SLOTS, "train.batch_size=256", "mesh.fsdp=16")
+    ),
+}
+
+
+def kept_at(name: str, case: Case) -> Path:
+    """Returns where the result lies: another place for other code, config or compiler."""
+    parts = [repr(case), *(importlib.metadata.version(p) for p in ("jax", "flax", "optax"))]
+    files = [*ROOT.glob("moejax/*.py"), ROOT / f"configs/models/{case.config}.py"]
+    parts += [path.read_text(encoding="utf-8") for path in sorted(files)]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
+    return KEPT / f"{name.replace(', ', '_').replace(' ', '_')}_{digest}.json"
+
+
+def run(name: str, case: Case) -> dict:
+    """Returns what `moejax plan --json` writes for the case; exit code 1 is one that fits not."""
+    path = kept_at(name, case)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        config = f"configs/models/{case.config}.py"
+        options = ["--topology", case.topology, "--json", str(path)]
+        command = [sys.executable, "-m", "moejax", "plan", config, *options, *case.words]
+        done = subprocess.run(command, cwd=ROOT, check=False)
+        if not path.exists():
+            raise SystemExit(f"{name}: exit code {done.returncode}, see above")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def row(name: str, case: Case, plan: dict | None) -> str:
+    """Returns a line of the table; `-` where the plan was not made or says nothing."""
+    words = f"`{case.topology}`, `{' '.join(case.words)}`"
+    if plan is None:
+        return f"| {name} | {words} | - | - | - | - | - | {case.peer} |"
+    memory = f"{plan['peak_bytes'] / GIB:.1f} of {plan['memory_limit'] / GIB:.1f}"
+    if "balanced" not in plan:
+        return f"| {name} | {words} | {memory}, does not fit | - | - | - | - | {case.peer} |"
+    work = plan["balanced"]
+    cycles = "-" if work["cycles"] is None else f"{work['cycles'] / 1e9:.1f}"
+    seconds = f"{plan['step_seconds_low']:.2f} to {plan['step_seconds_high']:.2f}"
+    return (
+        f"| {name} | {words} | {memory} | {work['wire_bytes'] / GIB:.1f} | {cycles} | {seconds} | "
+        f"{plan['compile_seconds']:.0f} | {case.peer} |"
+    )
+
+
+def write(page: Path, rows: list[str]) -> None:
+    """Puts the table between the page's markers."""
+    head, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    _, tail = rest.split(END)
+    versions = ", ".join(f"{p} {_version(p)}" for p in ("jax", "libtpu", "jax-cuda12-plugin"))
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        "|---" * len(COLUMNS) + "|",
+        *rows,
+        "",
+        f"Written by `make plans` with {versions}.",
+    ]
+    page.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{tail}", encoding="utf-8")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=CASES, help="make these, keep what is kept")
+    parser.add_argument("--write", type=Path, help="put the table into this page")
+    options = parser.parse_args()
+    rows = []
+    for name, case in CASES.items():
+        wanted = options.only is None or name in options.only or kept_at(name, case).exists()
+        rows.append(row(name, case, run(name, case) if wanted else None))
+        print(rows[-1], flush=True)
+    if options.write:
+        write(options.write, rows)
+
+
+if __name__ == "__main__":
+    main()
