@@ -142,6 +142,19 @@ def test_it_prints_the_numbers_plainly():
         assert word in text, word
 
 
+def test_over_expert_fsdp_a_device_has_its_experts_whole():
+    """[E, D, F] of 8 experts over 4 devices, F over 2; a query [D, H, K] over 2 and 2."""
+    sizes = MeshConfig(data=1, expert_fsdp=2, expert=2, tensor=2)
+    config = dataclasses.replace(CONFIG, mesh=sizes)
+    rows = {row.name: row for row in placements(config, sizes)["parameters"]}
+    assert rows["runs/layer_1/moe/gate"].per_device == 4 * 2 * 16 * 6
+    assert gathered_weight_bytes(config, sizes) == 3 * 4 * 2 * 16 * 6
+    assert rows["runs/layer_1/attention/query"].per_device == 4 * 8 * 2 * 4
+    text = _shown(config)
+    assert "all_to_all over expert_fsdp=2 x expert=2" in text
+    assert "splits sequences, experts, and every matrix outside of them" in text
+
+
 def test_a_dense_model_and_a_dropless_one_are_described():
     assert "MoE" not in _shown(_moe(every=None))
     assert "dropless" in _shown(_moe(capacity_factor=None))
