@@ -233,21 +233,17 @@ def _over_width(
     parts = _width_parts(hidden, rows * jnp.dtype(dtype).itemsize)
     if parts == 1:
         return run(weights)
-    rest = {name: w for name, w in weights.items() if name not in wide}
+    size, total = hidden // parts, None
+    for n in range(parts):
 
-    def split(w: jax.Array, dim: int) -> jax.Array:
-        shape = (*w.shape[:dim], parts, hidden // parts, *w.shape[dim + 1 :])
-        return jnp.moveaxis(w.reshape(shape), dim, 0)
+        def cut(name: str, w: jax.Array, start: int = n * size) -> jax.Array:
+            dim = wide.get(name)
+            return w if dim is None else lax.slice_in_dim(w, start, start + size, axis=dim)
 
-    def add(total, part):
-        return total + run(part | rest).astype(jnp.float32), None
-
-    split_weights = {
-        name: split(weights[name], dim) for name, dim in wide.items() if name in weights
-    }
-    shape = jax.eval_shape(run, weights).shape
-    zeros = vary_like(jnp.zeros(shape, jnp.float32), weights["up"])[0]
-    return lax.scan(jax.checkpoint(add), zeros, split_weights)[0].astype(dtype)
+        part = jax.checkpoint(run)({name: cut(name, w) for name, w in weights.items()})
+        total = part.astype(jnp.float32) if total is None else total + part.astype(jnp.float32)
+    assert total is not None
+    return total.astype(dtype)
 
 
 def _width_parts(hidden: int, column_bytes: int) -> int:

@@ -274,6 +274,19 @@ def test_memory_by_kind_adds_up_to_what_was_reserved():
     assert memory["optimizer state"] > 2 * memory["parameters"]
 
 
+def test_memory_beside_the_arguments():
+    """64 of 80 bytes of arguments become results, 200 are temporary."""
+    stats = SimpleNamespace(
+        argument_size_in_bytes=80,
+        alias_size_in_bytes=64,
+        output_size_in_bytes=65,
+        temp_size_in_bytes=200,
+        peak_memory_in_bytes=270,
+    )
+    assert plan._beside_arguments(stats, parse_topology("h100:1x8")) == 200 + 1
+    assert plan._beside_arguments(stats, parse_topology("v5p:2x2x1")) == 270 - 80
+
+
 def test_layer_carries_are_split_into_weights_and_activations():
     """2 layers on fsdp 2: a copied query [2, 32, 4, 32], x [2, 2, 32, 64], a float32 gradient."""
     loop = (
