@@ -5,6 +5,7 @@ ACCELERATOR ?=
 BIN := .venv/bin
 PEERS := .venv-peers/.made
 PLANNER := .venv/.made-plan-tpu
+GPU_PLANNER := .venv/.made-plan-gpu
 STAMP := .venv/.made$(if $(ACCELERATOR),-$(ACCELERATOR))
 comma := ,
 EXTRAS := test$(if $(ACCELERATOR),$(comma)$(ACCELERATOR))
@@ -46,7 +47,7 @@ claims: setup ## try claims of the literature at CPU size, into docs/claims.md (
 compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an hour)
 	$(BIN)/python benchmarks/compare.py train.steps=900
 
-plans: $(PLANNER) ## published models on pods that are not here, into docs/planning.md (an hour)
+plans: $(PLANNER) $(GPU_PLANNER) ## published models on pods that are not here, into docs/planning.md (an hour)
 	$(BIN)/python benchmarks/plans.py --write docs/planning.md
 
 bench: setup ## speed and compile time of the train step, into the README table
@@ -77,8 +78,8 @@ $(STAMP): pyproject.toml requirements.lock
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --constraint requirements.lock --editable ".[$(EXTRAS)]"
 	@touch $@
 
-$(PLANNER): $(STAMP)
-	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --constraint requirements.lock --editable ".[plan-tpu]"
+.venv/.made-plan-%: $(STAMP)
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --constraint requirements.lock --editable ".[plan-$*]"
 	@touch $@
 
 # pip, not uv: it takes a CPU wheel of torch from where its own configuration says there is one

@@ -235,13 +235,14 @@ def _over_width(
         return run(weights)
     size, total = hidden // parts, None
     for n in range(parts):
-
-        def cut(name: str, w: jax.Array, start: int = n * size) -> jax.Array:
-            dim = wide.get(name)
-            return w if dim is None else lax.slice_in_dim(w, start, start + size, axis=dim)
-
-        part = jax.checkpoint(run)({name: cut(name, w) for name, w in weights.items()})
-        total = part.astype(jnp.float32) if total is None else total + part.astype(jnp.float32)
+        part = {
+            name: lax.slice_in_dim(w, n * size, (n + 1) * size, axis=wide[name])
+            if name in wide
+            else w
+            for name, w in weights.items()
+        }
+        out = jax.checkpoint(run)(part).astype(jnp.float32)
+        total = out if total is None else total + out
     assert total is not None
     return total.astype(dtype)
 
