@@ -290,7 +290,10 @@ def permuted_experts(layer: Layer, plain: Mapping[str, np.ndarray]) -> float:
                 columns = slots[order].reshape(-1)
             weights[name] = weights[name][..., columns]
     inverse = np.argsort(order).astype(np.int32)
-    state = {n: inverse[v] if n == "table" else v[..., order] for n, v in layer.state.items()}
+    state = {
+        n: inverse[v] if n == "table" else v[..., order] if v.ndim else v
+        for n, v in layer.state.items()
+    }
     other = _run(dataclasses.replace(layer, weights=weights, state=state))
     names = ("y", "gradient of x", "auxiliary loss", "dropped_e", "count_e")
     wanted = {n: plain[n][order] if n.endswith("_e") else plain[n] for n in names}

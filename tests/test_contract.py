@@ -129,6 +129,7 @@ def test_every_router_is_a_case_and_every_way_is_here():
         "sigmoid_bias",
         pytest.param("softmax, free experts", marks=pytest.mark.slow),
         pytest.param("threshold", marks=pytest.mark.slow),
+        pytest.param("relu", marks=pytest.mark.slow),
         pytest.param("soft", marks=pytest.mark.slow),
     ],
 )
