@@ -77,6 +77,7 @@ def _alike(layer: int, config: Config = CONFIG) -> Config:
 # Layouts
 
 
+@pytest.mark.slow
 def test_layouts_train_the_same():
     """All axes, accumulation, remat and two transports, against the oracle on one device."""
     config = apply_overrides(
@@ -397,6 +398,7 @@ def _train_on(config: Config, devices: int, workdir) -> list[dict]:
     return [{k: v for k, v in r.items() if k not in CLOCK} for r in read_metrics(workdir)]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_evaluates_and_is_replayed(tmp_path):
     config = apply_overrides(CONFIG, WORDS)
     straight = _train_on(config, 1, tmp_path / "straight")

@@ -163,6 +163,7 @@ def _few_batches():
         yield
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_are_seeds_alone():
     arm = _tiny()
     both = train(arm, make_seeds(SMALL, (0, 1)))

@@ -92,7 +92,13 @@ def test_parts_of_sequences_are_the_oracle(name, dispatch, transport, sizes):
     ],
     ids=contract._mesh_name,
 )
-@pytest.mark.parametrize(("dispatch", "transport"), contract.DISPATCH)
+@pytest.mark.parametrize(
+    ("dispatch", "transport"),
+    [
+        pytest.param(*way, marks=[pytest.mark.slow] if i % 3 else [])  # quick: by the all-to-all
+        for i, way in enumerate(contract.DISPATCH)
+    ],
+)
 def test_experts_over_both_axes_are_the_oracle(dispatch, transport, sizes):
     layer = contract.make_layer(contract.case_config("sigmoid_bias", dispatch, transport))
     ours = contract.run_layer(layer, make_mesh(sizes, jax.devices()[: sizes.num_devices]))

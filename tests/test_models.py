@@ -165,9 +165,8 @@ EVERYWHERE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "name", ["deepseek_v3", pytest.param("gpt_oss_120b", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["deepseek_v3", "gpt_oss_120b"])
 def test_a_small_one_trains_the_same_on_eight_devices(name):
     """Two steps over fsdp, expert and tensor, against one device with the dense oracle."""
     config = load(name, *EVERYWHERE, *SMALL[name])

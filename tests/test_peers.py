@@ -37,6 +37,7 @@ def test_the_model_has_the_size_of_the_peers():
         config.check_mesh(load_config(str(FILE), [f"mesh.expert={devices}"]).mesh)
 
 
+@pytest.mark.slow
 def test_two_workers_take_turns_and_agree(peers, tmp_path):
     """The protocol, with moejax on one device and on two: same data, same weights, same losses."""
     python, weights = Path(sys.executable), tmp_path / "weights.npz"

@@ -62,6 +62,7 @@ def test_what_may_change_may_change_and_is_stored(tmp_path):
     words = ["train.steps=7", "train.accumulation=2", "logging.every=3", "checkpoint.every=4"]
     words += ["checkpoint.keep=5", "eval.every=None", "eval.batches=1", "mesh.data=1"]
     words += ["mesh.fsdp=2", "mesh.expert=4", "mesh.tensor=2"]
+    words += ["mesh.context=2", "mesh.expert_fsdp=2"]
     words += ["model.remat=full", "model.loss_chunk=256"]
     config = apply_overrides(Config(), words)
     open_workdir(tmp_path, config)
