@@ -92,11 +92,9 @@ def run(name: str, case: Case) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def row(name: str, case: Case, plan: dict | None) -> str:
-    """Returns a line of the table; `-` where the plan was not made or says nothing."""
+def row(name: str, case: Case, plan: dict) -> str:
+    """Returns a line of the table; `-` where the plan says nothing."""
     words = f"`{case.topology}`, `{' '.join(case.words)}`"
-    if plan is None:
-        return f"| {name} | {words} | - | - | - | - | - | {case.peer} |"
     memory = f"{plan['peak_bytes'] / GIB:.1f} of {plan['memory_limit'] / GIB:.1f}"
     if "balanced" not in plan:
         return f"| {name} | {words} | {memory}, does not fit | - | - | - | - | {case.peer} |"
@@ -138,9 +136,9 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for name, case in CASES.items():
-        wanted = options.only is None or name in options.only or kept_at(name, case).exists()
-        rows.append(row(name, case, run(name, case) if wanted else None))
-        print(rows[-1], flush=True)
+        if options.only is None or name in options.only or kept_at(name, case).exists():
+            rows.append(row(name, case, run(name, case)))
+            print(rows[-1], flush=True)
     if options.write:
         write(options.write, rows)
 
