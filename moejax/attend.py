@@ -34,12 +34,14 @@ class Sight(NamedTuple):
             its S keys are of one document.
         window: keys that a query sees, its own included; None is all.
         whole: bool; whether this layer sees all in spite of `window`; None: it does not.
+        causal: False for an encoder, whose queries see later keys too.
     """
 
     position_bt: jax.Array
     segment_bt: jax.Array | None
     window: int | None = None
     whole: jax.Array | bool | None = None
+    causal: bool = True
 
 
 class _Operands(NamedTuple):
@@ -86,7 +88,7 @@ def attend(
         *(None if sight.whole is None else jnp.asarray(sight.whole), sink_h),
     )
     run = jax.shard_map(
-        functools.partial(_attend_local, window=sight.window),
+        functools.partial(_attend_local, window=sight.window, causal=sight.causal),
         mesh=mesh,
         in_specs=(specs,),
         out_specs=heads,
@@ -95,14 +97,14 @@ def attend(
     return run(operands)
 
 
-def _attend_local(local: _Operands, window: int | None) -> jax.Array:
+def _attend_local(local: _Operands, window: int | None, causal: bool) -> jax.Array:
     if local.segment_bs is not None:
         gathered = (local.k_bsnk, local.v_bsnv, local.segment_bs)
         k_bsnk, v_bsnv, segment_bs = jax.tree.map(exchange.gather_sequence, gathered)
         local = local._replace(k_bsnk=k_bsnk, v_bsnv=v_bsnv, segment_bs=segment_bs)
-    plain = functools.partial(_by_chunks, window=window)
+    plain = functools.partial(_by_chunks, window=window, causal=causal)
     block = _kernel_block(local)
-    if block is None:
+    if block is None or not causal:
         return plain(local)
     kernel = functools.partial(_by_kernel, window=window, block=block)
     return lax.platform_dependent(local, tpu=kernel, default=plain)
@@ -111,10 +113,10 @@ def _attend_local(local: _Operands, window: int | None) -> jax.Array:
 # In chunks of queries.
 
 
-def _by_chunks(local: _Operands, window: int | None) -> jax.Array:
+def _by_chunks(local: _Operands, window: int | None, causal: bool) -> jax.Array:
     length = local.q_bthk.shape[1]
     if length <= QUERY_CHUNK:
-        return _by_scores(local, window)
+        return _by_scores(local, window, causal)
     number = -(-length // QUERY_CHUNK)
     size = -(-length // number)
 
@@ -128,18 +130,18 @@ def _by_chunks(local: _Operands, window: int | None) -> jax.Array:
     def one(part) -> jax.Array:
         q_bchk, position_bc, segment_bc = part
         chunk = local._replace(q_bthk=q_bchk, position_bt=position_bc, segment_bt=segment_bc)
-        return _by_scores(chunk, window)
+        return _by_scores(chunk, window, causal)
 
     segment_nbc = split(local.segment_bt, NO_DOCUMENT)
     mixed_nbchv = lax.map(one, (split(local.q_bthk), split(local.position_bt), segment_nbc))
     return rearrange(mixed_nbchv, "n b c h v -> b (n c) h v")[:, :length]
 
 
-def _seen(local: _Operands, window: int | None) -> jax.Array:
+def _seen(local: _Operands, window: int | None, causal: bool) -> jax.Array:
     """Returns bool [B or 1, T, S]: the keys that each query sees."""
     key_s = jnp.arange(local.k_bsnk.shape[1], dtype=jnp.int32)
     behind_bts = local.position_bt[:, :, None] - key_s[None, None]
-    seen_bts = behind_bts >= 0
+    seen_bts = (behind_bts >= 0) | (not causal)
     if window is not None:
         near_bts = behind_bts < window
         seen_bts &= near_bts if local.whole is None else near_bts | local.whole
@@ -148,10 +150,10 @@ def _seen(local: _Operands, window: int | None) -> jax.Array:
     return seen_bts
 
 
-@functools.partial(jax.checkpoint, static_argnums=1)
-def _by_scores(local: _Operands, window: int | None) -> jax.Array:
+@functools.partial(jax.checkpoint, static_argnums=(1, 2))
+def _by_scores(local: _Operands, window: int | None, causal: bool) -> jax.Array:
     q_bthk, k_bsnk, v_bsnv = local.q_bthk, local.k_bsnk, local.v_bsnv
-    seen_bts, bias = _seen(local, window), None
+    seen_bts, bias = _seen(local, window, causal), None
     width, v_width = q_bthk.shape[-1], v_bsnv.shape[-1]
     if local.sink_h is not None:  # one more key: its score is the sink, its value 0
         keys = k_bsnk.shape[1] + 1

@@ -38,6 +38,7 @@ class Tokens(NamedTuple):
         key_b: uint32 [B, 2]; random key data of each sequence, for routers that draw; None where
             nothing is random, as in evaluation.
         layer: number of the layer that reads them, which decides whether it has a window.
+        causal: False for an encoder, whose tokens attend to later ones too.
     """
 
     position_bt: jax.Array
@@ -45,6 +46,7 @@ class Tokens(NamedTuple):
     mask_bt: jax.Array
     key_b: jax.Array | None = None
     layer: jax.Array | int = 0
+    causal: bool = True
 
 
 def packed_tokens(segment_bt: jax.Array, key_b: jax.Array | None = None) -> Tokens:
@@ -76,7 +78,9 @@ def sight(model: ModelConfig, tokens: Tokens) -> Sight:
     """Returns which keys the queries of this layer see."""
     every = model.full_attention_every
     whole = None if every is None else (tokens.layer + 1) % every == 0
-    return Sight(tokens.position_bt, tokens.segment_bt, model.attention_window, whole)
+    return Sight(
+        tokens.position_bt, tokens.segment_bt, model.attention_window, whole, tokens.causal
+    )
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: str, scale: float = 1.0):

@@ -65,8 +65,26 @@ def test_the_kernel_is_the_plain_attention(monkeypatch, mesh, operands, options)
     _close(_results(_on(mesh, options), operands, sinks), expected)
 
 
-def _interpreted(kernel, local, window):
+def _interpreted(kernel, local, window, causal):
+    assert causal
     return kernel(local, window, 128, interpret=True)
+
+
+def test_an_encoder_sees_later_keys_of_its_document(mesh, operands):
+    """A later value reaches an earlier query, and none of another document does."""
+    q, k, v, _, _ = operands
+
+    def of(v, causal):
+        return attend(q, k, v, _sight({"causal": causal}), None, mesh)
+
+    other = v.copy()
+    other[:, T // 4 - 1] += 1  # the last token of each first document
+    for causal in (True, False):
+        changed = jax.jit(of, static_argnums=1)(other, causal) != jax.jit(of, static_argnums=1)(
+            v, causal
+        )
+        assert np.asarray(changed).any(axis=(2, 3))[0, : T // 4 - 1].all() == (not causal)
+        assert not np.asarray(changed)[0, T // 4 :].any()
 
 
 def test_the_kernel_over_the_context_axis(monkeypatch, mesh, mesh_of, operands):

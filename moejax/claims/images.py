@@ -75,9 +75,8 @@ class Encoder(nnx.Module):
         """Returns logits [B, classes] and the routing sums of every MoE layer."""
         batch, length, _ = patch_btp.shape
         position_bt = jnp.arange(length, dtype=jnp.int32)[None]
-        tokens = Tokens(
-            position_bt, jnp.ones((batch, length, length), bool), jnp.ones((batch, length), bool)
-        )
+        whole_bt = jnp.ones((batch, length), jnp.int32)
+        tokens = Tokens(position_bt, whole_bt, whole_bt > 0, causal=False)
         x_btd = patch_btp @ self.embedding[...] + self.position[...][None]
         token_bt = jnp.zeros((batch, length), jnp.int32)
         stats = []
