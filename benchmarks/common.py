@@ -77,6 +77,30 @@ def matmul_peak(size: int = 2048, repeats: int = 9) -> float:
     return 2 * size**3 / statistics.median(seconds)
 
 
+def compile_rows(
+    measure: Callable[[int], tuple[float, int]], sizes: list[int], what: str, repeats: int
+) -> list[Row]:
+    """Returns the rows of a program compiled for several `sizes`, which take turns.
+
+    Args:
+        measure: size -> (CPU seconds to lower and compile, characters of the HLO).
+        what: the word for a size; the first size is the baseline.
+    """
+    measure(sizes[0])  # imports and first-time work
+    results: dict[int, list[tuple[float, int]]] = {size: [] for size in sizes}
+    for _ in range(repeats):
+        for size in sizes:
+            results[size].append(measure(size))
+    rows = []
+    for kind, unit, column in (("compile", "CPU s", 0), ("HLO", "characters", 1)):
+        base = statistics.median(r[column] for r in results[sizes[0]])
+        for size in sizes:
+            value = statistics.median(r[column] for r in results[size])
+            baseline = f"{kind}, {sizes[0]} {what}"
+            rows.append(Row(f"{kind}, {size} {what}", value, unit, baseline, value / base))
+    return rows
+
+
 def report(title: str, rows: list[Row], json_path: Path | None) -> None:
     """Prints the rows and writes them to `json_path`, if given."""
     table = Table(title=title)

@@ -8,9 +8,8 @@ turns; 8 virtual CPU devices, expert axis 8. The baseline is the first depth.
 
 import time
 from pathlib import Path
-from statistics import median
 
-from common import Row, arguments, report
+from common import arguments, compile_rows, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -52,19 +51,7 @@ def main() -> None:
 
     start_jax(8)
     jax.config.update("jax_enable_compilation_cache", False)
-    compile_seconds(options.layers[0])  # imports and first-time work
-    results = {layers: [] for layers in options.layers}
-    for _ in range(options.repeats):
-        for layers in options.layers:
-            results[layers].append(compile_seconds(layers))
-    first = options.layers[0]
-    rows = []
-    for kind, unit, column in (("compile", "CPU s", 0), ("HLO", "characters", 1)):
-        base = median(r[column] for r in results[first])
-        for layers in options.layers:
-            value = median(r[column] for r in results[layers])
-            name, baseline = f"{kind}, {layers} layers", f"{kind}, {first} layers"
-            rows.append(Row(name, value, unit, baseline, value / base))
+    rows = compile_rows(compile_seconds, options.layers, "layers", options.repeats)
     report("compile time of the train step", rows, options.json)
 
 

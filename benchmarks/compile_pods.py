@@ -9,9 +9,8 @@ together, without a compilation cache. The baseline is the first number of devic
 
 import time
 from pathlib import Path
-from statistics import median
 
-from common import Row, arguments, report
+from common import arguments, compile_rows, report
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -53,18 +52,7 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_enable_compilation_cache", False)
-    compile_seconds(options.devices[0])  # imports and first-time work
-    results = {n: [] for n in options.devices}
-    for _ in range(options.repeats):
-        for num_devices in options.devices:
-            results[num_devices].append(compile_seconds(num_devices))
-    rows, first = [], options.devices[0]
-    for kind, unit, column in (("compile", "CPU s", 0), ("HLO", "characters", 1)):
-        base = median(r[column] for r in results[first])
-        for num_devices in options.devices:
-            value = median(r[column] for r in results[num_devices])
-            name, baseline = f"{kind}, {num_devices} devices", f"{kind}, {first} devices"
-            rows.append(Row(name, value, unit, baseline, value / base))
+    rows = compile_rows(compile_seconds, options.devices, "devices", options.repeats)
     report("compile time of the train step for TPU v5p", rows, options.json)
 
 

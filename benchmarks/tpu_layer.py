@@ -138,7 +138,7 @@ def compile_experts(shape: Shape, device, dropless: bool, backward: bool) -> Any
 
     def forward(weights, x, expert_ts, weight_ts):
         if not dropless:
-            return capacity_experts(x, weights, "swiglu")
+            return capacity_experts(x, None, weights, "swiglu")
         rows = expert_ts.size
         return dropless_experts(x, expert_ts, weight_ts, weights, activation="swiglu", rows=rows)
 
