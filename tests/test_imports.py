@@ -12,7 +12,7 @@ import moejax
 PACKAGE = Path(moejax.__file__).parent
 # A module imports only from its left.
 ORDER = [
-    *("errors", "moe_config", "config", "overrides", "workdir"),
+    *("errors", "moe_config", "config", "overrides", "workdir", "events"),
     *("tokenizer", "corpus", "data", "prepare"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots"),
     *("cluster", "preemption"),

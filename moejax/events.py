@@ -1,0 +1,62 @@
+"""events.jsonl: what happened to a run besides its steps, one JSON object a line. No JAX."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+EVENTS = "events.jsonl"  # in a workdir
+
+# What each kind says; docs/metrics.md shows the fields.
+KINDS: dict[str, str] = {}
+
+
+class Events:
+    """Appends to the events of a run. Trouble with the file is said once and stops nothing.
+
+    Args:
+        workdir: of the run; it has to exist.
+        enabled: True on the one process that writes.
+    """
+
+    def __init__(self, workdir: Path, *, enabled: bool = True):
+        self._file = workdir / EVENTS
+        self._enabled = enabled
+        self._complained = False
+
+    def write(self, kind: str, step: int, **fields: Any) -> None:
+        """Appends an event.
+
+        Args:
+            kind: one of KINDS.
+            step: after which it happened; 0 before the first.
+            fields: JSON.
+        """
+        assert kind in KINDS, kind
+        if not self._enabled:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"time": now, "step": step, "kind": kind, **fields})
+        try:
+            with open(self._file, "a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            if not self._complained:
+                print(f"moejax: {self._file} cannot be written: {error}", file=sys.stderr)
+            self._complained = True
+
+
+def read_events(workdir: Path) -> list[dict[str, Any]]:
+    """Returns the events of a run, oldest first; a last line cut off by a crash is left out."""
+    try:
+        lines = (workdir / EVENTS).read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            events.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return events

@@ -1,0 +1,22 @@
+from moejax import events
+from moejax.events import EVENTS, Events, read_events
+
+
+def test_events_are_read_back_without_a_line_that_a_crash_cut_off(tmp_path, monkeypatch):
+    monkeypatch.setitem(events.KINDS, "probe", "of this test")
+    Events(tmp_path).write("probe", 3, value=1.5)
+    Events(tmp_path, enabled=False).write("probe", 4)
+    with open(tmp_path / EVENTS, "a") as stream:
+        stream.write('{"time": "2026-')
+    (event,) = read_events(tmp_path)
+    assert (event["kind"], event["step"], event["value"]) == ("probe", 3, 1.5)
+    assert read_events(tmp_path / "none") == []
+
+
+def test_a_file_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(events.KINDS, "probe", "of this test")
+    (tmp_path / EVENTS).mkdir()
+    log = Events(tmp_path)
+    log.write("probe", 1)
+    log.write("probe", 2)
+    assert capsys.readouterr().err.count("cannot be written") == 1
