@@ -84,6 +84,7 @@ def dropless_experts(
     activation: Activation,
     rows: int,
     expected_rows: int | None = None,
+    in_order: bool = False,
 ) -> jax.Array:
     """Runs every assignment: assign, dispatch, experts and combine for tokens of this device.
 
@@ -96,17 +97,22 @@ def dropless_experts(
         weight_ts: float32 [T, S]; combine weights.
         rows: a bound on the assignments that are not E; buffers off the CPU have that many rows.
         expected_rows: how many there are usually; default `rows`. Sizes what is computed at once.
+        in_order: says that S is 1 and `expert_ts` ascends, so that nothing has to be sorted. What
+            is returned for a row without an assignment is then not defined.
 
     Returns:
         [T, D]: y_t = sum_s weight_ts * expert_ts(x_t), summed in float32, in the dtype of x.
     """
     x_td, expert_ts, weight_ts, weights = vary_tree((x_td, expert_ts, weight_ts, weights))
-    per_expert, tokens = _share(x_td, weights)
     num_experts, d_model, hidden = weights["up"].shape
+    if SHARED in weights:  # whose gradient is a sum over all rows, and those of nobody may be NaN
+        x_td = jnp.where((expert_ts < num_experts).any(1, keepdims=True), x_td, 0)
+    per_expert, tokens = _share(x_td, weights)
     row_bytes = (d_model + hidden) * x_td.dtype.itemsize
     expected_rows = expected_rows or rows
     plan = _plan(x_td.shape[0], num_experts, expected_rows, row_bytes)
-    by_groups = functools.partial(_by_groups, activation, rows)
+    sorts = not in_order or SHARED in weights  # whose gradient is a sum over all rows
+    by_groups = functools.partial(_by_groups, activation, rows if sorts else None)
     return lax.platform_dependent(
         tokens,
         expert_ts,
@@ -128,6 +134,7 @@ def dropless_modules(
     *,
     rows: int,
     expected_rows: int | None = None,
+    in_order: bool = False,
 ) -> jax.Array:
     """`dropless_experts` for experts of one's own; the backward pass runs `apply_one` again.
 
@@ -233,14 +240,13 @@ def _over_width(
     parts = _width_parts(hidden, rows * jnp.dtype(dtype).itemsize)
     if parts == 1:
         return run(weights)
-    size, total = hidden // parts, None
+    total = None
+    split = {  # whose transpose joins the gradients, where that of slices would add them up
+        name: lax.split(w, (hidden // parts,) * parts, wide[name]) if name in wide else (w,) * parts
+        for name, w in weights.items()
+    }
     for n in range(parts):
-        part = {
-            name: lax.slice_in_dim(w, n * size, (n + 1) * size, axis=wide[name])
-            if name in wide
-            else w
-            for name, w in weights.items()
-        }
+        part = {name: of_parts[n] for name, of_parts in split.items()}
         out = jax.checkpoint(run)(part).astype(jnp.float32)
         total = out if total is None else total + out
     assert total is not None
@@ -515,29 +521,49 @@ NO_TOKAMAX = (
 
 
 def _by_groups(activation, rows, grouped_matmul, tokens, expert_ts, weight_ts, weights):
-    """Rows sorted by expert and one grouped product a matrix."""
+    """Rows sorted by expert, up to `rows`, and one grouped product a matrix; None: as they are."""
+    num_experts = _num_experts(weights)
+    run = functools.partial(_on_groups, activation, grouped_matmul, weights)
+    if rows is None:
+        expert_r = expert_ts.reshape(-1)
+        numbers_e1 = jnp.arange(num_experts, dtype=jnp.int32)[:, None]
+        size_e = (expert_r[None] == numbers_e1).sum(1, dtype=jnp.int32)
+        return run(tokens, expert_r, weight_ts.reshape(-1), size_e)
     with jax.named_scope("assign"):
-        slots = grouped_slots(expert_ts, num_experts=_num_experts(weights), rows=rows)
+        slots = grouped_slots(expert_ts, num_experts=num_experts, rows=rows)
         expert_r = expert_ts.reshape(-1).at[slots.assignment_r].get(mode="fill", fill_value=0)
     with jax.named_scope("dispatch"):
         rows_r = {name: dispatch(x, slots) for name, x in tokens.items()}
-    with jax.named_scope("experts"):
-        matmul = functools.partial(grouped_matmul, group_sizes=slots.group_size_e)
-        weight_r = row_weights(weight_ts, slots)
-
-        def run(weights: Weights) -> jax.Array:
-            names = [name for name in ("gate", "up") if name in weights]
-            pre = {name: matmul(rows_r["x"], weights[name]) for name in names}
-            hidden_rf = _weigh(_hidden(pre, activation), weight_r)
-            return matmul(hidden_rf.astype(rows_r["x"].dtype), weights["down"])
-
-        out_rd = _over_width(run, weights, rows, rows_r["x"].dtype)
-        if "output_scale" in weights:
-            out_rd *= weights["output_scale"].at[expert_r].get(mode="clip")
-        if "scale_out" in weights:
-            out_rd *= jax.nn.sigmoid(matmul(rows_r["scale"], weights["scale_out"]))
+    out_rd = run(rows_r, expert_r, row_weights(weight_ts, slots), slots.group_size_e)
     with jax.named_scope("combine"):
         return combine(out_rd, slots)
+
+
+@functools.partial(jax.named_call, name="experts")
+def _on_groups(activation, grouped_matmul, weights, rows_r, expert_r, weight_r, size_e):
+    """The network on rows [R, ...] in groups of `size_e` rows; undefined behind the last one."""
+    matmul = functools.partial(grouped_matmul, group_sizes=size_e)
+    x_rd = rows_r["x"]
+
+    def run(weights: Weights) -> jax.Array:
+        names = [name for name in ("gate", "up") if name in weights]
+        pre = {name: matmul(x_rd, weights[name]) for name in names}
+        hidden_rf = _weigh(_hidden(pre, activation), weight_r)
+        return matmul(hidden_rf.astype(x_rd.dtype), weights["down"])
+
+    out_rd = _over_width(run, weights, x_rd.shape[0], x_rd.dtype)
+    if "output_scale" in weights:
+        return _scaled(out_rd, weights["output_scale"].at[expert_r].get(mode="clip"), size_e)
+    if "scale_out" in weights:
+        scale_rd = jax.nn.sigmoid(matmul(rows_r["scale"], weights["scale_out"]))
+        return _scaled(out_rd, scale_rd, size_e)
+    return out_rd
+
+
+def _scaled(out_rd, scale_rd, size_e):
+    """Returns the product, 0 behind the last group: gradients of scales are sums over all rows."""
+    owned_r1 = jnp.arange(out_rd.shape[0])[:, None] < size_e.sum()
+    return jnp.where(owned_r1, out_rd, 0) * jnp.where(owned_r1, scale_rd, 0)
 
 
 def _gpu_grouped_matmul(x_rd, w_edf, group_sizes):

@@ -109,6 +109,11 @@ def balanced_rows(tokens: int, config: MoEConfig) -> int:
     return int(config.buffer_factor * tokens * config.mean_selected)
 
 
+def _expected_rows(tokens: int, rows: int, config: MoEConfig) -> int:
+    """Returns that balanced load itself, which may be all of `rows` where these have a bound."""
+    return min(rows, int(tokens * config.mean_selected) + 1)
+
+
 def _in_rounds(run: Callable, operands, fixed, rounds, most: int):
     """Returns `sum_rounds` and the rounds after the first; a plain call where one always fits."""
     if most <= 1:
@@ -126,13 +131,15 @@ def _window(expert_ts: jax.Array, index, rows: int, none: int) -> jax.Array:
     return jnp.where(inside_a.reshape(expert_ts.shape), expert_ts, none)
 
 
-def _local_rounds(experts: Experts, x_td, expert_ts, weight_ts, local: int, rows: int, config):
-    """Runs this device's `local` experts on tokens that are here, `rows` assignments at once."""
+def _local_rounds(experts: Experts, x_td, expert_ts, weight_ts, degree: int, config: MoEConfig):
+    """Runs this device's experts, one in `degree` of them, on the tokens of as many devices."""
+    local, tokens = config.num_experts // degree, expert_ts.shape[0] // degree
+    rows = min(balanced_rows(tokens, config), expert_ts.size)
+    expected = _expected_rows(tokens, rows, config)
 
     def run(index, operands, expert_ts):
         weights, x_td, weight_ts = operands
         chosen_ts = _window(expert_ts, index, rows, local) if most > 1 else expert_ts
-        expected = min(rows, int(rows / config.buffer_factor) + 1)
         return experts.on_rows(
             x_td, chosen_ts, weight_ts, weights, rows=rows, expected_rows=expected
         )
@@ -145,8 +152,7 @@ def _local_rounds(experts: Experts, x_td, expert_ts, weight_ts, local: int, rows
 
 def _at_home(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     """One device holds all experts: nothing is exchanged."""
-    rows = min(balanced_rows(expert_ts.shape[0], config), expert_ts.size)
-    return _local_rounds(experts, x_td, expert_ts, weight_ts, config.num_experts, rows, config)
+    return _local_rounds(experts, x_td, expert_ts, weight_ts, 1, config)
 
 
 def _by_gather(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
@@ -157,19 +163,38 @@ def _by_gather(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
         )
         expert_ts = exchange.local_experts(expert_ts, config.num_experts)
     degree = exchange.expert_degree()
-    local = config.num_experts // degree
-    rows = min(balanced_rows(expert_ts.shape[0] // degree, config), expert_ts.size)
-    y_td, further = _local_rounds(experts, x_td, expert_ts, weight_ts, local, rows, config)
+    y_td, further = _local_rounds(experts, x_td, expert_ts, weight_ts, degree, config)
     with jax.named_scope("exchange_back"):
         return _delivered(exchange.scatter_results(y_td)), further
 
 
-def _run_received(experts: Experts, weights: Any, x_rd, expert_r, weight_r, config: MoEConfig):
-    """Runs this device's experts on rows that were received, each for one expert."""
+def _run_received(
+    experts: Experts,
+    weights: Any,
+    x_rd,
+    expert_r,
+    weight_r,
+    tokens: int,
+    config: MoEConfig,
+    *,
+    in_order: bool = False,
+):
+    """Runs this device's experts on rows that were received, each for one expert.
+
+    Args:
+        tokens: of each device that sends.
+        in_order: says that `expert_r` ascends.
+    """
     rows = x_rd.shape[0]
-    expected = min(rows, int(rows / config.buffer_factor) + 1)
+    expected = _expected_rows(tokens, rows, config)
     return experts.on_rows(
-        x_rd, expert_r[:, None], weight_r[:, None], weights, rows=rows, expected_rows=expected
+        x_rd,
+        expert_r[:, None],
+        weight_r[:, None],
+        weights,
+        rows=rows,
+        expected_rows=expected,
+        in_order=in_order,
     )
 
 
@@ -177,6 +202,7 @@ def _by_peers(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     """A padded all-to-all: every device has the same number of rows for every other one."""
     degree, none = exchange.expert_degree(), config.num_experts
     local, assignments = none // degree, expert_ts.size
+    tokens = expert_ts.shape[0]
     part = min(-(-balanced_rows(expert_ts.shape[0], config) // degree), assignments)
     rows = part * degree
     with jax.named_scope("assign"):
@@ -196,7 +222,7 @@ def _by_peers(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
             sent = (dispatch(x_td, slots), expert_r, row_weights(weight_ts, slots))
         with jax.named_scope("exchange"):
             x_rd, expert_r, weight_r = _delivered(jax.tree.map(exchange.peers_exchange, sent))
-        y_rd = _run_received(experts, weights, x_rd, expert_r, weight_r, config)
+        y_rd = _run_received(experts, weights, x_rd, expert_r, weight_r, tokens, config)
         with jax.named_scope("exchange_back"):
             y_rd = _delivered(exchange.peers_exchange(y_rd))
         with jax.named_scope("combine"):
@@ -221,6 +247,7 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     """
     degree, none = exchange.expert_degree(), config.num_experts
     local, assignments = none // degree, expert_ts.size
+    tokens = expert_ts.shape[0]
     rows = min(balanced_rows(expert_ts.shape[0], config), degree * assignments)
     with jax.named_scope("assign"):
         slots = grouped_slots(expert_ts, num_experts=none, rows=assignments)
@@ -231,14 +258,19 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     def run(index, operands, fixed):
         weights, x_td, weight_ts = operands
         slots, count_zze = fixed
+        with jax.named_scope("assign"):
+            plan = exchange.ragged_window(count_zze.sum(2), index, rows)
+            here_ts = exchange.sent_in(plan, slots.slot_ts)  # others come back from another round
+            slots = slots._replace(slot_ts=jnp.where(here_ts, slots.slot_ts, assignments))
         with jax.named_scope("dispatch"):
             sent = (dispatch(x_td, slots), row_weights(weight_ts, slots))
         with jax.named_scope("exchange"):
-            plan = exchange.ragged_window(count_zze.sum(2), index, rows)
             send = functools.partial(exchange.ragged_exchange, plan=plan, out_rows=rows)
             x_rd, weight_r = _delivered(jax.tree.map(send, sent))
             expert_r = exchange.received_experts(count_zze, index, rows)
-        y_rd = _run_received(experts, weights, x_rd, expert_r, weight_r, config)
+        y_rd = _run_received(
+            experts, weights, x_rd, expert_r, weight_r, tokens, config, in_order=local == 1
+        )
         with jax.named_scope("exchange_back"):
             y_nd = _delivered(exchange.ragged_exchange(y_rd, plan.back, assignments))
         with jax.named_scope("combine"):

@@ -183,6 +183,26 @@ def test_dropless_experts_are_a_loop_over_experts(expert_ts, num_experts, monkey
     _check(expert_ts, num_experts, "swiglu", None, monkeypatch, rows=rows)
 
 
+@pytest.mark.parametrize("scale", [None, "output_scale", "scale_out"])
+def test_rows_in_order_are_not_sorted_again(scale, monkeypatch):
+    """What is returned and asked of rows without an assignment, the last ones, means nothing."""
+    expert_ts = np.repeat(np.arange(4, dtype=np.int32), [5, 0, 9, 3])[:, None]
+    used_t1 = expert_ts < 3
+    x_td, dy_td, weight_ts = _random(1, (17, D), (17, D), (17, 1))
+    x_td, weight_ts = np.where(used_t1, x_td, 0), np.where(used_t1, weight_ts, 0)
+    dy_td = np.where(used_t1, dy_td, 0)
+    weights = _weights(3, scale=scale)
+    expected = _value_and_gradients(_loop, x_td, expert_ts, weight_ts, weights, dy_td)
+    _elsewhere(monkeypatch)
+    if scale != "scale_out":
+        monkeypatch.setattr(experts, "grouped_slots", None)
+    run = functools.partial(dropless_experts, activation="swiglu", rows=17, in_order=True)
+    gradients = jax.jit(functools.partial(_value_and_gradients, run))
+    actual = gradients(x_td, expert_ts, weight_ts, weights, dy_td)
+    rows = [np.where(used_t1, a, 0) for a in actual[:3]]
+    _compare([*rows, actual[3]], [*expected])
+
+
 def test_an_expert_with_more_rows_than_expected_takes_further_parts(monkeypatch):
     """On a TPU its first 64 rows, since 4 experts expect 50 +- 7, and 21 times 16 of 400."""
     monkeypatch.setattr(experts, "TILE_ROWS", 8)
@@ -192,6 +212,12 @@ def test_an_expert_with_more_rows_than_expected_takes_further_parts(monkeypatch)
 
 VARIANTS = [(name, None) for name in ("geglu", "gelu", "relu", "squared_relu")]
 VARIANTS += [("swiglu", "output_scale"), ("swiglu", "scale_out")]
+
+
+def test_a_token_of_no_expert_changes_no_shared_weight(monkeypatch):
+    routing = _with_padding(_routing(40, 2, 4), 4)
+    rows = int((routing < 4).sum())
+    _check(routing, 4, "swiglu", "scale_out", monkeypatch, rows=rows)
 
 
 @pytest.mark.parametrize(("activation", "scale"), VARIANTS)
