@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 from rich.console import Console
@@ -104,6 +105,7 @@ def placements(config: Config, sizes: MeshConfig) -> dict[str, list[Placement]]:
     """Returns the arrays of a training by kind, from the shardings that training uses.
 
     Gradients are not in the state; a step gives them the shapes and shardings of the parameters.
+    Those of the layers' matrices have the compute dtype, where no microbatches are added up.
     """
     shape = tuple(getattr(sizes, axis) for axis in AXES)
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -112,11 +114,24 @@ def placements(config: Config, sizes: MeshConfig) -> dict[str, list[Placement]]:
     parameters = _place(state.params)
     return {
         "parameters": parameters,
-        "gradients": parameters,
+        "gradients": [_gradient(config, row) for row in parameters],
         "optimizer state": _place(state.opt_state),
         "router state": _place(state.router_state),
         "step and rng": _place({"step": state.step, "rng": state.rng}),
     }
+
+
+def _gradient(config: Config, row: Placement) -> Placement:
+    if config.train.accumulation > 1 or not is_layer_matrix(row):
+        return row
+    narrow, wide = itemsize(config), jnp.dtype(config.model.param_dtype).itemsize
+    total, per_device = (size * narrow // wide for size in (row.total, row.per_device))
+    return dataclasses.replace(row, total=total, per_device=per_device)
+
+
+def is_layer_matrix(row: Placement) -> bool:
+    """Whether a parameter is one that a loop over layers takes in the compute dtype."""
+    return row.name.startswith(("prefix", "runs")) and bool(gathered_axes(row.spec))
 
 
 def _place(tree: Any) -> list[Placement]:

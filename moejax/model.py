@@ -8,7 +8,7 @@ experts (`moe.num_experts_by_layer`), consecutive runs that are alike make a sta
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from flax import nnx
 from moejax.attention import Attention, Cache, RMSNorm, Tokens, normal, output_scale
 from moejax.config import Config
 from moejax.cross_entropy import summed_loss, token_losses
+from moejax.embedding import embed
 from moejax.experts import feed_forward
 from moejax.latent import LatentAttention
 from moejax.mesh import AnyMesh
@@ -25,7 +26,14 @@ from moejax.moe_config import MoEConfig, Stack
 from moejax.router_state import state_of_stack
 from moejax.router_stats import RouterStats, of_stacks
 from moejax.routing import RouterInputs
-from moejax.sharding import GATHERED, constrain_tokens, gathered
+from moejax.sharding import (
+    GATHERED,
+    constrain_tokens,
+    gathered,
+    gathered_axes,
+    parameter_spec,
+    path_name,
+)
 from moejax.transport import EXCHANGED
 
 
@@ -186,6 +194,20 @@ def stack_name(number: int) -> str:
     return f"runs_{number}" if number else "runs"
 
 
+def _in_compute_dtype(params: Any, dtype: str) -> Any:
+    """Casts the matrices of all layers, which each layer would cast for itself.
+
+    What a loop over layers collects is then one copy of them for both passes, and their gradients
+    in the compute dtype, in which they are summed over devices anyway.
+    """
+
+    def cast(path, w):
+        matrix = gathered_axes(parameter_spec(path_name(path), w.ndim))
+        return w.astype(dtype) if matrix else w
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
 def _stack_routing(stack: Stack, router_state: dict[str, jax.Array], choice_lbts: jax.Array | None):
     """Returns state, numbers and choices to replay of the layers of a stack, as wide as it is."""
     if choice_lbts is not None:
@@ -251,7 +273,7 @@ class Decoder(nnx.Module):
             choice_lbts: int32 [MoE layers, B, T, S]; experts to use instead of choosing (replay).
         """
         dtype = self.config.model.dtype
-        x_btd = self.embedding[...].astype(dtype).at[token_bt].get(mode="fill", fill_value=jnp.nan)
+        x_btd = embed(self.embedding[...], token_bt, self.mesh, dtype)
         x_btd = constrain_tokens(x_btd, self.mesh)
         stacks: list[tuple[Run, tuple | None]] = []
         if self.prefix is not None:
@@ -278,7 +300,7 @@ class Decoder(nnx.Module):
     def _scan(self, stack, x_btd, token_bt, tokens, routing, cache, start):
         """Scans x through the runs of `stack`, whose first layer is number `start`."""
         graphdef, params = nnx.split(stack)
-        params = nnx.to_pure_dict(params)
+        params = _in_compute_dtype(nnx.to_pure_dict(params), self.config.model.dtype)
         count = jax.tree.leaves(params)[0].shape[0]
         width = len(stack.names)
         if cache is not None:

@@ -22,7 +22,9 @@ from moejax import hlo
 from moejax.config import AXES, EXPERT_AXES, FSDP_AXES, Config, ConfigError, MeshConfig
 from moejax.data import Batch
 from moejax.describe import (
+    Placement,
     gathered_weight_bytes,
+    is_layer_matrix,
     local_shape,
     placements,
     resolve_mesh,
@@ -326,6 +328,7 @@ def _memory_by_kind(
     rest = arguments - sum(state.values())
     memory = {**state, "batch and layout": max(rest, 0)}
     copies, saved = _layer_carries(config, sizes, program)
+    copies = max(0, copies - _narrow_gradients(config, kinds["parameters"]))
     how = config.moe.transport_over(sizes.expert_degree)
     rows = buffer_rows(config, sizes, how) if config.num_moe_layers else 0
     parts = {
@@ -342,6 +345,13 @@ def _memory_by_kind(
         memory[name] = min(size, left)
         left -= memory[name]
     return memory | {"XLA's other temporaries": left}
+
+
+def _narrow_gradients(config: Config, parameters: Iterable[Placement]) -> int:
+    """Returns the bytes of gradients in the compute dtype, which the loops over layers carry."""
+    wide = np.dtype(config.model.param_dtype).itemsize
+    matrices = sum(row.per_device for row in parameters if is_layer_matrix(row))
+    return matrices * itemsize(config) // wide
 
 
 def _layer_carries(config: Config, sizes: MeshConfig, program: hlo.Program) -> tuple[int, int]:

@@ -68,6 +68,21 @@ def test_bytes_are_those_of_the_arrays_of_a_training():
     assert described["gradients"] == described["parameters"]
 
 
+def test_gradients_of_layers_have_the_compute_dtype_but_where_they_are_added_up():
+    def gradients(**changes):
+        model = dataclasses.replace(CONFIG.model, dtype="bfloat16")
+        train = dataclasses.replace(CONFIG.train, **changes)
+        config = dataclasses.replace(CONFIG, model=model, train=train)
+        rows = placements(config, CONFIG.mesh)
+        pairs = zip(rows["gradients"], rows["parameters"], strict=True)
+        return {p.name: g.total / p.total for g, p in pairs}
+
+    ratios = gradients()
+    assert ratios["runs/layer_1/moe/up"] == ratios["prefix/layer_0/attention/query"] == 0.5
+    assert ratios["runs/layer_1/moe/router"] == ratios["embedding"] == 1
+    assert set(gradients(accumulation=2).values()) == {1}
+
+
 def test_one_matrix_by_hand():
     # One run of a dense and a MoE layer; [L, E, D, F] = [1, 8, 16, 12], float32.
     rows = {row.name: row for row in placements(CONFIG, CONFIG.mesh)["parameters"]}

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from moejax import hlo, plan, plan_report
 from moejax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from moejax.describe import placements
 from moejax.moe_config import MoEConfig
 from moejax.topology import parse_topology
 from moejax.traffic import worst_rounds
@@ -270,7 +271,9 @@ def test_memory_by_kind_adds_up_to_what_was_reserved():
         memory = plan._memory_by_kind(CONFIG, CONFIG.mesh, program, 2**21, temporaries)
         assert sum(memory.values()) == 2**21 + temporaries
         assert min(memory.values()) >= 0
-    assert memory["gradients"] == memory["parameters"] > 0
+    gradients = placements(CONFIG, CONFIG.mesh)["gradients"]  # of layers in bfloat16
+    assert memory["gradients"] == sum(row.per_device for row in gradients)
+    assert 0 < memory["gradients"] < memory["parameters"]
     assert memory["optimizer state"] > 2 * memory["parameters"]
 
 
