@@ -2,12 +2,15 @@
 
     python benchmarks/plans.py [--only NAME ...] [--write docs/planning.md]
 
-One process a plan, each 3 to 10 minutes and 3 to 8 GB on two cores; needs moejax[plan-tpu], and
-moejax[plan-gpu] for the GPUs. Results are kept in runs/plans and taken from there if the code, the
-config and the compiler are the same; `--only` compiles nothing but what it names.
+Two tables: the plans next to a peer's figures, and, of these and of more meshes, what `--search`
+says on paper next to what was compiled. One process a plan, each 1 to 10 minutes and 2 to 8 GB on
+two cores; needs moejax[plan-tpu], and moejax[plan-gpu] for the GPUs. Results are kept in runs/plans
+and taken from there if the code, the config and the compiler are the same; `--only` compiles
+nothing but what it names.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -16,6 +19,11 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+from moejax.config import AXES, MeshConfig
+from moejax.overrides import load_config
+from moejax.search import on_paper
+from moejax.topology import parse_topology
+
 ROOT = Path(__file__).resolve().parents[1]
 KEPT = ROOT / "runs/plans"
 BEGIN, END = "<!-- plans:begin -->", "<!-- plans:end -->"
@@ -23,6 +31,10 @@ GIB = 2**30
 COLUMNS = (
     *("plan", "pod and changes", "memory, GiB", "sent, GiB", "G cycles", "step, s"),
     *("compiled, s", "a peer: memory / sent / G cycles"),
+)
+PAPER_COLUMNS = (
+    *("model", "pod", "mesh", "remat, transport"),
+    *("memory, GiB", "ratio", "sent, GiB", "ratio"),
 )
 
 
@@ -36,7 +48,7 @@ class Case(NamedTuple):
 
 
 RAGGED, SLOTS = "moe.transport=ragged", "moe.capacity_factor=1.25"
-TIGHT = "moe.buffer_factor=1.125"  # memory and products of an eighth of empty rows, not of half
+TIGHT = "moe.buffer_factor=1.0625"  # memory and products of a sixteenth of empty rows, not of half
 DEEPSEEK = ("train.batch_size=256", "mesh.fsdp=8", RAGGED, TIGHT)
 CASES = {
     "mixtral, dropless": Case(
@@ -69,10 +81,64 @@ CASES = {
 }
 
 
+OLMOE16 = ("train.batch_size=64", "train.accumulation=1")
+SWITCH16 = ("train.batch_size=512",)
+MESHES = {  # of the paper model: more of them, and other models and chips
+    "olmoe, fsdp 4 x expert 4": Case(
+        "olmoe_1b_7b", "v5p:2x2x4", (*OLMOE16, "mesh.fsdp=4", "mesh.expert=4")
+    ),
+    "olmoe, fsdp 16": Case("olmoe_1b_7b", "v5p:2x2x4", (*OLMOE16, "mesh.fsdp=16", "mesh.expert=1")),
+    "olmoe, expert 16": Case(
+        "olmoe_1b_7b", "v5p:2x2x4", (*OLMOE16, "mesh.fsdp=1", "mesh.expert=16", RAGGED)
+    ),
+    "olmoe, expert_fsdp 2 x expert 8": Case(
+        "olmoe_1b_7b",
+        "v5p:2x2x4",
+        (*OLMOE16, "mesh.fsdp=1", "mesh.expert_fsdp=2", "mesh.expert=8", RAGGED),
+    ),
+    "olmoe, data 2 x expert 8, capacity": Case(
+        "olmoe_1b_7b",
+        "v5p:2x2x4",
+        (*OLMOE16, "mesh.data=2", "mesh.fsdp=1", "mesh.expert=8", SLOTS),
+    ),
+    "olmoe, tensor 2": Case(
+        "olmoe_1b_7b",
+        "v5p:2x2x4",
+        (*OLMOE16, "mesh.fsdp=2", "mesh.expert=4", "mesh.tensor=2", SLOTS),
+    ),
+    "olmoe, exchange kept": Case(
+        "olmoe_1b_7b",
+        "v6e:4x4",
+        (*OLMOE16, "mesh.fsdp=4", "mesh.expert=4", RAGGED, "model.remat=exchange"),
+    ),
+    "switch, expert 16": Case("switch_base_64", "v5e:4x4", (*SWITCH16, "mesh.expert=16")),
+    "switch, fsdp 4 x expert 4": Case(
+        "switch_base_64", "v5e:4x4", (*SWITCH16, "mesh.fsdp=4", "mesh.expert=4")
+    ),
+    "switch, data 4 x expert 4": Case(
+        "switch_base_64", "v6e:4x4", (*SWITCH16, "mesh.data=4", "mesh.expert=4")
+    ),
+    "qwen3 30b": Case("qwen3_30b_a3b", "v5p:4x4x4", (RAGGED, TIGHT)),
+    "qwen3 30b, capacity": Case("qwen3_30b_a3b", "v6e:8x8", (SLOTS,)),
+    "mixtral, fsdp 64": Case("mixtral_8x7b", "v5p:4x4x4", ("mesh.fsdp=64", "mesh.expert=1")),
+    "mixtral on v6e": Case("mixtral_8x7b", "v6e:8x8", (SLOTS,)),
+}
+
+
+ALL = CASES | MESHES
+# What no compiled step depends on
+NOT_COMPILED = ("cli", "search", "loop", "checkpoint", "evaluate", "generate", "metrics", "plots")
+
+
+def config_file(case: Case) -> Path:
+    return ROOT / f"configs/models/{case.config}.py"
+
+
 def kept_at(name: str, case: Case) -> Path:
     """Returns where the result lies: another place for other code, config or compiler."""
     parts = [repr(case), *(importlib.metadata.version(p) for p in ("jax", "flax", "optax"))]
-    files = [*ROOT.glob("moejax/*.py"), ROOT / f"configs/models/{case.config}.py"]
+    files = [p for p in ROOT.glob("moejax/*.py") if p.stem not in NOT_COMPILED]
+    files += [config_file(case)]
     parts += [path.read_text(encoding="utf-8") for path in sorted(files)]
     digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:12]
     return KEPT / f"{name.replace(', ', '_').replace(' ', '_')}_{digest}.json"
@@ -83,8 +149,8 @@ def run(name: str, case: Case) -> dict:
     path = kept_at(name, case)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        config = f"configs/models/{case.config}.py"
         options = ["--topology", case.topology, "--json", str(path)]
+        config = str(config_file(case))
         command = [sys.executable, "-m", "moejax", "plan", config, *options, *case.words]
         done = subprocess.run(command, cwd=ROOT, check=False)
         if not path.exists():
@@ -107,8 +173,23 @@ def row(name: str, case: Case, plan: dict) -> str:
     )
 
 
-def write(page: Path, rows: list[str]) -> None:
-    """Puts the table between the page's markers."""
+def paper_row(name: str, case: Case, plan: dict) -> str:
+    """Returns a line of the second table: what the paper model says over what was compiled."""
+    config = load_config(str(config_file(case)), list(case.words))
+    topology = parse_topology(case.topology)
+    sizes = {axis: plan["mesh"][axis] for axis in AXES}
+    layout = on_paper(dataclasses.replace(config, mesh=MeshConfig(**sizes)), topology)
+    cells = [case.config, case.topology, " ".join(f"{a} {n}" for a, n in sizes.items() if n > 1)]
+    cells += [f"{config.model.remat}, {config.moe.transport_over(config.mesh.expert_degree)}"]
+    pairs = [(layout.bytes, plan["peak_bytes"])]
+    pairs += [(layout.sent, plan["balanced"]["wire_bytes"])] if "balanced" in plan else []
+    for said, compiled in pairs:
+        cells += [f"{said / GIB:.2f} / {compiled / GIB:.2f}", f"{said / compiled:.2f}"]
+    return f"| {' | '.join(cells)} |"
+
+
+def write(page: Path, rows: list[str], paper_rows: list[str]) -> None:
+    """Puts the tables between the page's markers."""
     head, rest = page.read_text(encoding="utf-8").split(BEGIN)
     _, tail = rest.split(END)
     versions = ", ".join(f"{p} {_version(p)}" for p in ("jax", "libtpu", "jax-cuda12-plugin"))
@@ -116,6 +197,12 @@ def write(page: Path, rows: list[str]) -> None:
         f"| {' | '.join(COLUMNS)} |",
         "|---" * len(COLUMNS) + "|",
         *rows,
+        "",
+        "What the paper model of `--search` says over what was compiled:",
+        "",
+        f"| {' | '.join(PAPER_COLUMNS)} |",
+        "|---" * len(PAPER_COLUMNS) + "|",
+        *paper_rows,
         "",
         f"Written by `make plans` with {versions}.",
     ]
@@ -131,16 +218,18 @@ def _version(package: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=CASES, help="make these, keep what is kept")
+    parser.add_argument("--only", nargs="+", choices=ALL, help="make these, keep what is kept")
     parser.add_argument("--write", type=Path, help="put the table into this page")
     options = parser.parse_args()
-    rows = []
-    for name, case in CASES.items():
+    rows, paper_rows = [], []
+    for name, case in ALL.items():
         if options.only is None or name in options.only or kept_at(name, case).exists():
-            rows.append(row(name, case, run(name, case)))
-            print(rows[-1], flush=True)
+            plan = run(name, case)
+            rows += [row(name, case, plan)] if name in CASES else []
+            paper_rows.append(paper_row(name, case, plan))
+            print(rows[-1] if name in CASES else "", paper_rows[-1], sep="\n", flush=True)
     if options.write:
-        write(options.write, rows)
+        write(options.write, rows, paper_rows)
 
 
 if __name__ == "__main__":

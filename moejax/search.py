@@ -50,12 +50,14 @@ class Layout:
 
     Attributes:
         config: with the mesh, the remat policy, the microbatches and the transport of the layout.
-        bytes: of a device.
+        bytes: of memory, of a device.
+        sent: bytes that a device sends in a step.
         compute, links: seconds of a step.
     """
 
     config: Config
     bytes: int
+    sent: float
     compute: float
     links: float
 
@@ -126,13 +128,19 @@ def _variants(config: Config, mesh: MeshConfig) -> Iterator[Config]:
 # The paper model
 
 
+def on_paper(config: Config, topology: Topology) -> Layout:
+    """Returns what the paper model says of a config whose mesh has all its sizes."""
+    return _on_paper(config, topology, placements(config, MeshConfig(data=1)))
+
+
 def _on_paper(config: Config, topology: Topology, rows: dict[str, list[Placement]]) -> Layout:
     chip, mesh = topology.chip, config.mesh
     useful = flops_per_token(config) * config.train.batch_size * config.data.sequence_length
     again = {"none": 1.0, "full": 4 / 3, "exchange": 4 / 3}.get(config.model.remat, 7 / 6)
     compute = useful * again / mesh.num_devices / chip.flops / EFFICIENCY
-    links = sum(sent / speed for sent, speed in _sent(config, topology, rows["parameters"]))
-    return Layout(config, _bytes(config, rows), compute, links)
+    moves = list(_sent(config, topology, rows["parameters"]))
+    sent, links = (sum(of_all) for of_all in zip(*moves, strict=True))
+    return Layout(config, _bytes(config, rows), sent, compute, links)
 
 
 def _bytes(config: Config, rows: dict[str, list[Placement]]) -> int:
@@ -208,11 +216,18 @@ def _outermost(axes: tuple[str, ...], mesh: MeshConfig) -> str:
 def _sent(
     config: Config, topology: Topology, parameters: Sequence[Placement]
 ) -> Iterator[tuple[float, float]]:
-    """Yields the bytes that a device sends in a step, and the bytes/s of where they go."""
+    """Yields the bytes that a device sends in a step, and the seconds that they take."""
     mesh, steps, width = config.mesh, config.train.accumulation, itemsize(config)
     again = config.model.remat != "none"
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     tokens = local_tokens(config, mesh) * steps
+
+    def speed(axis: str) -> float:
+        return _speed(topology, mesh, axis)
+
+    def over(axis: str, sent: float) -> tuple[float, float]:
+        return sent, sent / speed(axis)
+
     degree = mesh.expert_degree
     if config.num_moe_layers and degree > 1:
         how = config.moe.transport_over(degree)
@@ -220,23 +235,23 @@ def _sent(
         sent = exchange_bytes(config, mesh, how) * routed
         # All-to-all over a ring of A: V * A / 4 for V bytes a device ("How To Scale Your Model").
         hops = degree / 4 if topology.chip.is_tpu and how != "gather" else 1.0
-        yield sent * max(hops, 1.0), _speed(topology, mesh, _outermost(EXPERT_AXES, mesh))
+        yield sent, sent * max(hops, 1.0) / speed(_outermost(EXPERT_AXES, mesh))
     # every device gathers keys and values of its sequences, and sends their gradients back
     keys = config.model.num_layers * tokens * _key_numbers(config.model) // sizes["tensor"]
-    yield keys * width * (2 + again) * (sizes["context"] - 1), _speed(topology, mesh, "context")
+    yield over("context", keys * width * (2 + again) * (sizes["context"] - 1))
     for row in parameters:
         local = math.prod(local_shape(row.shape, row.spec, mesh)) * width * steps
         axes = {
             name for part in row.spec for name in ((part,) if isinstance(part, str) else part or ())
         }
-        over, outermost = _gathered_over(row, mesh)
+        devices, outermost = _gathered_over(row, mesh)
         passes = 2 + again * row.name.startswith(("prefix", "runs"))
-        yield local * (over - 1) * passes, _speed(topology, mesh, outermost)
+        yield over(outermost, local * (devices - 1) * passes)
         summed = [axis for axis in (*TOKEN_AXES, "context") if axis not in (*axes, "fsdp")]
         for axis in summed:
-            yield 2 * local * (1 - 1 / sizes[axis]), _speed(topology, mesh, axis)
+            yield over(axis, 2 * local * (1 - 1 / sizes[axis]))
     sums = (4 + 2 * again) * config.model.num_layers * tokens * config.model.d_model * width
-    yield 2 * sums * (1 - 1 / sizes["tensor"]), _speed(topology, mesh, "tensor")
+    yield over("tensor", 2 * sums * (1 - 1 / sizes["tensor"]))
 
 
 def _speed(topology: Topology, mesh: MeshConfig, axis: str) -> float:
