@@ -1,14 +1,16 @@
 """Speed of a 62 M parameter Mixtral next to Hugging Face transformers on this CPU.
 
     make bench-peers
-    python benchmarks/peers.py [--json peers.json] [--rows plain recompute devices_8]
+    python benchmarks/peers.py [--json peers.json] [--rows plain recompute devices_8 sharded_8]
 
 `plain` and `recompute` (`model.remat=full` against gradient checkpointing) have moejax's tokens per
 CPU second over transformers'; `devices_8` has 8 virtual devices, expert axis 8, over one device of
-the same batch. The two sides of a row are processes that hold their models and take turns; CPU
-seconds are of the whole process. Both train with AdamW, clipping and the balance loss in float32 on
-the same random tokens, from the same weights, so their first losses have to agree: the run ends
-with an error where they do not. The model is configs/bench/mixtral_62m.py.
+the same batch, and `sharded_8` the axis that splits everything else too (`mesh.expert_fsdp`). These
+two gather tokens, the cheapest exchange in one memory. The two sides of a row are processes that
+hold their models and take turns; CPU seconds are of the whole process. Both train with AdamW,
+clipping and the balance loss in float32 on the same random tokens, from the same weights, so their
+first losses have to agree: the run ends with an error where they do not. The model is
+configs/bench/mixtral_62m.py.
 """
 
 import dataclasses
@@ -54,6 +56,7 @@ class Comparison:
 
 
 REMAT = ["model.remat=full"]
+ONE_MEMORY = ["moe.transport=gather", "moe.buffer_factor=2.0"]
 COMPARISONS = {
     "plain": Comparison(
         ("moejax", "moejax_side.py", []), ("transformers", "transformers_side.py", []), 1.0
@@ -62,7 +65,14 @@ COMPARISONS = {
         ("moejax", "moejax_side.py", REMAT), ("transformers", "transformers_side.py", REMAT), 1.0
     ),
     "devices_8": Comparison(
-        ("8 devices", "moejax_side.py", ["mesh.expert=8"]), ("1 device", "moejax_side.py", []), 0.85
+        ("8 devices", "moejax_side.py", ["mesh.expert=8", *ONE_MEMORY]),
+        ("1 device", "moejax_side.py", []),
+        0.85,
+    ),
+    "sharded_8": Comparison(
+        ("8 devices", "moejax_side.py", ["mesh.expert_fsdp=8", *ONE_MEMORY]),
+        ("1 device", "moejax_side.py", []),
+        0.85,
     ),
 }
 
