@@ -3,15 +3,17 @@
 Exit codes, which schedulers and scripts act on:
 
       0  done
-      1  a check failed: `verify` above tolerance, a claim, a loss that is not finite
+      1  a check failed: `verify`, `fsck`, a claim, a loss that is not finite
       2  bad input: one line on stderr says what, and what to do
-     69  another process of the run did not come, or ended
+     28  no space: the last checkpoint was not saved
+     69  another process of the run did not come, or ended; the last checkpoint could not be saved
      75  SIGTERM: `train` saved a checkpoint and ended; the same command goes on from it
     130  interrupted (Ctrl-C)
 """
 
 import argparse
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -59,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     except ConfigError as error:
         print(f"{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        if error.details:
+            print(error.details, file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -359,6 +363,22 @@ def _eval(line: Line) -> int:
     return DONE
 
 
+def _fsck_options(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser, "folder that `moejax train` wrote")
+    _json(parser)
+
+
+def _fsck(line: Line) -> int:
+    from moejax.fsck import fsck, show_findings
+
+    findings = fsck(Path(line.options.workdir))
+    show_findings(findings)
+    if line.options.json:
+        rows = [finding._asdict() for finding in findings]
+        line.options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return CHECK_FAILED if any(finding.bad for finding in findings) else DONE
+
+
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     _workdir(parser, "folder that `moejax train` wrote")
     parser.add_argument(
@@ -616,6 +636,21 @@ The config comes from the workdir. A prompt that begins with a dash is written -
         _generate_options,
         _generate,
         MAY_CHANGE_AFTER_TRAINING,
+        config=False,
+        required=("workdir",),
+    ),
+    Verb(
+        "fsck",
+        "read every checkpoint of a run and say which are sound",
+        "moejax fsck --workdir DIR [--json FILE]",
+        """
+  moejax fsck --workdir runs/a
+
+Compares sizes and SHA-256 with what each checkpoint's manifest says, and reads config.json,
+metrics.jsonl and events.jsonl. Changes nothing, and needs no accelerator. Exit code 1 says that
+something is damaged.""",
+        _fsck_options,
+        _fsck,
         config=False,
         required=("workdir",),
     ),

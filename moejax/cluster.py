@@ -20,7 +20,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax._src import distributed  # its client has the key-value store, and no public name
@@ -38,6 +38,7 @@ JOIN_SECONDS = "MOEJAX_JOIN_SECONDS"
 DEFAULT_JOIN_SECONDS = 300  # on a cluster the slowest process still pulls its image
 SHUTDOWN_SECONDS = 20
 APPEAR_SECONDS = 30
+SOFTWARE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 TPU_PORT = 8476 + 6  # beside those that libtpu takes
 SLICES = "MEGASCALE_NUM_SLICES"
 SLICE_ID = "MEGASCALE_SLICE_ID"
@@ -229,7 +230,7 @@ def join_processes(preemptible: bool) -> None:
 def software() -> dict[str, str]:
     """Returns the versions on which all processes of a run must agree."""
     ours = {"moejax": moejax.__version__, "python": platform.python_version()}
-    return ours | {name: version(name) for name in ("jax", "jaxlib", "flax", "optax")}
+    return ours | {name: version(name) for name in SOFTWARE}
 
 
 def _join_seconds() -> int:
@@ -335,7 +336,7 @@ def check_agreement(topic: str, mine: Mapping[str, object]) -> None:
     refuse_together(topic, ", ".join(rows) and f"has {', '.join(rows)}")
 
 
-def check_shared(folder: Path) -> None:
+def check_shared(folder: Path, what: str = "workdir") -> None:
     """Refuses the run unless every process sees in `folder` what process 0 writes there.
 
     Each process saves its part of a checkpoint: in folders of their own the parts would be lost.
@@ -346,19 +347,20 @@ def check_shared(folder: Path) -> None:
     client = distributed.global_state.client
     if client is None:
         return
-    key, complaint = "moejax/shared/mark", ""
+    key, complaint = f"moejax/shared/{what}", ""
     first = distributed.global_state.process_id == 0
     if first:
         mark = folder / f".seen-by-all-{secrets.token_hex(8)}"
         mark.touch()
         client.key_value_set(key, mark.name)
     else:
-        with _explained("workdir"):
+        with _explained(what):
             mark = folder / client.blocking_key_value_get(key, _join_seconds() * 1000)
-        if not appears(lambda: mark.name in os.listdir(folder)):  # exists() may not ask the server
-            complaint = f"has another workdir {folder} than process 0; use a shared file system"
+        # exists() may not ask the server
+        if not appears(lambda: folder.is_dir() and mark.name in os.listdir(folder)):
+            complaint = f"has another {what} {folder} than process 0; use a shared file system"
     try:
-        refuse_together("shared", complaint)
+        refuse_together(f"shared {what}", complaint)
     finally:
         if first:
             mark.unlink()
@@ -386,19 +388,63 @@ def appears(seen: Callable[[], bool]) -> bool:
     return True
 
 
-def agree_on_largest(topic: str, mine: int) -> int:
-    """Returns the largest of the numbers that the processes give, once all gave one.
+def from_first(topic: str, compute: Callable[[], Any]) -> Any:
+    """Returns on every process what `compute` gives on process 0; the others wait, without limit.
 
     Args:
-        topic: what is given; a name used once in a run.
+        topic: a name used once in a run.
+        compute: returns JSON; called on process 0 only.
+
+    Raises:
+        ConfigError: what it raised, on every process.
+    """
+    client = distributed.global_state.client
+    if client is None:
+        return compute()
+    key = f"moejax/from-first/{topic}"
+    if distributed.global_state.process_id == 0:
+        answer = {"error": "it ended", "details": ""}
+        try:
+            answer = {"value": compute()}
+        except ConfigError as error:
+            answer = {"error": str(error), "details": error.details}
+            raise
+        finally:
+            client.key_value_set(key, json.dumps(answer))
+        return answer["value"]
+    answer = json.loads(_wait_for(client, key, topic))
+    if "error" in answer:
+        error = ConfigError(f"process 0: {answer['error']}")
+        error.details = answer["details"]
+        raise error
+    return answer["value"]
+
+
+def _wait_for(client: Any, key: str, topic: str) -> str:
+    """Waits without a limit: JAX ends this process when it loses process 0."""
+    while True:
+        try:
+            return client.blocking_key_value_get(key, _join_seconds() * 1000)
+        except jax.errors.JaxRuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):
+                with _explained(topic):
+                    raise
+
+
+def any_complains(topic: str, complaint: str) -> str:
+    """Waits for all processes; returns the complaint of one that has any, the same on all; or "".
+
+    Args:
+        topic: a name used once in a run.
     """
     client, index = distributed.global_state.client, distributed.global_state.process_id
     if client is None:
-        return mine
-    client.key_value_set(f"moejax/{topic}/{index}", str(mine))
+        return complaint
+    client.key_value_set(f"moejax/{topic}/{index}", complaint)
     with _explained(topic):
         client.wait_at_barrier(f"moejax/{topic}", _join_seconds() * 1000)
-    return max(int(given) for _, given in client.key_value_dir_get(f"moejax/{topic}/"))
+    given = sorted(client.key_value_dir_get(f"moejax/{topic}/"))
+    return next((text for _, text in given if text), "")
 
 
 @contextlib.contextmanager

@@ -350,9 +350,21 @@ class CheckpointConfig:
 
     every: int = 100
     keep: int = 2
+    local: str | None = None  # folder on a fast disk, where the last of more frequent saves is
+    local_every: int | None = None  # steps between those; every process must see the folder
+    wait_seconds: float = 60.0  # for which a save waits for the one before; then it is left out
 
     def __post_init__(self):
-        require_positive("checkpoint", self, "every", "keep")
+        require_positive("checkpoint", self, "every", "keep", "local_every")
+        require_finite("checkpoint", self, "wait_seconds")
+        require(
+            (self.local is None) == (self.local_every is None),
+            f"checkpoint.local={self.local} and checkpoint.local_every={self.local_every} go "
+            "together; give both, or neither",
+        )
+
+    def saves_locally(self, step: int) -> bool:
+        return self.local_every is not None and step % self.local_every == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,18 +4,32 @@ import math
 
 # Exit codes, which schedulers and scripts act on; the command line's help lists them.
 DONE, CHECK_FAILED, BAD_INPUT, UNAVAILABLE, PREEMPTED, INTERRUPTED = 0, 1, 2, 69, 75, 130
+NO_SPACE = 28  # as errno
 
 
 class ConfigError(ValueError):
     """What the user asked for cannot be: the message is one line with values, rule and remedy."""
 
     code = BAD_INPUT  # with which a process ends for it
+    details = ""  # lines to show below the message
 
 
 class UnavailableError(ConfigError):
     """Another process did not come, or ended: the same command may do later."""
 
     code = UNAVAILABLE
+
+
+class StorageError(ConfigError):
+    """What had to be saved was not: the message says why. The same command may do later."""
+
+    code = UNAVAILABLE
+
+
+class NoSpaceError(StorageError):
+    """There was no space for it."""
+
+    code = NO_SPACE
 
 
 def require(condition: bool, message: str) -> None:

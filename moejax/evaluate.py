@@ -223,9 +223,7 @@ def restore_for_use(
     config.check_model_fits(mesh_config(mesh))
     abstract = abstract_state(config, mesh, make_optimizer(config.optim, config.train.steps))
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
-        found = checkpoints.find(step)
-        params, router_state = checkpoints.restore_model(found, abstract)
-        return Restored(mesh, found, params, router_state, checkpoints.restore_meta(found))
+        return Restored(mesh, *checkpoints.load_model(abstract, step))
 
 
 def evaluate_workdir(

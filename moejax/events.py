@@ -9,7 +9,15 @@ from typing import Any
 EVENTS = "events.jsonl"  # in a workdir
 
 # What each kind says; docs/metrics.md shows the fields.
-KINDS: dict[str, str] = {}
+KINDS: dict[str, str] = {
+    "checkpoint_saved": "a checkpoint was finished: `folder`, `bytes`, `seconds`",
+    "checkpoint_failed": "a save failed and left nothing: `folder`, `error`, `free_bytes`",
+    "checkpoint_skipped": "a save was due while the one before was still being written",
+    "checkpoint_corrupt": "a checkpoint was unsound: `reason`, and `folder`, its new name",
+    "checkpoint_ignored": "a folder of another run is among the checkpoints, untouched: `folder`",
+    "leftover_removed": "a save or a deletion of a crashed process was cleared away: `folder`",
+    "lock_taken_over": "the process that had the workdir died without letting go: `owner`",
+}
 
 
 class Events:

@@ -1,5 +1,6 @@
 """The training loop: batch, step, hooks; metrics one step late, so that devices never wait."""
 
+import contextlib
 import math
 import sys
 import time
@@ -11,9 +12,8 @@ import jax
 import numpy as np
 from rich.console import Console
 
-import moejax
-from moejax.checkpoint import Checkpoints, latest_step
-from moejax.cluster import check_agreement, check_shared, failing_together
+from moejax.checkpoint import Checkpoints
+from moejax.cluster import check_agreement, check_shared, failing_together, from_first, software
 from moejax.config import Config, ConfigError
 from moejax.corpus import load_corpus
 from moejax.data import Batch, Prefetch, TrainBatches, check_tokens, check_vocabulary
@@ -21,6 +21,7 @@ from moejax.errors import CHECK_FAILED, DONE, PREEMPTED
 from moejax.evaluate import Evaluator
 from moejax.flops import model_flops_utilization
 from moejax.generate import generate
+from moejax.lock import RunLock
 from moejax.mesh import make_mesh, mesh_config
 from moejax.metrics import MetricWriter, loss_record, read_metrics, routing_record, state_record
 from moejax.optim import make_optimizer
@@ -61,16 +62,17 @@ def train(config: Config, workdir: Path) -> int:
         evaluator = Evaluator(config, mesh)
     check_agreement("data", {"data fingerprint": data.fingerprint[:12]})
     check_shared(workdir)
-    start = latest_step(workdir)  # before anything opens the folder
     hashed = config.moe.router == "hash"
     token_counts = corpus.token_counts(config.model.vocab_size) if hashed else None
-    with Checkpoints(workdir, config.checkpoint) as checkpoints, Preemption() as preemption:
-        training = Training(
-            config, workdir, mesh, data, evaluator, checkpoints, start, token_counts
-        )
+    with RunLock(workdir) as lock, contextlib.ExitStack() as stack:
+        from_first("lock", lock.take)
+        checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
+        preemption = stack.enter_context(Preemption())
+        training = Training(config, workdir, mesh, data, evaluator, checkpoints, token_counts)
         try:
             if training.train(preemption):
                 training.finish()
+                checkpoints.require_saved()
                 return DONE
             return PREEMPTED
         except NonFinite as error:
@@ -91,7 +93,6 @@ class Training:
         data: TrainBatches,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
-        start: int,
         token_counts: np.ndarray | None,
     ):
         self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
@@ -99,8 +100,13 @@ class Training:
         self._choices_to_replay(1)  # refused before anything is compiled
         self.step_function, abstract = make_train_step(config, mesh)
         self.counters = {"tokens_seen": 0, "routed_seen": 0, "dropped_seen": 0}
-        if start > 0:
-            meta = checkpoints.restore_meta(start)
+        resumed = checkpoints.resume(abstract)
+        if resumed is None:
+            start = 0
+            optimizer = make_optimizer(config.optim, config.train.steps)
+            self.state = initial_state(config, mesh, optimizer, token_counts)
+        else:
+            start, self.state, meta = resumed
             self._check_data(meta)
             if start > config.train.steps:
                 raise ConfigError(
@@ -108,10 +114,6 @@ class Training:
                     f"{workdir}; use train.steps={start} or more"
                 )
             self.counters = meta["counters"]
-            self.state = checkpoints.restore(start, abstract)
-        else:
-            optimizer = make_optimizer(config.optim, config.train.steps)
-            self.state = initial_state(config, mesh, optimizer, token_counts)
         self.start = start
         self.main_process = jax.process_index() == 0
         if self.main_process:
@@ -159,7 +161,7 @@ class Training:
         return True
 
     def _stop(self, step: int) -> bool:
-        self.checkpoints.wait()
+        self.checkpoints.require_saved()
         if self.main_process:
             ended = f"stopped by SIGTERM, saved at step {step}; the same command goes on from there"
             print(f"moejax train: {ended}", file=sys.stderr)
@@ -183,7 +185,9 @@ class Training:
     def _hooks(self, step: int, late: "LateMetrics", preempted: bool) -> None:
         config, last = self.config, step == self.config.train.steps
         evaluates = last or (config.eval.every is not None and step % config.eval.every == 0)
-        saves = last or preempted or step % config.checkpoint.every == 0
+        final = last or preempted
+        durable = final or step % config.checkpoint.every == 0
+        saves = durable or config.checkpoint.saves_locally(step)
         if not (evaluates or saves):
             return
         late.flush()  # nothing that is not finite is evaluated or saved
@@ -191,7 +195,7 @@ class Training:
         if loss is not None and not math.isfinite(loss):
             raise NonFinite(self._explain(step, ["validation loss"]))
         if saves:
-            self.checkpoints.save(self.state, self._meta(), loss)
+            self.checkpoints.save(self.state, self._meta(), loss, local=not durable, final=final)
         late.restart_clock()
 
     def _evaluate(self, step: int) -> float:
@@ -212,7 +216,7 @@ class Training:
             "counters": dict(self.counters),
             "data": self.data.fingerprint,
             "validation": self.evaluator.fingerprint,
-            "versions": {"moejax": moejax.__version__, "jax": jax.__version__},
+            "versions": software(),
         }
 
     def _record(self, step: int, metrics: StepMetrics, seconds: float | None) -> None:

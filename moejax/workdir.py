@@ -2,7 +2,9 @@
 
 import contextlib
 import fnmatch
+import json
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -10,10 +12,12 @@ from moejax.config import Config, ConfigError
 from moejax.overrides import config_difference, config_from_json, config_to_json
 
 CONFIG = "config.json"  # the resolved config
+RUN = "run.json"  # the id of the run, by which it knows its checkpoints
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"  # one folder a step, named by its number
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step's folder when that is whole
+MANIFEST = "MANIFEST.json"  # in a step's folder, written when all else in it is on the disk
 LOSS_PLOT = "loss.png"
 EXPERT_LOAD_PLOT = "expert_load.png"
 
@@ -25,8 +29,7 @@ MAY_CHANGE = (
     "model.remat",
     "model.loss_chunk",
     "logging.every",
-    "checkpoint.every",
-    "checkpoint.keep",
+    "checkpoint.*",
     "eval.*",
     "mesh.*",
 )
@@ -37,10 +40,42 @@ def matches(key: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def checkpoint_steps(workdir: Path) -> list[int]:
-    """Returns the steps that have a committed checkpoint, in order."""
-    committed = (workdir / CHECKPOINTS).glob(f"*/{COMMITTED}")
-    return sorted(int(file.parent.name) for file in committed if file.parent.name.isdecimal())
+RUN_ID = re.compile(r"[0-9a-f]{16}")
+
+
+def read_run(workdir: Path) -> str | None:
+    """Returns the id of a workdir's run; None where there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        run = json.loads((workdir / RUN).read_text(encoding="utf-8"))["run"]
+        if RUN_ID.fullmatch(run):
+            return run
+    return None
+
+
+def checkpoint_roots(workdir: Path, local: str | None, run: str | None) -> list[Path]:
+    """Returns where a run's checkpoints are: in its workdir, then on the local disk."""
+    durable = workdir.resolve() / CHECKPOINTS
+    return [durable, Path(local).resolve() / run] if local and run else [durable]
+
+
+def checkpoint_steps(workdir: Path, local: str | None = None) -> list[int]:
+    """Returns the steps that have a finished checkpoint, in order; nothing of it is read."""
+    roots = checkpoint_roots(workdir, local, read_run(workdir))
+    return sorted({step for root in roots for step in _finished_steps(root)})
+
+
+def _finished_steps(root: Path) -> list[int]:
+    return [step for step in committed_steps(root) if (root / str(step) / MANIFEST).is_file()]
+
+
+def committed_steps(root: Path) -> list[int]:
+    """Returns the steps of the folders that Orbax finished, with and without a manifest."""
+    found = []
+    for marker in root.glob(f"*/{COMMITTED}"):
+        name = marker.parent.name
+        if name.isdecimal() and name == str(int(name)) and not marker.parent.is_symlink():
+            found.append(int(name))
+    return sorted(found)
 
 
 def check_workdir(path: str | os.PathLike, config: Config) -> Path:
@@ -56,7 +91,7 @@ def check_workdir(path: str | os.PathLike, config: Config) -> Path:
         raise ConfigError(
             f"workdir {workdir} is a file; give a folder, for example --workdir runs/a"
         )
-    steps = checkpoint_steps(workdir)
+    steps = checkpoint_steps(workdir, config.checkpoint.local)
     if steps:
         _check_same_run(workdir, config, steps[-1])
     try:
@@ -76,7 +111,7 @@ def open_workdir(path: str | os.PathLike, config: Config) -> Path:
     """
     workdir = check_workdir(path, config)
     try:
-        _write_atomically(workdir / CONFIG, config_to_json(config))
+        write_atomically(workdir / CONFIG, config_to_json(config))
     except OSError as error:
         raise _unwritable(workdir, error) from None
     return workdir
@@ -123,8 +158,8 @@ def _check_same_run(workdir: Path, config: Config, step: int) -> None:
         )
 
 
-def _write_atomically(file: Path, text: str) -> None:
-    """A reader sees the old file or the new one, also after a crash."""
+def write_atomically(file: Path, text: str) -> None:
+    """Writes and syncs a file: a reader sees the old one or the new one, also after a crash."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
         with open(temporary, "w", encoding="utf-8") as stream:

@@ -55,9 +55,12 @@ def test_restored_bit_for_bit_on_another_mesh(tmp_path, wide, sizes):
     sizes = MeshConfig(data=1, **sizes)
     narrow = make_mesh(sizes, jax.devices()[: sizes.num_devices])
     with Checkpoints(tmp_path, CheckpointConfig(), read_only=True) as checkpoints:
-        restored = checkpoints.restore(7, abstract(state, narrow))
-        params, router_state = checkpoints.restore_model(7, abstract(state, narrow))
-        assert checkpoints.restore_meta(7) == {"counters": {"tokens_seen": 5}}
+        resumed = checkpoints.resume(abstract(state, narrow))
+        step, params, router_state, meta = checkpoints.load_model(abstract(state, narrow), 7)
+    assert resumed is not None
+    assert resumed.step == step == 7
+    assert resumed.meta == meta == {"counters": {"tokens_seen": 5}}
+    restored = resumed.state
     for field in dataclasses.fields(TrainState):
         jax.tree.map(
             np.testing.assert_array_equal,
@@ -107,7 +110,7 @@ def test_a_folder_without_the_commit_marker_is_no_checkpoint(tmp_path, wide):
         folder.mkdir()
         (folder / "mine.txt").write_text("mine")
     with Checkpoints(tmp_path, CheckpointConfig(keep=1)) as checkpoints:
-        assert checkpoints.find(None) == 1
+        assert checkpoints.steps == [1]
         checkpoints.save(make_state(3, wide), {}, None)
     assert checkpoint_steps(tmp_path) == [3]
     assert (tmp_path / "checkpoints" / "2023" / "mine.txt").read_text() == "mine"
@@ -117,5 +120,5 @@ def test_a_step_that_is_there_is_not_saved_again_in_silence(tmp_path, wide):
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(make_state(4, wide), {}, None)
         checkpoints.wait()
-        with pytest.raises((RuntimeError, ValueError), match=r"step 4|already exists"):
+        with pytest.raises(RuntimeError, match="step 4 already exists"):
             checkpoints.save(make_state(4, wide), {}, None)

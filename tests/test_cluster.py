@@ -5,15 +5,14 @@ import concurrent.futures
 import http.server
 import socket
 import threading
+import time
 import types
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import pytest
 
 from moejax import cluster
-from moejax.checkpoint import latest_step
 from moejax.cluster import find_cluster, first_host, tpu_vm_cluster
 from moejax.errors import ConfigError, UnavailableError
 
@@ -187,6 +186,14 @@ class _Coordinator:
     def key_value_set(self, key, value):
         self.values[key] = value
 
+    def blocking_key_value_get(self, key, milliseconds):
+        deadline = time.monotonic() + milliseconds / 1000
+        while key not in self.values:
+            if time.monotonic() > deadline:
+                raise jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: GetKeyValue() timed out")
+            time.sleep(0.01)
+        return self.values[key]
+
     def key_value_dir_get(self, prefix):
         return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
 
@@ -236,29 +243,34 @@ def test_an_error_of_a_process_alone_stays_as_it_is():
         raise ConfigError("text of 3 bytes")
 
 
-def test_a_checkpoint_that_shows_late_is_waited_for(monkeypatch):
-    listings = {"0": [[], [], [20, 40]], "1": [[20, 40]]}
+def test_what_process_0_computes_is_what_all_have(monkeypatch):
+    """Process 1 is asked nothing, also where process 0 takes longer than a wait."""
+    monkeypatch.setenv(cluster.JOIN_SECONDS, "1")
 
-    def steps(workdir):
-        left = listings[workdir.name]
-        return left.pop(0) if len(left) > 1 else left[0]
+    def slow():
+        time.sleep(1.5)
+        return [0, 40]
 
-    monkeypatch.setattr("moejax.checkpoint.checkpoint_steps", steps)
-    each = [lambda: latest_step(Path("0")), lambda: latest_step(Path("1"))]
-    assert _run_each(monkeypatch, each) == [40, 40]
-    assert listings["0"] == [[20, 40]], "process 0 looked again"
-
-
-def test_a_checkpoint_that_one_process_never_sees_is_refused_by_all(monkeypatch):
-    monkeypatch.setattr(cluster, "APPEAR_SECONDS", 0.2)
-    monkeypatch.setattr(
-        "moejax.checkpoint.checkpoint_steps",
-        lambda workdir: {"0": [20], "1": [20, 40]}[str(workdir)],
-    )
-    each = [lambda: latest_step(Path("0")), lambda: latest_step(Path("1"))]
-    for error in _run_each(monkeypatch, each):
-        assert "process 0 does not see step 40 of another process in 0/checkpoints" in str(error)
+    each = [
+        lambda: cluster.from_first("checkpoint", slow),
+        lambda: cluster.from_first("checkpoint", lambda: 1 / 0),
+    ]
+    assert _run_each(monkeypatch, each) == [[0, 40], [0, 40]]
 
 
-def test_without_checkpoints_all_begin_at_0(monkeypatch, tmp_path):
-    assert _run_each(monkeypatch, [lambda: latest_step(tmp_path)] * 2) == [0, 0]
+def test_what_process_0_refuses_all_refuse(monkeypatch):
+    def refuse():
+        error = ConfigError("none is sound")
+        error.details = "a  b"
+        raise error
+
+    first, second = _run_each(monkeypatch, [lambda: cluster.from_first("c", refuse)] * 2)
+    assert str(first) == "none is sound"
+    assert isinstance(second, ConfigError)
+    assert (str(second), second.details) == ("process 0: none is sound", "a  b")
+
+
+def test_a_complaint_of_one_process_is_known_to_all(monkeypatch):
+    each = [lambda t=text: cluster.any_complains("c", t) for text in ("", "unreadable")]
+    assert _run_each(monkeypatch, each) == ["unreadable"] * 2
+    assert _run_each(monkeypatch, [lambda: cluster.any_complains("c", "")] * 2) == ["", ""]

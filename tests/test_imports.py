@@ -13,8 +13,9 @@ PACKAGE = Path(moejax.__file__).parent
 # A module imports only from its left.
 ORDER = [
     *("errors", "moe_config", "config", "overrides", "workdir", "events"),
+    *("manifest", "store", "lock"),
     *("tokenizer", "corpus", "data", "prepare"),
-    *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots"),
+    *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots", "fsck"),
     *("cluster", "preemption"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
     *("router_stats", "router_state", "assign", "exchange", "rounds", "experts", "free_experts"),

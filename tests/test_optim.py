@@ -366,7 +366,10 @@ def test_three_steps_are_the_same_on_other_meshes_and_over_a_checkpoint(mesh_of,
     with Checkpoints(tmp_path, CheckpointConfig()) as checkpoints:
         checkpoints.save(state, {}, None)
         checkpoints.wait()
-        state = checkpoints.restore(2, make_train_step(config, second)[1])
+        resumed = checkpoints.resume(make_train_step(config, second)[1])
+        assert resumed is not None
+        assert resumed.step == 2
+        state = resumed.state
     state = _step(config, second, state, 2)
     for (path, a), b, c in zip(
         jax.tree_util.tree_leaves_with_path(jax.device_get(expected.params)),

@@ -11,6 +11,7 @@ from moejax.overrides import apply_overrides, keys
 from moejax.workdir import (
     COMMITTED,
     CONFIG,
+    MANIFEST,
     MAY_CHANGE,
     checkpoint_steps,
     matches,
@@ -23,6 +24,7 @@ def add_checkpoint(workdir, step: int) -> None:
     folder = workdir / "checkpoints" / str(step)
     folder.mkdir(parents=True)
     (folder / COMMITTED).write_text("")
+    (folder / MANIFEST).write_text("")
 
 
 def test_the_config_is_stored_and_read_back(tmp_path):
@@ -60,6 +62,7 @@ def test_what_may_change_may_change_and_is_stored(tmp_path):
     open_workdir(tmp_path, Config())
     add_checkpoint(tmp_path, 9)
     words = ["train.steps=7", "train.accumulation=2", "logging.every=3", "checkpoint.every=4"]
+    words += ["checkpoint.local=fast", "checkpoint.local_every=2", "checkpoint.wait_seconds=9"]
     words += ["checkpoint.keep=5", "eval.every=None", "eval.batches=1", "mesh.data=1"]
     words += ["mesh.fsdp=2", "mesh.expert=4", "mesh.tensor=2"]
     words += ["mesh.context=2", "mesh.expert_fsdp=2"]
@@ -84,6 +87,11 @@ def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
     (tmp_path / "checkpoints" / "11.orbax-checkpoint-tmp").mkdir()
     (tmp_path / "checkpoints" / "12").write_text("")
     (tmp_path / "checkpoints" / "13").mkdir()  # a save that was killed has no marker
+    add_checkpoint(tmp_path, 14)
+    (tmp_path / "checkpoints" / "14" / MANIFEST).unlink()  # killed a moment later
+    add_checkpoint(tmp_path, 15)
+    (tmp_path / "checkpoints" / "15").rename(tmp_path / "checkpoints" / "015")
+    (tmp_path / "checkpoints" / "16").symlink_to("9")
     assert checkpoint_steps(tmp_path) == [9, 10]
     assert checkpoint_steps(tmp_path / "elsewhere") == []
 

@@ -1,0 +1,256 @@
+"""A folder of checkpoints: which are there, which are sound, which go. JAX is not imported.
+
+Everything that deletes or renames a checkpoint is here. Only what this run is known to have written
+is touched: a folder with its manifest, or one that stands in `.unfinished`, the list of the folders
+that are being written or deleted. Anything else in the folder belongs to somebody else.
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from moejax.errors import ConfigError
+from moejax.manifest import (
+    Manifest,
+    Table,
+    Unsound,
+    check_files,
+    read_manifest,
+    sync_folder,
+    write_manifest,
+)
+from moejax.workdir import (
+    CHECKPOINTS,
+    MANIFEST,
+    RUN,
+    committed_steps,
+    read_run,
+    write_atomically,
+)
+
+UNFINISHED = ".unfinished"  # in a folder of checkpoints: a file a step, which holds the run's id
+CORRUPT = "corrupt"  # N.corrupt is the checkpoint N that was found unsound
+
+
+def find_run(workdir: Path) -> str | None:
+    """Returns the id of the run of a workdir; None before its first start.
+
+    Where `run.json` is lost, the manifests tell.
+
+    Raises:
+        ConfigError: they are of several runs.
+    """
+    run = read_run(workdir)
+    if run is not None:
+        return run
+    root, runs = workdir / CHECKPOINTS, set()
+    for step in committed_steps(root):
+        with contextlib.suppress(Unsound):
+            runs.add(read_manifest(root / str(step)).run)
+    if len(runs) > 1:
+        raise ConfigError(
+            f"{root} has checkpoints of {len(runs)} runs ({', '.join(sorted(runs))}) and "
+            f"{workdir / RUN} does not say which is its own; move those of the others away"
+        )
+    return runs.pop() if runs else None
+
+
+def start_run(workdir: Path) -> str:
+    """Returns the id of the run, which its first start draws."""
+    run = find_run(workdir)
+    if run is None or read_run(workdir) is None:
+        run = run or secrets.token_hex(8)
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        write_atomically(workdir / RUN, json.dumps({"run": run, "started": started}) + "\n")
+    return run
+
+
+class Store:
+    """The checkpoints of one run in one folder.
+
+    Args:
+        root: the folder, which may be missing.
+        run: the id of the run; None for a run that has none yet.
+    """
+
+    def __init__(self, root: Path, run: str | None):
+        self.root, self._run = root, run
+
+    def folder(self, step: int) -> Path:
+        return self.root / str(step)
+
+    def open(self) -> None:
+        """Makes the folder.
+
+        Raises:
+            ConfigError: it cannot be written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.root):
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"checkpoints cannot be written to {self.root}: {error.strerror or error}; give a "
+                "folder that this process may write, by --workdir or checkpoint.local"
+            ) from None
+
+    # What is there
+
+    def steps(self) -> list[int]:
+        """The steps that have a checkpoint of this run, sound or not, in order."""
+        return [step for step in committed_steps(self.root) if self._is_ours(step)]
+
+    def strangers(self) -> list[int]:
+        """The steps that have a checkpoint of another run."""
+        ours = {*self.steps(), *self.unfinished()}
+        return [step for step in committed_steps(self.root) if step not in ours]
+
+    def set_aside_ones(self) -> list[Path]:
+        """The checkpoints that were found unsound."""
+        found = self.root.glob(f"*.{CORRUPT}*")
+        return sorted(path for path in found if path.name.split(".")[0].isdecimal())
+
+    def _is_ours(self, step: int) -> bool:
+        if not (self.folder(step) / MANIFEST).exists():
+            return step not in self.unfinished()
+        try:
+            return read_manifest(self.folder(step)).run == self._run
+        except Unsound:
+            return True  # it is told so when somebody asks for it
+
+    def manifest(self, step: int) -> Manifest:
+        """Returns the manifest of a step.
+
+        Raises:
+            Unsound: there is none that fits.
+        """
+        manifest = read_manifest(self.folder(step))
+        if manifest.step != step:
+            raise Unsound(f"its {MANIFEST} is of step {manifest.step}")
+        if manifest.run != self._run:
+            raise Unsound(f"it was written by another run, {manifest.run}")
+        return manifest
+
+    def check(self, step: int, progress: Callable[[int], None] | None = None) -> Manifest:
+        """Reads all of a checkpoint and returns its manifest.
+
+        Raises:
+            Unsound: why it must not be used.
+        """
+        manifest = self.manifest(step)
+        check_files(self.folder(step), manifest, progress)
+        return manifest
+
+    # Writing
+
+    def begin(self, step: int) -> Path:
+        """Notes that a checkpoint is being written and returns its folder, which is not there yet.
+
+        Raises:
+            OSError: of the file system, or the folder is there.
+        """
+        folder = self.folder(step)
+        if os.path.lexists(folder):
+            raise FileExistsError(17, "there is already something of that name", str(folder))
+        self._note(step)
+        return folder
+
+    def seal(
+        self,
+        step: int,
+        tables: Mapping[str, Table],
+        metrics: Mapping[str, float],
+        about: Mapping[str, Any],
+    ) -> Manifest:
+        """Makes what Orbax has written a checkpoint.
+
+        Raises:
+            OSError, Unsound: as `write_manifest`.
+        """
+        assert self._run is not None
+        manifest = write_manifest(self.folder(step), self._run, step, tables, metrics, about)
+        self._strike(step)
+        return manifest
+
+    def _note(self, step: int) -> None:
+        (self.root / UNFINISHED).mkdir(parents=True, exist_ok=True)
+        with open(self.root / UNFINISHED / str(step), "w", encoding="utf-8") as stream:
+            stream.write(self._run or "")
+            stream.flush()
+            os.fsync(stream.fileno())
+        sync_folder(self.root / UNFINISHED)
+
+    def _strike(self, step: int) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            (self.root / UNFINISHED / str(step)).unlink()
+
+    def unfinished(self) -> list[int]:
+        """The steps that this run was writing or deleting when it ended."""
+        found = []
+        for note in (self.root / UNFINISHED).glob("*"):
+            with contextlib.suppress(OSError, ValueError):
+                if note.name.isdecimal() and note.read_text(encoding="utf-8") == self._run:
+                    found.append(int(note.name))
+        return sorted(found)
+
+    # Removing
+
+    def sweep(self) -> list[int]:
+        """Removes what saves and deletions that did not end have left; returns their steps."""
+        removed = []
+        for step in self.unfinished():
+            if (self.folder(step) / MANIFEST).exists():
+                self._strike(step)
+            elif self.clear(step):
+                removed.append(step)
+        return removed
+
+    def clear(self, step: int) -> bool:
+        """Removes what an unfinished save has left, as far as it can; says if there was any."""
+        folder = self.folder(step)
+        there = folder.is_dir() and not folder.is_symlink()
+        if there:
+            shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.lexists(folder):
+            self._strike(step)
+        return there
+
+    def delete(self, step: int) -> None:
+        """Deletes a checkpoint; at no moment is a part of it one."""
+        self._note(step)
+        (self.folder(step) / MANIFEST).unlink(missing_ok=True)
+        self.clear(step)
+
+    def retain(self, keep: int) -> list[int]:
+        """Deletes all but the last `keep` checkpoints and the best by validation loss.
+
+        Only checkpoints with a manifest count, and only they are deleted.
+        """
+        losses: dict[int, float | None] = {}
+        for step in self.steps():
+            with contextlib.suppress(Unsound):
+                losses[step] = self.manifest(step).metrics.get("loss")
+        known = {step: loss for step, loss in losses.items() if loss is not None}
+        kept = {*sorted(losses)[-keep:]}
+        if known:
+            kept.add(min(known, key=lambda step: (known[step], -step)))
+        deleted = [step for step in losses if step not in kept]
+        for step in deleted:
+            self.delete(step)
+        return deleted
+
+    def set_aside(self, step: int) -> Path:
+        """Renames an unsound checkpoint, so that nothing takes it for one; returns its new name."""
+        names = (f"{step}.{CORRUPT}{f'.{n}' if n else ''}" for n in range(1000))
+        target = next(self.root / name for name in names if not (self.root / name).exists())
+        os.rename(self.folder(step), target)
+        sync_folder(self.root)
+        return target

@@ -1,0 +1,92 @@
+"""`moejax fsck`: what it finds, what it lets be, and its exit codes."""
+
+import io
+import json
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+from test_store import OTHERS, add
+
+from moejax.cli import main
+from moejax.config import Config
+from moejax.fsck import fsck
+from moejax.overrides import apply_overrides
+from moejax.store import Store, start_run
+from moejax.workdir import COMMITTED, MANIFEST, open_workdir
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Two checkpoints in the workdir and one on the local disk."""
+    words = [f"checkpoint.local={tmp_path / 'fast'}", "checkpoint.local_every=5"]
+    workdir = open_workdir(tmp_path / "run", apply_overrides(Config(), words))
+    run = start_run(workdir)
+    for root, step in (("run/checkpoints", 20), ("run/checkpoints", 40), (f"fast/{run}", 45)):
+        add(tmp_path / root, step, run=run)
+    (workdir / "metrics.jsonl").write_text('{"step": 1}\n{"step"')
+    return workdir
+
+
+def verdicts(workdir) -> dict[str, str]:
+    found = fsck(workdir, Console(file=io.StringIO()))
+    return {finding.path.rpartition("/")[2]: finding.verdict for finding in found}
+
+
+def test_a_sound_run(workdir, tmp_path, capsys):
+    assert main(["fsck", "--workdir", str(workdir), "--json", str(tmp_path / "out.json")]) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["step"] for row in rows if row["step"]] == [20, 40, 45]
+    assert {row["verdict"] for row in rows} == {"sound"}
+    assert "BAD" not in capsys.readouterr().out
+
+
+def test_every_kind_of_damage_has_its_row(workdir, capsys):
+    checkpoints = workdir / "checkpoints"
+    run = start_run(workdir)
+    data = checkpoints / "20" / "model" / "data"
+    data.write_bytes(data.read_bytes()[:-1] + b"!")
+    (checkpoints / "40" / MANIFEST).unlink()
+    add(checkpoints, 60, run=OTHERS)
+    (Store(checkpoints, run).begin(80)).mkdir()
+    (checkpoints / "80" / COMMITTED).write_text("")
+    (checkpoints / "10.corrupt").mkdir()
+    (checkpoints / "logs").mkdir()
+    (workdir / "metrics.jsonl").write_text('{"step": 1}\n[1]\n')
+    (workdir / "events.jsonl").write_text("nonsense\n")
+    found = verdicts(workdir)
+    assert found["20"] == "model/data has another SHA-256 than when it was written"
+    assert found["40"] == "it has no MANIFEST.json"
+    assert found["45"] == "sound"
+    assert found["60"] == "of another run; left alone"
+    assert found["80"] == "unfinished; removed at the next start"
+    assert found["10.corrupt"] == "set aside as unsound"
+    assert found["metrics.jsonl"] == "line 2 is not a JSON object"
+    assert found["events.jsonl"] == "line 1 is not JSON"
+    assert "logs" not in found
+    assert main(["fsck", "--workdir", str(workdir)]) == 1
+    assert capsys.readouterr().out.count("BAD: ") == 4
+    assert (checkpoints / "80").is_dir(), "nothing is changed"
+
+
+def test_a_damaged_config_and_a_lost_id(workdir):
+    (workdir / "config.json").write_text("{")
+    (workdir / "run.json").unlink()
+    found = verdicts(workdir)
+    assert "not JSON" in found["config.json"]
+    assert found["run.json"].startswith("missing or damaged; the manifests say ")
+    assert (found["20"], found["40"]) == ("sound", "sound")
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path, capsys):
+    assert main(["fsck", "--workdir", str(tmp_path)]) == 2
+    assert "is not a workdir" in capsys.readouterr().err
+
+
+def test_jax_is_not_imported(workdir):
+    code = (
+        f"import sys; from moejax.cli import main; assert main(['fsck', '--workdir', "
+        f"{str(workdir)!r}]) == 0; assert 'jax' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

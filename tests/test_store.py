@@ -1,0 +1,175 @@
+"""A folder of checkpoints: what counts, what is kept, and that nothing of others is touched."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from moejax.errors import ConfigError
+from moejax.manifest import Unsound
+from moejax.store import UNFINISHED, Store, find_run, start_run
+from moejax.workdir import COMMITTED, MANIFEST, RUN
+
+OURS, OTHERS = "0" * 16, "1" * 16
+
+
+def add(root, step: int, loss: float | None = None, run: str = OURS) -> None:
+    """A checkpoint as it is written: noted, filled, committed, sealed."""
+    store = Store(root, run)
+    folder = store.begin(step)
+    (folder / "model").mkdir(parents=True)
+    (folder / "model" / "data").write_bytes(bytes([step % 256]) * 100)
+    (folder / COMMITTED).write_text("")
+    store.seal(step, {}, {} if loss is None else {"loss": loss}, {})
+
+
+def names(root) -> list[str]:
+    return sorted(path.name for path in root.iterdir() if path.name != UNFINISHED)
+
+
+def test_the_last_ones_and_the_best_are_kept(tmp_path):
+    store = Store(tmp_path, OURS)
+    for step, loss in ((1, 2.0), (2, 1.0), (3, None), (4, 3.0)):
+        add(tmp_path, step, loss)
+    assert store.retain(1) == [1, 3]
+    assert store.steps() == [2, 4]
+    add(tmp_path, 5, 1.0)
+    assert store.retain(1) == [2, 4], "of equals the later one is the best"
+    assert store.retain(1) == []
+    assert names(tmp_path) == ["5"]
+
+
+def test_what_is_not_of_this_run_is_neither_taken_nor_touched(tmp_path):
+    """Folders named by numbers, a link, leftovers and checkpoints of others, names that look so."""
+    add(tmp_path, 40)
+    (tmp_path / "2023").mkdir()
+    (tmp_path / "2023" / "thesis.tex").write_text("mine")
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "77").write_text("a file")
+    (tmp_path / "78").symlink_to(tmp_path / "40")
+    shutil.copytree(tmp_path / "40", tmp_path / "007")
+    (tmp_path / "5.orbax-checkpoint-tmp").mkdir()
+    add(tmp_path, 50, run=OTHERS)
+    Store(tmp_path, OTHERS).begin(60)
+    (tmp_path / "60").mkdir()
+    before = names(tmp_path)
+    store = Store(tmp_path, OURS)
+    assert store.steps() == [40]
+    assert store.strangers() == [50]
+    assert store.sweep() == []
+    add(tmp_path, 41)
+    assert store.retain(1) == [40]
+    assert names(tmp_path) == sorted({*before, "41"} - {"40"})
+    assert (tmp_path / "2023" / "thesis.tex").read_text() == "mine"
+    with pytest.raises(FileExistsError, match="already something of that name"):
+        store.begin(2023)
+    store.clear(78)
+    assert (tmp_path / "78").is_symlink()
+
+
+def test_a_folder_of_another_step_or_run_is_unsound(tmp_path):
+    add(tmp_path, 40)
+    (tmp_path / "40").rename(tmp_path / "41")
+    store = Store(tmp_path, OURS)
+    with pytest.raises(Unsound, match=r"its MANIFEST\.json is of step 40"):
+        store.check(41)
+    (tmp_path / "41").rename(tmp_path / "40")
+    with pytest.raises(Unsound, match="written by another run"):
+        Store(tmp_path, OTHERS).manifest(40)
+
+
+def test_a_killed_save_is_swept_and_a_finished_one_is_not(tmp_path):
+    """Killed while Orbax wrote (10), before the manifest (20), before the note was struck (30)."""
+    store = Store(tmp_path, OURS)
+    for step in (10, 20):
+        (store.begin(step) / "model").mkdir(parents=True)
+    (tmp_path / "20" / COMMITTED).write_text("")
+    add(tmp_path, 30)
+    (tmp_path / UNFINISHED / "30").write_text(OURS)
+    assert store.steps() == [30]
+    assert store.strangers() == []
+    assert store.sweep() == [10, 20]
+    assert names(tmp_path) == ["30"]
+    assert list((tmp_path / UNFINISHED).iterdir()) == []
+
+
+@pytest.mark.parametrize("kill_at", range(6))
+def test_a_kill_within_a_deletion_leaves_nothing_that_is_taken_for_a_checkpoint(
+    tmp_path, monkeypatch, kill_at
+):
+    """The n-th file or folder that is removed is the last thing that the process does."""
+    add(tmp_path, 1)
+    add(tmp_path, 2)
+    removed = []
+
+    def dying(function):
+        def call(*arguments, **options):
+            if len(removed) >= kill_at:
+                raise KeyboardInterrupt  # nothing catches it
+            removed.append(arguments)
+            return function(*arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", dying(os.unlink))
+        patch.setattr(os, "rmdir", dying(os.rmdir))
+        try:
+            Store(tmp_path, OURS).retain(1)
+        except KeyboardInterrupt:
+            pass
+        else:
+            assert kill_at > 4
+    store = Store(tmp_path, OURS)
+    store.sweep()
+    for step in store.steps():
+        store.check(step)
+    assert names(tmp_path) == (["1", "2"] if kill_at == 0 else ["2"])
+
+
+def test_unsound_ones_keep_their_files_under_another_name(tmp_path):
+    store = Store(tmp_path, OURS)
+    for _ in range(2):
+        add(tmp_path, 40)
+        store.set_aside(40)
+    assert names(tmp_path) == ["40.corrupt", "40.corrupt.1"]
+    assert store.set_aside_ones() == [tmp_path / "40.corrupt", tmp_path / "40.corrupt.1"]
+    assert store.steps() == []
+
+
+@pytest.mark.parametrize("damage", [None, "", "{", '{"run": 5}', '{"run": "../../x"}'])
+def test_a_lost_id_is_found_in_the_manifests(tmp_path, damage):
+    run = start_run(tmp_path)
+    assert start_run(tmp_path) == run == find_run(tmp_path)
+    add(tmp_path / "checkpoints", 40, run=run)
+    (tmp_path / RUN).unlink()
+    if damage is not None:
+        (tmp_path / RUN).write_text(damage)
+    assert find_run(tmp_path) == run
+    assert start_run(tmp_path) == run
+    assert json.loads((tmp_path / RUN).read_text())["run"] == run
+
+
+def test_two_ids_without_one_of_its_own_are_refused(tmp_path):
+    add(tmp_path / "checkpoints", 40)
+    add(tmp_path / "checkpoints", 50, run=OTHERS)
+    with pytest.raises(ConfigError, match="has checkpoints of 2 runs"):
+        start_run(tmp_path)
+
+
+def test_where_nothing_can_be_written_is_said_at_once(tmp_path):
+    (tmp_path / "checkpoints").write_text("a file")
+    for root in (tmp_path / "checkpoints", tmp_path / "checkpoints" / "x", "/proc/checkpoints"):
+        with pytest.raises(ConfigError, match=r"checkpoints cannot be written to .*; give a"):
+            Store(tmp_path / root, OURS).open()
+
+
+def test_a_folder_without_manifest_is_a_checkpoint_that_is_unsound(tmp_path):
+    add(tmp_path, 40)
+    (tmp_path / "40" / MANIFEST).unlink()
+    store = Store(tmp_path, OURS)
+    assert store.steps() == [40]
+    assert store.retain(1) == [], "it is not deleted either"
+    with pytest.raises(Unsound, match="has no MANIFEST"):
+        store.check(40)
