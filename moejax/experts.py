@@ -240,13 +240,15 @@ def _over_width(
     parts = _width_parts(hidden, rows * jnp.dtype(dtype).itemsize)
     if parts == 1:
         return run(weights)
-    total = None
-    split = {  # whose transpose joins the gradients, where that of slices would add them up
-        name: lax.split(w, (hidden // parts,) * parts, wide[name]) if name in wide else (w,) * parts
-        for name, w in weights.items()
-    }
+    size, total = hidden // parts, None
     for n in range(parts):
-        part = {name: of_parts[n] for name, of_parts in split.items()}
+        # Not `lax.split`: Mixtral at a capacity then took 2.9 GiB and 0.6 G cycles more
+        part = {
+            name: lax.slice_in_dim(w, n * size, (n + 1) * size, axis=wide[name])
+            if name in wide
+            else w
+            for name, w in weights.items()
+        }
         out = jax.checkpoint(run)(part).astype(jnp.float32)
         total = out if total is None else total + out
     assert total is not None
