@@ -67,12 +67,9 @@ def capacity_experts(
     # Marked as varying once, so that over a tensor axis one sum goes back, not one a matrix.
     buf_ecd, weight_ec, weights = vary_tree((buf_ecd, weight_ec, weights))
     per_expert, rows = _share(buf_ecd, weights)
-    network = _stacked_network(activation)
-
-    def run(per_expert: Weights) -> jax.Array:
-        return _run_network(network, per_expert, rows, weight_ec)
-
-    return _over_width(run, per_expert, buf_ecd.shape[0] * buf_ecd.shape[1], buf_ecd.dtype)
+    run = functools.partial(_run_network, _stacked_network(activation))
+    size = buf_ecd.shape[0] * buf_ecd.shape[1]
+    return _over_width(run, per_expert, size, buf_ecd.dtype, rows, weight_ec)
 
 
 def dropless_experts(
@@ -225,21 +222,26 @@ def _cast_like(tree, like):
 
 
 def _over_width(
-    run: Callable[[Weights], jax.Array], weights: Weights, rows: int, dtype: jax.typing.DTypeLike
+    run: Callable[..., jax.Array],
+    weights: Weights,
+    rows: int,
+    dtype: jax.typing.DTypeLike,
+    *operands: Any,
 ) -> jax.Array:
-    """Returns `run(weights)`, whose sum over the hidden width is taken in parts where it is large.
+    """Returns `run(weights, *operands)`, its sum over the hidden width in parts where it is large.
 
     Of the hidden activations of a part the backward pass keeps none: a layer's are more than the
     state of many a model. They are computed again, as they are under `model.remat=full` anyway.
 
     Args:
+        run: closes over no traced array.
         rows: of all experts together.
     """
     wide = {"gate": 2, "up": 2, "down": 1}  # the dim of the hidden width
     hidden = weights["up"].shape[2]
     parts = _width_parts(hidden, rows * jnp.dtype(dtype).itemsize)
     if parts == 1:
-        return run(weights)
+        return run(weights, *operands)
     size, total = hidden // parts, None
     for n in range(parts):
         # Not `lax.split`: Mixtral at a capacity then took 2.9 GiB and 0.6 G cycles more
@@ -249,10 +251,30 @@ def _over_width(
             else w
             for name, w in weights.items()
         }
-        out = jax.checkpoint(run)(part).astype(jnp.float32)
+        out = _recomputed(run, part, *operands).astype(jnp.float32)
         total = out if total is None else total + out
     assert total is not None
     return total.astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(run, *operands):
+    """`run(*operands)`, computed again in the backward pass.
+
+    As `jax.checkpoint`, which inside another one keeps each of its operands a second time.
+    """
+    return run(*operands)
+
+
+def _recomputed_forward(run, *operands):
+    return run(*operands), operands
+
+
+def _recomputed_backward(run, operands, grad):
+    return jax.vjp(run, *operands)[1](grad)
+
+
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 def _width_parts(hidden: int, column_bytes: int) -> int:
@@ -544,20 +566,20 @@ def _by_groups(activation, rows, grouped_matmul, tokens, expert_ts, weight_ts, w
 @functools.partial(jax.named_call, name="experts")
 def _on_groups(activation, grouped_matmul, weights, rows_r, expert_r, weight_r, size_e):
     """The network on rows [R, ...] in groups of `size_e` rows; undefined behind the last one."""
-    matmul = functools.partial(grouped_matmul, group_sizes=size_e)
     x_rd = rows_r["x"]
 
-    def run(weights: Weights) -> jax.Array:
+    def run(weights: Weights, x_rd, weight_r, size_e) -> jax.Array:
         names = [name for name in ("gate", "up") if name in weights]
-        pre = {name: matmul(x_rd, weights[name]) for name in names}
-        hidden_rf = _weigh(_hidden(pre, activation), weight_r)
-        return matmul(hidden_rf.astype(x_rd.dtype), weights["down"])
+        pre = {name: grouped_matmul(x_rd, weights[name], group_sizes=size_e) for name in names}
+        hidden_rf = _weigh(_hidden(pre, activation), weight_r).astype(x_rd.dtype)
+        return grouped_matmul(hidden_rf, weights["down"], group_sizes=size_e)
 
-    out_rd = _over_width(run, weights, x_rd.shape[0], x_rd.dtype)
+    out_rd = _over_width(run, weights, x_rd.shape[0], x_rd.dtype, x_rd, weight_r, size_e)
     if "output_scale" in weights:
         return _scaled(out_rd, weights["output_scale"].at[expert_r].get(mode="clip"), size_e)
     if "scale_out" in weights:
-        scale_rd = jax.nn.sigmoid(matmul(rows_r["scale"], weights["scale_out"]))
+        scale_rd = grouped_matmul(rows_r["scale"], weights["scale_out"], group_sizes=size_e)
+        scale_rd = jax.nn.sigmoid(scale_rd)
         return _scaled(out_rd, scale_rd, size_e)
     return out_rd
 
