@@ -84,49 +84,49 @@ CASES = {
 }
 
 
-OLMOE16 = ("train.batch_size=64", "train.accumulation=1")
-SWITCH16 = ("train.batch_size=512",)
-MESHES = {  # of the paper model: more of them, and other models and chips
-    "olmoe, fsdp 4 x expert 4": Case(
-        "olmoe_1b_7b", "v5p:2x2x4", (*OLMOE16, "mesh.fsdp=4", "mesh.expert=4")
-    ),
-    "olmoe, fsdp 16": Case("olmoe_1b_7b", "v5p:2x2x4", (*OLMOE16, "mesh.fsdp=16", "mesh.expert=1")),
-    "olmoe, expert 16": Case(
-        "olmoe_1b_7b", "v5p:2x2x4", (*OLMOE16, "mesh.fsdp=1", "mesh.expert=16", RAGGED)
-    ),
-    "olmoe, expert_fsdp 2 x expert 8": Case(
-        "olmoe_1b_7b",
-        "v5p:2x2x4",
-        (*OLMOE16, "mesh.fsdp=1", "mesh.expert_fsdp=2", "mesh.expert=8", RAGGED),
-    ),
-    "olmoe, data 2 x expert 8, capacity": Case(
-        "olmoe_1b_7b",
-        "v5p:2x2x4",
-        (*OLMOE16, "mesh.data=2", "mesh.fsdp=1", "mesh.expert=8", SLOTS),
-    ),
-    "olmoe, tensor 2": Case(
-        "olmoe_1b_7b",
-        "v5p:2x2x4",
-        (*OLMOE16, "mesh.fsdp=2", "mesh.expert=4", "mesh.tensor=2", SLOTS),
-    ),
-    "olmoe, exchange kept": Case(
-        "olmoe_1b_7b",
-        "v6e:4x4",
-        (*OLMOE16, "mesh.fsdp=4", "mesh.expert=4", RAGGED, "model.remat=exchange"),
-    ),
-    "switch, expert 16": Case("switch_base_64", "v5e:4x4", (*SWITCH16, "mesh.expert=16")),
-    "switch, fsdp 4 x expert 4": Case(
-        "switch_base_64", "v5e:4x4", (*SWITCH16, "mesh.fsdp=4", "mesh.expert=4")
-    ),
-    "switch, data 4 x expert 4": Case(
-        "switch_base_64", "v6e:4x4", (*SWITCH16, "mesh.data=4", "mesh.expert=4")
-    ),
-    "qwen3 30b": Case("qwen3_30b_a3b", "v5p:4x4x4", (RAGGED, TIGHT)),
-    "qwen3 30b, capacity": Case("qwen3_30b_a3b", "v6e:8x8", (SLOTS,)),
-    "mixtral, fsdp 64": Case("mixtral_8x7b", "v5p:4x4x4", ("mesh.fsdp=64", "mesh.expert=1")),
-    "mixtral on v6e": Case("mixtral_8x7b", "v6e:8x8", (SLOTS,)),
-}
+def _gpus(config: str, hosts: int, *words: str) -> Case:
+    return Case(config, f"h100:{hosts}x8", (SLOTS, "train.accumulation=1", *words))
 
+
+def _switch(pod: str, *words: str) -> Case:
+    return Case("switch_base_64", pod, ("train.batch_size=128", *words))
+
+
+MESHES = {  # of the paper model: more of them, of what compiles in half a minute
+    "mixtral on 64 H100": _gpus("mixtral_8x7b", 8, "train.batch_size=128"),
+    "mixtral on 64 H100, exchange kept": _gpus(
+        "mixtral_8x7b", 8, "train.batch_size=64", "model.remat=exchange"
+    ),
+    "mixtral on 64 H100, expert_fsdp": _gpus(
+        *("mixtral_8x7b", 8, "train.batch_size=128"),
+        *("mesh.fsdp=8", "mesh.expert=1", "mesh.expert_fsdp=8"),
+    ),
+    "mixtral on 64 H100, fsdp": _gpus(
+        "mixtral_8x7b", 8, "train.batch_size=64", "mesh.fsdp=64", "mesh.expert=1"
+    ),
+    "mixtral on 128 H100, tensor": _gpus(
+        "mixtral_8x7b", 16, "train.batch_size=128", "mesh.fsdp=8", "mesh.tensor=2"
+    ),
+    "8x22b on 128 H100": _gpus("mixtral_8x22b", 16, "train.batch_size=128", "mesh.fsdp=16"),
+    "olmoe on 16 H100": _gpus("olmoe_1b_7b", 2, "train.batch_size=64", "mesh.fsdp=2"),
+    "olmoe on 16 H100, expert": _gpus(
+        "olmoe_1b_7b", 2, "train.batch_size=64", "mesh.fsdp=1", "mesh.expert=16"
+    ),
+    "olmoe on 16 H100, fsdp": _gpus(
+        "olmoe_1b_7b", 2, "train.batch_size=64", "mesh.fsdp=16", "mesh.expert=1"
+    ),
+    "olmoe on 16 H100, data": _gpus(
+        "olmoe_1b_7b", 2, "train.batch_size=32", "mesh.data=2", "mesh.fsdp=1"
+    ),
+    "qwen3 on 64 H100": _gpus("qwen3_30b_a3b", 8, "train.batch_size=128"),
+    "qwen3 on 64 H100, expert_fsdp": _gpus(
+        *("qwen3_30b_a3b", 8, "train.batch_size=128"),
+        *("mesh.fsdp=1", "mesh.expert_fsdp=8", "mesh.expert=8"),
+    ),
+    "switch, expert 16": _switch("v5e:4x4", "mesh.expert=16"),
+    "switch, fsdp 4 x expert 4": _switch("v5e:4x4", "mesh.fsdp=4", "mesh.expert=4"),
+    "switch, data 4 x expert 4": _switch("v6e:4x4", "mesh.data=4", "mesh.expert=4"),
+}
 
 ALL = CASES | MESHES
 # What no compiled step depends on

@@ -271,6 +271,7 @@ def _recomputed_forward(run, *operands):
 
 
 def _recomputed_backward(run, operands, grad):
+    operands, grad = lax.optimization_barrier((operands, grad))  # one part after the other
     return jax.vjp(run, *operands)[1](grad)
 
 

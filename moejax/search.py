@@ -17,10 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from moejax.attend import QUERY_CHUNK
 from moejax.config import (
     AXES,
     EXPERT_AXES,
@@ -30,7 +32,15 @@ from moejax.config import (
     MeshConfig,
     ModelConfig,
 )
-from moejax.describe import Placement, bytes_text, local_shape, output_console, placements
+from moejax.describe import (
+    Placement,
+    bytes_text,
+    is_layer_matrix,
+    local_shape,
+    output_console,
+    placements,
+)
+from moejax.experts import HIDDEN_BYTES
 from moejax.flops import flops_per_token
 from moejax.overrides import config_values
 from moejax.plan import exchange_passes, make_plan
@@ -140,20 +150,18 @@ def _on_paper(config: Config, topology: Topology, rows: dict[str, list[Placement
     compute = useful * again / mesh.num_devices / chip.flops / EFFICIENCY
     moves = list(_sent(config, topology, rows["parameters"]))
     sent, links = (sum(of_all) for of_all in zip(*moves, strict=True))
-    return Layout(config, _bytes(config, rows), sent, compute, links)
+    return Layout(config, _bytes(config, topology, rows), sent, compute, links)
 
 
-def _bytes(config: Config, rows: dict[str, list[Placement]]) -> int:
-    """Returns state, gradients, kept activations, a layer's buffers and weights, and logits."""
+def _bytes(config: Config, topology: Topology, rows: dict[str, list[Placement]]) -> int:
+    """Returns state, gradients, what is kept of the layers, and a layer's or the loss's own arrays.
+
+    How many arrays of a layer live at once is fitted to compiled steps (docs/planning.md).
+    """
     model, moe, mesh = config.model, config.moe, config.mesh
-    width, tokens = itemsize(config), local_tokens(config, mesh)
-    tensor, degree = mesh.tensor or 1, mesh.expert_degree
-    state = sum(
-        math.prod(local_shape(row.shape, row.spec, mesh)) * row.total // math.prod(row.shape)
-        for kind in rows.values()
-        for row in kind
-        if row.total
-    )
+    width, tokens, tensor = itemsize(config), local_tokens(config, mesh), mesh.tensor or 1
+    held = _held_bytes(config, rows)
+    how = moe.transport_over(mesh.expert_degree)
     heads = _attention_numbers(model) // tensor
     hidden = moe.mean_selected * moe.expert_hidden if config.num_moe_layers else model.dense_hidden
     products = heads + 2 * model.d_model + 2 * hidden // tensor
@@ -162,14 +170,61 @@ def _bytes(config: Config, rows: dict[str, list[Placement]]) -> int:
         "full": 0,
         "exchange": 0,  # but for what was delivered, below
     }
-    saved = model.d_model + kept.get(model.remat, products)
-    layer = products + hidden // tensor
-    buffers = buffer_rows(config, mesh, moe.transport_over(degree)) * model.d_model
-    delivered = degree > 1 and model.remat.startswith("exchange")
-    activations = tokens * (model.num_layers * saved + 2 * layer)
-    activations += buffers * (2 + delivered * config.num_moe_layers)
-    weights = 2 * _layer_weights(config, rows["parameters"])
-    return state + width * (activations + weights) + _loss_bytes(config)
+    saved = tokens * model.num_layers * (model.d_model + kept.get(model.remat, products))
+    if model.remat.startswith("exchange") and mesh.expert_degree > 1:
+        saved += config.num_moe_layers * (
+            _received_rows(config, how) * model.d_model + _dense_weights(config, rows["parameters"])
+        )
+    buffers = buffer_rows(config, mesh, how) * model.d_model
+    experts = _received_rows(config, how) * moe.expert_hidden // tensor
+    part = min(experts, HIDDEN_BYTES // width) if config.num_moe_layers else tokens * hidden
+    layer = 5 * buffers + 6 * part + 3 * tokens * heads
+    layer += 3 * _layer_weights(config, rows["parameters"])
+    if not topology.chip.is_tpu:  # no attention kernel: scores in float32, twice and a half
+        queries = min(QUERY_CHUNK, config.data.sequence_length)
+        layer += 10 // width * tokens * queries * model.num_heads // tensor
+    return held + width * saved + max(width * layer, _loss_bytes(config))
+
+
+def _held_bytes(config: Config, rows: dict[str, list[Placement]]) -> int:
+    """Returns state and gradients of a device, and the matrices of layers in the compute dtype."""
+
+    def local(row: Placement) -> int:
+        part = math.prod(local_shape(row.shape, row.spec, config.mesh))
+        return part * row.total // math.prod(row.shape)
+
+    held = sum(
+        local(row)
+        for kind, of_kind in rows.items()
+        for row in of_kind
+        if row.total and kind != "gradients"
+    )
+    wide, narrow = np.dtype(config.model.param_dtype).itemsize, itemsize(config)
+    for row in rows["parameters"]:
+        cast = is_layer_matrix(row) and wide != narrow
+        small = local(row) * narrow // wide if cast else 0
+        summed = config.train.accumulation > 1 or not cast
+        held += 2 * small + summed * local(row)
+    return held
+
+
+def _received_rows(config: Config, how: str) -> int:
+    """Returns the rows of D that a device's experts work on at once."""
+    rows = buffer_rows(config, config.mesh, how)
+    if config.mesh.expert_degree == 1 or (how == "all_to_all" and config.moe.capacity_factor):
+        return rows
+    tokens = local_tokens(config, config.mesh)
+    return min(rows, int(config.moe.buffer_factor * tokens * config.moe.mean_selected))
+
+
+def _dense_weights(config: Config, parameters: Sequence[Placement]) -> int:
+    """Returns the numbers in the dense matrices of a layer, whole over fsdp."""
+    mesh = config.mesh
+    dense = [r for r in parameters if is_layer_matrix(r) and "/moe/" not in r.name]
+    whole = (
+        math.prod(local_shape(r.shape, r.spec, mesh)) * _gathered_over(r, mesh)[0] for r in dense
+    )
+    return sum(whole) // max(1, config.model.num_layers)
 
 
 def _attention_numbers(model: ModelConfig) -> int:

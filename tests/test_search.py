@@ -101,7 +101,7 @@ def test_a_batch_that_only_some_meshes_split():
 
 
 def test_a_policy_that_keeps_what_was_delivered_sends_it_twice_and_holds_it():
-    """2 MoE layers of gather over 4: 2 * 32 tokens * 4 and 1.5 * 2 * 64 rows of 64 in bfloat16."""
+    """2 MoE layers of gather over 4: 1.5 * 2 * 64 rows of 64, and dense matrices, in bfloat16."""
     mesh = MeshConfig(data=1, fsdp=2, expert=4)
     rows = search.placements(CONFIG, MeshConfig(data=1))
 
@@ -110,14 +110,17 @@ def test_a_policy_that_keeps_what_was_delivered_sends_it_twice_and_holds_it():
         moe = dataclasses.replace(CONFIG.moe, transport="gather")
         changed = dataclasses.replace(CONFIG, mesh=mesh, model=model, moe=moe)
         exchange, *others = search._sent(changed, POD, rows["parameters"])
-        return search._bytes(changed, rows), exchange[0], [sent for sent, _ in others]
+        return search._bytes(changed, POD, rows), exchange[0], [sent for sent, _ in others]
 
     full, keeping, none = (on_paper(remat) for remat in ("full", "exchange", "none"))
-    assert keeping[0] - full[0] == 2 * (64 * 4 + 192) * 64 * 2
+    model = CONFIG.model
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    kept = 2 * 2 * (192 * 64 + heads * 64)
+    assert keeping[0] - full[0] == kept
     assert 5 * keeping[1] == 5 * none[1] == 4 * full[1]  # the way back is not repeated
     assert keeping[2] == full[2] != none[2]  # weights are gathered again all the same
     both = on_paper("exchange_and_dots_with_no_batch_dims")
-    assert both[0] - on_paper("dots")[0] == 2 * (64 * 4 + 192) * 64 * 2
+    assert both[0] - on_paper("dots")[0] == kept
     alone = MeshConfig(data=1, fsdp=8, expert=1)
     assert on_paper("exchange", alone)[0] == on_paper("full", alone)[0]  # nothing is exchanged
 
