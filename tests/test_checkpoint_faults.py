@@ -1,6 +1,7 @@
 """What is broken on purpose, what a run then does, and the harm where nobody would have looked."""
 
 import contextlib
+import gc
 import json
 import random
 import resource
@@ -79,7 +80,8 @@ def bless(folder: Path) -> None:
 
 
 def largest(folder: Path) -> Path:
-    return max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    files = (p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST)
+    return max(files, key=lambda p: p.stat().st_size)
 
 
 def kinds(folder: Path) -> dict[str, Path]:
@@ -118,11 +120,11 @@ def test_a_flipped_bit_in_any_file_falls_back_loudly(workdir, mesh, capsys):
 
 def test_orbax_alone_restores_a_flipped_bit_in_silence(workdir, mesh):
     """The harm: other numbers, and no error."""
-    folder = workdir / "checkpoints" / "40" / "model"
-    state = random_state(40, mesh)
-    data = max(folder.rglob("d/*"), key=lambda p: p.stat().st_size)
-    where = data.read_bytes().find(gate_of(state).tobytes()[:64])
-    flip(data, where + 2 if where >= 0 else data.stat().st_size // 4)
+    folder = workdir / "checkpoints" / "60" / "model"
+    state = random_state(60, mesh, size=2048)
+    with Checkpoints(workdir, CONFIG) as checkpoints:
+        assert checkpoints.save(state, {}, None)
+    flip(largest(folder), largest(folder).stat().st_size // 2)
     wanted = abstract(state, mesh)
     tree = {"step": wanted.step, "params": wanted.params, "router_state": wanted.router_state}
     with ocp.StandardCheckpointer() as checkpointer:
@@ -308,6 +310,8 @@ def file_limit(size: int):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+# A write that fails has TensorStore call an event loop that Orbax has closed
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_full_disk_is_told_and_the_next_save_works(workdir, mesh, capsys):
     large = random_state(60, mesh, size=8192)
     with Checkpoints(workdir, CONFIG) as checkpoints:
@@ -324,6 +328,7 @@ def test_a_full_disk_is_told_and_the_next_save_works(workdir, mesh, capsys):
     assert checkpoint_steps(workdir) == [20, 40, 80]
     kinds = [event["kind"] for event in read_events(workdir)]
     assert kinds[-2:] == ["checkpoint_failed", "checkpoint_saved"]
+    gc.collect()
 
 
 def test_no_space_for_the_manifest_is_no_checkpoint(workdir, mesh, monkeypatch):
@@ -375,7 +380,7 @@ def test_the_newest_of_the_local_and_the_durable_ones_wins(workdir, tmp_path, me
     with Checkpoints(workdir, config) as checkpoints:
         for step in (45, 50):
             assert checkpoints.save(random_state(step, mesh), {}, None, local=True)
-        assert checkpoints.steps == [20, 40, 45, 50] or checkpoints.wait() is None
+        checkpoints.wait()
         assert checkpoints.steps == [20, 40, 50], "one is kept on the local disk"
     resumed = resume(workdir, mesh, config)
     assert resumed is not None

@@ -190,7 +190,7 @@ def test_help_and_version(capsys):
 
 TRAIN = f"train {QUICKSTART} --workdir W"
 ERRORS = [
-    ("", "moejax: error: no verb; give one of train, eval, generate, verify, claims, describe, pl"),
+    ("", "moejax: error: no verb; give one of train, eval, generate, fsck, verify, claims, descri"),
     ("trian", "moejax: error: unknown verb 'trian'; did you mean train?"),
     ("zzz", "moejax: error: unknown verb 'zzz'; give one of train, eval, "),
     ("train", "moejax train: error: --workdir is missing; see moejax train --help"),

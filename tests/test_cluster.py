@@ -168,7 +168,8 @@ def test_a_peer_that_ended_is_explained():
 
 def test_a_process_alone_agrees_with_itself(tmp_path):
     cluster.check_agreement("alone", {"a": 1})
-    assert cluster.agree_on_largest("alone", 7) == 7
+    assert cluster.from_first("alone", lambda: 7) == 7
+    assert cluster.any_complains("alone", "x") == "x"
     cluster.check_shared(tmp_path)
     assert not list(tmp_path.iterdir())
 
