@@ -1,9 +1,9 @@
 """Checkpoints: Orbax, asynchronous and sharded, in one module, and what Orbax does not promise.
 
 A step's folder holds three items: `model` (step, parameters, router state: all that evaluation
-needs), `training` (optimizer state, rng) and `meta` (config, data fingerprint, versions, counters).
-It is a checkpoint once its manifest is written (`manifest.py`); before anything of it is restored,
-its files are compared with the manifest, and its arrays with those of the config.
+needs), `training` (optimizer state, rng, watch) and `meta` (config, data fingerprint, versions,
+counters). It is a checkpoint once its manifest is written (`manifest.py`); before anything of it is
+restored, its files are compared with the manifest, and its arrays with those of the config.
 """
 
 import errno
@@ -58,7 +58,8 @@ class Model(NamedTuple):
 
 def _split(state: Any) -> dict[str, dict[str, Any]]:
     model = {"step": state.step, "params": state.params, "router_state": state.router_state}
-    return {"model": model, "training": {"opt_state": state.opt_state, "rng": state.rng}}
+    training = {"opt_state": state.opt_state, "rng": state.rng, "watch": state.watch}
+    return {"model": model, "training": training}
 
 
 class Checkpoints:

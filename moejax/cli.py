@@ -3,8 +3,9 @@
 Exit codes, which schedulers and scripts act on:
 
       0  done
-      1  a check failed: `verify`, `fsck`, a claim, a loss that is not finite
+      1  a check failed: `verify`, `fsck`, a claim
       2  bad input: one line on stderr says what, and what to do
+     17  `watch.*` stopped a training: not finite, a spike, a collapse, a device that computes wrong
      28  no space: the last checkpoint was not saved
      69  another process of the run did not come, or ended; the last checkpoint could not be saved
      75  SIGTERM: `train` saved a checkpoint and ended; the same command goes on from it

@@ -11,8 +11,9 @@ from typing import Literal
 from ml_collections import ConfigDict
 
 from moejax.errors import ConfigError as ConfigError  # where callers look for it
-from moejax.errors import require, require_finite, require_positive
+from moejax.errors import require, require_above_zero, require_finite, require_positive
 from moejax.moe_config import MoEConfig, Stack
+from moejax.watch_config import COLLAPSE_LIMITS, WatchConfig
 
 # A key of the model that is listed here is read by this kind of attention only.
 READ_BY_ATTENTION = {
@@ -157,6 +158,9 @@ class DataConfig:
     tokenizer: str = "bytes"  # or the path of a tokenizer.json or a SentencePiece model
     sequence_length: int = 256
     path: str | None = None
+    # a damaged part of prepared data: end the run, or put padding in place of the sequence
+    on_corrupt: Literal["stop", "skip"] = "stop"
+    timeout_seconds: float = 300.0  # a batch that does not come in this time ends the run
 
     def __post_init__(self):
         require(
@@ -169,6 +173,12 @@ class DataConfig:
             f"data.source={self.source!r} with data.path={self.path!r}: give data.path exactly "
             "when data.source is 'prepared'",
         )
+        require(
+            self.source == "prepared" or self.on_corrupt == "stop",
+            f"data.on_corrupt={self.on_corrupt!r} is not read by data.source={self.source!r}; "
+            "leave it at 'stop', or use data.source=prepared",
+        )
+        require_above_zero("data", self, "timeout_seconds")
 
 
 # A key that is listed here is read by these optimizers only.
@@ -402,6 +412,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
+    watch: WatchConfig = WatchConfig()
     seed: int = 0
 
     def __post_init__(self):
@@ -445,6 +456,25 @@ class Config:
                 f"model has {self.num_moe_layers} (model.num_layers={model.num_layers}, "
                 f"moe.first_dense={moe.first_dense}, moe.every={moe.every}); give one for each",
             )
+
+        self._check_watch()
+
+    def _check_watch(self) -> None:
+        """Refuses what watches a router that is not there, and passing over batches in a replay."""
+        watch, usual = self.watch, WatchConfig()
+        for name in ("collapse", "collapse_steps", *COLLAPSE_LIMITS):
+            value, default = getattr(watch, name), getattr(usual, name)
+            require(
+                self.moe.every is not None or value in (default, "off"),
+                f"watch.{name}={value} and moe.every=None, which has no router to watch; leave it "
+                f"at {default}",
+            )
+        passes = "watch.skip_batches" if watch.skip_batches else "rollback"
+        require(
+            self.train.replay is None or not (watch.skip_batches or "rollback" in watch.policies),
+            f"train.replay={self.train.replay} has the choices of the batches of every step, and "
+            f"{passes} gives steps other batches; leave one out",
+        )
 
     def moe_stacks(self) -> "tuple[tuple[Stack, Config], ...]":
         """Returns the MoE layers in stacks of consecutive layers that are alike, in order.

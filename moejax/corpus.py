@@ -3,11 +3,11 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import lzma
 import os
 import sysconfig
-import zipfile
 from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
@@ -16,9 +16,11 @@ from typing import Literal
 import numpy as np
 
 from moejax.config import ConfigError, DataConfig
+from moejax.token_file import CHUNK_BYTES, CorruptData, TokenFile
 from moejax.tokenizer import Tokenizer, load_tokenizer
 
 Split = Literal["train", "validation"]
+PREPARED_VERSION = 2  # of what `moejax prepare` writes
 VALIDATION_FRACTION = 0.05  # of the embedded documents
 
 _ASSET = "bible_en_es.tsv.xz"
@@ -37,27 +39,28 @@ _PYTHON_SKIPPED = {  # tests, other people's packages, generated tables
     "tests",
     "turtledemo",
 }
-_CHUNK_TOKENS = 1 << 24
-_VERIFIED_BYTES = 1 << 30
+_VERIFIED_BYTES = 1 << 30  # of tokens: up to so many are read through when a run starts
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """The documents of one split, one after the other; the last token of each is `end_of_document`.
 
-    token_n: uint16 or uint32 [N], perhaps a read-only memory map.
+    token_n: uint16 or uint32 [N]; an array, or a file that is sliced as one.
     start_d: int64 [documents + 1], where each document starts; the last entry is N.
     domain_d: uint8 [documents], indices into `domains`.
     fingerprint: sha256 over all of these, hex.
+    skip_corrupt: whether a sequence of a part that cannot be read becomes padding, or an error.
     """
 
-    token_n: np.ndarray
+    token_n: np.ndarray | TokenFile
     start_d: np.ndarray
     domain_d: np.ndarray
     domains: tuple[str, ...]
     vocab_size: int
     end_of_document: int
     fingerprint: str
+    skip_corrupt: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -69,7 +72,19 @@ class Corpus:
 
     def token_counts(self, vocab_size: int) -> np.ndarray:
         """Returns int64 [vocab_size]: how often each id occurs."""
-        return np.bincount(self.token_n, minlength=vocab_size)
+        counts = np.zeros(vocab_size, np.int64)
+        for piece in pieces(self.token_n):
+            counts += np.bincount(piece, minlength=vocab_size)
+        return counts
+
+    def place(self, offset: int) -> str:
+        """Returns where token `offset` stands, for messages: file, document, offset in it."""
+        document = int(np.searchsorted(self.start_d, offset, side="right")) - 1
+        file = self.token_n.path if isinstance(self.token_n, TokenFile) else "the embedded text"
+        return (
+            f"{file}, document {document} of domain {self.domains[self.domain_d[document]]!r}, "
+            f"token {offset - int(self.start_d[document])} of it, {offset} of all"
+        )
 
 
 def load_corpus(config: DataConfig, split: Split) -> Corpus:
@@ -81,7 +96,7 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.source == "prepared":
         assert config.path is not None  # DataConfig checked
-        return _load_prepared(Path(config.path).expanduser(), split, config.tokenizer, tokenizer)
+        return _load_prepared(Path(config.path).expanduser(), split, config, tokenizer)
     documents = [d for d in embedded_documents() if _split(d.key) == split]
     return make_corpus(
         [(d.domain, tokenizer.encode(d.text)) for d in documents], _DOMAINS, tokenizer
@@ -110,6 +125,11 @@ def make_corpus(
     return Corpus(
         token_n, start_d, domain_d, domains, tokenizer.vocab_size, tokenizer.end_of_document, digest
     )
+
+
+def pieces(token_n: np.ndarray | TokenFile) -> Iterable[np.ndarray]:
+    """Returns all ids in arrays that fit into memory, in order."""
+    return token_n.pieces() if isinstance(token_n, TokenFile) else (token_n,)
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -228,8 +248,8 @@ def _python_names(root: Path) -> Iterator[str]:
 # A folder that `moejax prepare` wrote
 
 
-def _load_prepared(folder: Path, split: Split, name: str, tokenizer: Tokenizer) -> Corpus:
-    meta = _read_meta(folder)
+def _load_prepared(folder: Path, split: Split, config: DataConfig, tokenizer: Tokenizer) -> Corpus:
+    meta, name = _read_meta(folder), config.tokenizer
     if meta["tokenizer_fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(
             f"{folder} was prepared with the tokenizer {meta['tokenizer']!r} (fingerprint "
@@ -238,36 +258,93 @@ def _load_prepared(folder: Path, split: Split, name: str, tokenizer: Tokenizer) 
             "the text again"
         )
     about = meta["splits"][split]
-    tokens, documents = folder / split / "tokens.bin", folder / split / "documents.npz"
-    dtype = np.dtype(about["dtype"])
-    _check_size(tokens, about["num_tokens"] * dtype.itemsize)
-    _check_size(documents, about["documents_bytes"])
-    try:
-        with np.load(documents, allow_pickle=False) as arrays:
-            start_d, domain_d = arrays["start_d"], arrays["domain_d"]
-    except (ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{documents} is damaged ({error}); prepare the text again") from error
-    token_n = np.memmap(tokens, dtype, mode="r", shape=(about["num_tokens"],))
-    domains = tuple(meta["domains"])
-    if token_n.nbytes <= _VERIFIED_BYTES:  # beyond, `check_tokens` looks at each batch
-        digest = fingerprint(
-            _verify_tokens(tokens, token_n, meta["vocab_size"]), start_d, domain_d, domains
+    dtype = token_dtype(tokenizer.vocab_size)
+    if about["dtype"] != dtype.str:
+        raise ConfigError(
+            f"{folder / 'meta.json'} says that {split} has ids of dtype {about['dtype']!r}, and a "
+            f"vocabulary of {tokenizer.vocab_size} has {dtype.str!r}; prepare the text again"
         )
-        if digest != about["fingerprint"]:
-            raise ConfigError(
-                f"{folder / split} was changed after it was prepared: its fingerprint is "
-                f"{digest[:16]}, meta.json says {about['fingerprint'][:16]}; prepare the text "
-                "again"
-            )
-    return Corpus(
-        token_n,
+    documents = folder / split / "documents.npz"
+    start_d, domain_d, checksum_c = _read_documents(documents, about, meta["domains"], dtype)
+    tokens = TokenFile(folder / split / "tokens.bin", dtype, about["num_tokens"], checksum_c)
+    corpus = Corpus(
+        tokens,
         start_d,
         domain_d,
-        domains,
-        meta["vocab_size"],
-        meta["end_of_document"],
+        tuple(meta["domains"]),
+        tokenizer.vocab_size,
+        tokenizer.end_of_document,
         about["fingerprint"],
+        skip_corrupt=config.on_corrupt == "skip",
     )
+    if tokens.nbytes <= _VERIFIED_BYTES and not corpus.skip_corrupt:
+        _verify(corpus, folder / split)  # else each chunk and id when it is first read
+    return corpus
+
+
+def _read_documents(
+    path: Path, about: dict, domains: list[str], dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns where documents start, their domains, and the checksums of the tokens' chunks."""
+    _check_size(path, about["documents_bytes"])
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            start_d, domain_d, checksum_c = (
+                arrays[name] for name in ("start_d", "domain_d", "checksum_c")
+            )
+    except Exception as error:  # NumPy and zipfile raise a dozen kinds, by where the damage is
+        raise ConfigError(f"{path} is damaged ({error}); prepare the text again") from error
+    count = about["num_tokens"]
+    kinds = start_d.dtype, domain_d.dtype, checksum_c.dtype
+    chunks = -(-count * dtype.itemsize // CHUNK_BYTES)
+    shapes = (len(domain_d) + 1,), (len(domain_d),), (chunks,)
+    whole = (
+        kinds == (np.dtype("<i8"), np.dtype(np.uint8), np.dtype("<u4"))
+        and (start_d.shape, domain_d.shape, checksum_c.shape) == shapes
+        and start_d[0] == 0
+        and start_d[-1] == count
+        and bool((np.diff(start_d) > 0).all())
+        and domain_d.max(initial=0) < len(domains)
+    )
+    if not whole:
+        raise ConfigError(
+            f"{path} does not fit the {count} tokens and {len(domains)} domains of meta.json; copy "
+            "the folder again, or prepare the text again"
+        )
+    return start_d, domain_d, checksum_c
+
+
+def _verify(corpus: Corpus, folder: Path) -> None:
+    """Checks every id, checksum, and the fingerprint of a prepared split."""
+    digest = hashlib.sha256()
+    for start, chunk in zip(
+        itertools.count(0, CHUNK_BYTES // corpus.token_n.dtype.itemsize), pieces(corpus.token_n)
+    ):
+        check_ids(corpus, chunk, start)
+        digest.update(chunk.data)
+    found = fingerprint(digest, corpus.start_d, corpus.domain_d, corpus.domains)
+    if found != corpus.fingerprint:
+        raise ConfigError(
+            f"{folder} was changed after it was prepared: its fingerprint is {found[:16]}, "
+            f"meta.json says {corpus.fingerprint[:16]}; prepare the text again"
+        )
+
+
+def check_ids(corpus: Corpus, token_n: np.ndarray, start: int) -> None:
+    """Checks ids on the host: a device would clamp one without an embedding in silence.
+
+    Args:
+        token_n: ids of the corpus, from offset `start` on.
+
+    Raises:
+        CorruptData: which id, where, and what the vocabulary is.
+    """
+    if token_n.size and int(token_n.max()) >= corpus.vocab_size:
+        offset = int(np.argmax(token_n >= corpus.vocab_size))
+        raise CorruptData(
+            f"token id {token_n[offset]} is not below the vocabulary of {corpus.vocab_size}: "
+            f"{corpus.place(start + offset)}; prepare the text again"
+        )
 
 
 def _read_meta(folder: Path) -> dict:
@@ -284,17 +361,43 @@ def _read_meta(folder: Path) -> dict:
     if (
         not isinstance(meta, dict)
         or meta.get("format") != "moejax-prepared"
-        or meta.get("version") != 1
+        or meta.get("version") != PREPARED_VERSION
     ):
         raise ConfigError(
-            f"{path} does not describe prepared data of version 1; write the folder with moejax "
-            "prepare"
+            f"{path} does not describe prepared data of version {PREPARED_VERSION}; write the "
+            "folder with moejax prepare"
         )
+    _check_meta(path, meta)
     return meta
 
 
+def _check_meta(path: Path, meta: dict) -> None:
+    """Checks that everything that is read of meta.json is there, and what it has to be."""
+
+    def is_count(value: object) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**48
+
+    splits = meta.get("splits")
+    splits = splits if isinstance(splits, dict) else {}
+    names = meta.get("domains")
+    named = ("tokenizer", "tokenizer_fingerprint")
+    wrong = [k for k in named if not isinstance(meta.get(k), str)]
+    if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+        wrong.append("domains")
+    for split in ("train", "validation"):
+        about = splits.get(split)
+        about = about if isinstance(about, dict) else {}
+        counts = ("num_tokens", "documents_bytes")
+        wrong += [f"splits.{split}.{k}" for k in counts if not is_count(about.get(k))]
+        texts = ("dtype", "fingerprint")
+        wrong += [f"splits.{split}.{k}" for k in texts if not isinstance(about.get(k), str)]
+    if wrong:
+        raise ConfigError(
+            f"{path} lacks a usable {', '.join(wrong)}; copy it again, or prepare the text again"
+        )
+
+
 def _check_size(path: Path, expected: int) -> None:
-    """Checks before mapping: reading a map beyond the end of its file kills the process."""
     try:
         actual = path.stat().st_size
     except OSError as error:
@@ -306,18 +409,3 @@ def _check_size(path: Path, expected: int) -> None:
             f"{path} has {actual} bytes and meta.json says {expected}; copy the folder again, or "
             "prepare the text again"
         )
-
-
-def _verify_tokens(path: Path, token_n: np.ndarray, vocab_size: int):
-    """Returns the sha256 of the tokens' bytes; checks that every id is below `vocab_size`."""
-    digest = hashlib.sha256()
-    for start in range(0, len(token_n), _CHUNK_TOKENS):
-        chunk = np.ascontiguousarray(token_n[start : start + _CHUNK_TOKENS])
-        if chunk.max() >= vocab_size:
-            offset = start + int(np.argmax(chunk >= vocab_size))
-            raise ConfigError(
-                f"{path} has token id {token_n[offset]} at offset {offset}, not below the "
-                f"vocabulary of {vocab_size} in meta.json; prepare the text again"
-            )
-        digest.update(chunk.data)
-    return digest

@@ -1,15 +1,26 @@
 """Batches: documents packed in windows, in an order made of (step, seed) alone. No JAX here."""
 
 import hashlib
+import logging
 import queue
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 
 from moejax.config import ConfigError
-from moejax.corpus import Corpus
+from moejax.corpus import Corpus, check_ids
+from moejax.errors import UnavailableError
+from moejax.token_file import CorruptData
+
+CLOSE_SECONDS = 5.0  # to wait for a thread that is to end
+
+_log = logging.getLogger("moejax")
 
 
 class Batch(NamedTuple):
@@ -33,11 +44,16 @@ class Sequences:
 
     `sequences[k]` is a Batch of arrays [T]; every token of the stream but the first is a target
     once. Costs O(T log documents) and reads only its window. The last window is padded.
+
+    Raises:
+        CorruptData: a window is damaged, or has an id that is not in the vocabulary; with
+            `corpus.skip_corrupt` it is padding instead, and said.
     """
 
     def __init__(self, corpus: Corpus, sequence_length: int):
         self.corpus = corpus
         self.sequence_length = sequence_length
+        self._said: set[int] = set()  # which sequences are damaged
 
     def __len__(self) -> int:
         return -(-max(self.corpus.num_tokens - 1, 0) // self.sequence_length)
@@ -45,11 +61,24 @@ class Sequences:
     def __getitem__(self, index: int) -> Batch:
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
+        try:
+            return self._window(index)
+        except CorruptData as error:
+            if not self.corpus.skip_corrupt:
+                raise
+            if index not in self._said:
+                _log.warning("sequence %d is padding instead: %s", index, error)
+            self._said.add(index)
+            return self.padding()
+
+    def _window(self, index: int) -> Batch:
         corpus, length = self.corpus, self.sequence_length
         start = int(index) * length
         stop = min(start + length + 1, corpus.num_tokens)
         window = np.full(length + 1, corpus.end_of_document, np.int32)
-        window[: stop - start] = corpus.token_n[start:stop]
+        ids = corpus.token_n[start:stop]
+        check_ids(corpus, ids, start)
+        window[: stop - start] = ids
         document = np.searchsorted(corpus.start_d, np.arange(start, stop), side="right") - 1
         segments = np.zeros(length + 1, np.int32)
         segments[: stop - start] = document - document[0] + 1
@@ -96,6 +125,10 @@ class TrainBatches:
         self._order = grain.MapDataset.source(sequences).seed(seed).shuffle().repeat(None)
         about = f"{corpus.fingerprint}:{sequence_length}:{batch_size}:{seed}"
         self.fingerprint = hashlib.sha256(about.encode()).hexdigest()
+
+    def epoch(self, step: int) -> int:
+        """Returns how often the data were through before the last sequence of a batch; from 0."""
+        return ((step + 1) * self.batch_size - 1) // self.num_sequences
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
         """Returns rows `start` to `stop` of the batch of `step` (from 0), [stop - start, T]."""
@@ -152,10 +185,19 @@ class Prefetch:
     """Calls `make(first)`, `make(first + 1)`, ... in a thread and yields the results in order.
 
     An error in `make` is raised where its result would have come. A context manager; or close it.
+
+    Args:
+        timeout: seconds that a result may take.
+
+    Raises:
+        UnavailableError: one took longer, or the thread is gone; the message says where it is.
     """
 
-    def __init__(self, make: Callable[[int], Batch], first: int, depth: int = 2):
+    def __init__(
+        self, make: Callable[[int], Batch], first: int, timeout: float = 300.0, *, depth: int = 2
+    ):
         self._queue: queue.Queue = queue.Queue(depth)
+        self._timeout, self._next = timeout, first
         self._closed = threading.Event()
         self._thread = threading.Thread(
             target=self._run, args=(make, first), name="moejax-data", daemon=True
@@ -187,40 +229,46 @@ class Prefetch:
     def __next__(self) -> Batch:
         if self._closed.is_set():
             raise StopIteration
-        batch, error = self._queue.get()
+        batch, error = self._take()
         if error is not None:
             self.close()
             raise error
+        self._next += 1
         return batch
 
+    def _take(self) -> tuple[Batch, BaseException | None]:
+        deadline = time.monotonic() + self._timeout
+        while True:
+            alive = self._thread.is_alive()
+            try:
+                return self._queue.get(timeout=min(1.0, max(0.0, deadline - time.monotonic())))
+            except queue.Empty:
+                if alive and time.monotonic() < deadline:
+                    continue
+            state = "hangs" if alive else "ended without a word"
+            raise UnavailableError(
+                f"batch {self._next} did not come in data.timeout_seconds={self._timeout:g}: the "
+                f"thread that reads data {state}{self._place()}; see whether the disk or file "
+                "server answers, and raise data.timeout_seconds if it is only slow"
+            )
+
+    def _place(self) -> str:
+        """Says where the thread is, innermost call last."""
+        frame = sys._current_frames().get(self._thread.ident or 0)
+        calls = traceback.extract_stack(frame)[-4:] if frame else []
+        lines = [f"{Path(call.filename).name}:{call.lineno} {call.name}" for call in calls]
+        return f", in {' > '.join(lines)}" if lines else ""
+
     def close(self) -> None:
-        """Stops the thread and waits for it. Closing twice is fine."""
+        """Stops the thread and waits for it, but not for one that hangs. Twice is fine."""
         self._closed.set()
-        self._thread.join()
+        self._thread.join(CLOSE_SECONDS)
 
     def __enter__(self) -> "Prefetch":
         return self
 
     def __exit__(self, *_) -> None:
         self.close()
-
-
-def check_tokens(batch: Batch, vocab_size: int) -> None:
-    """Checks on the host that the ids of a batch [B, T] fit a model with `vocab_size` embeddings.
-
-    Raises:
-        ConfigError: an id is not in [0, vocab_size), which a device would clamp in silence.
-    """
-    for name in ("tokens", "targets"):
-        ids = np.asarray(getattr(batch, name))
-        bad = (ids < 0) | (ids >= vocab_size)
-        if bad.any():
-            row, position = np.argwhere(bad)[0]
-            raise ConfigError(
-                f"token id {ids[row, position]} in {name} at row {row}, position {position} is "
-                f"outside [0, model.vocab_size={vocab_size}); use the tokenizer that the data "
-                "were made with, or a larger model.vocab_size"
-            )
 
 
 def check_vocabulary(corpus: Corpus, model_vocab_size: int) -> None:

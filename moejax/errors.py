@@ -4,6 +4,7 @@ import math
 
 # Exit codes, which schedulers and scripts act on; the command line's help lists them.
 DONE, CHECK_FAILED, BAD_INPUT, UNAVAILABLE, PREEMPTED, INTERRUPTED = 0, 1, 2, 69, 75, 130
+DIVERGED = 17  # the training itself went wrong, by `watch.*`: the same command would again
 NO_SPACE = 28  # as errno
 
 

@@ -21,7 +21,7 @@ from moejax.attention import packed_tokens
 from moejax.checkpoint import Checkpoints
 from moejax.config import Config, MoEConfig
 from moejax.corpus import load_corpus
-from moejax.data import Batch, ValidationBatches, check_tokens, check_vocabulary
+from moejax.data import Batch, ValidationBatches, check_vocabulary
 from moejax.loss import Totals, totals, whole_losses
 from moejax.mesh import Device, make_mesh, mesh_config
 from moejax.metrics import loss_record, routing_record
@@ -126,12 +126,7 @@ class Evaluator:
         train = self._config.train
         unit = mesh_config(self._mesh).token_shards * self._config.moe.group_sequences
         microbatch = -(-train.batch_size // train.accumulation // unit) * unit
-
-        def rows(start: int, stop: int) -> Batch:
-            batch = self._batches.rows(index, start, stop)
-            check_tokens(batch, self._config.model.vocab_size)
-            return batch
-
+        rows = partial(self._batches.rows, index)
         size = microbatch * train.accumulation
         return place_batch(self._mesh, rows, size, train.accumulation)
 

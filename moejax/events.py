@@ -17,6 +17,19 @@ KINDS: dict[str, str] = {
     "checkpoint_ignored": "a folder of another run is among the checkpoints, untouched: `folder`",
     "leftover_removed": "a save or a deletion of a crashed process was cleared away: `folder`",
     "lock_taken_over": "the process that had the workdir died without letting go: `owner`",
+    "nonfinite": "a loss or gradient was not finite: `policy`, `batch`, `quantities`",
+    "spike": "the loss or the gradient's norm was far above that of the last steps: "
+    "`policy`, `batch`, `quantity`, `value`, `limit`",
+    "skips": "too many steps in a row were left without effect: `policy`, `batch`, `in_a_row`",
+    "collapse": "a router was over a limit for many steps in a row: "
+    "`policy`, `batch`, `quantity`, `value`, `limit`, `steps`",
+    "mismatch": "copies on devices, or a step run twice, were not equal bit for bit: "
+    "`policy`, `comparison`, `arrays`",
+    "rollback": "the run went back to a checkpoint, and passes over the batches since: "
+    "`to`, `first`, `last`",
+    "skip_batches": "batches of the list were passed over: `first`, `last`",
+    "epoch": "the data were through, and begin again in another order: `epoch`, `batch`",
+    "corrupt_data": "damaged parts of the data were replaced by padding: `batch`, `sequences`",
 }
 
 

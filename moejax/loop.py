@@ -1,6 +1,7 @@
 """The training loop: batch, step, hooks; metrics one step late, so that devices never wait."""
 
 import contextlib
+import functools
 import math
 import sys
 import time
@@ -12,13 +13,14 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from moejax.checkpoint import Checkpoints
+from moejax.checkpoint import Checkpoints, Resumed
 from moejax.cluster import check_agreement, check_shared, failing_together, from_first, software
 from moejax.config import Config, ConfigError
 from moejax.corpus import load_corpus
-from moejax.data import Batch, Prefetch, TrainBatches, check_tokens, check_vocabulary
-from moejax.errors import CHECK_FAILED, DONE, PREEMPTED
+from moejax.data import Batch, Prefetch, TrainBatches, check_vocabulary
+from moejax.errors import DIVERGED, DONE, PREEMPTED
 from moejax.evaluate import Evaluator
+from moejax.events import Events
 from moejax.flops import model_flops_utilization
 from moejax.generate import generate
 from moejax.lock import RunLock
@@ -30,23 +32,39 @@ from moejax.plots import plot_expert_load, plot_loss
 from moejax.preemption import Preemption
 from moejax.progress import TrainProgress, show_summary
 from moejax.replay import load_choices, save_choices
+from moejax.replicas import Comparisons, Mismatch, describe_mismatches
 from moejax.sharding import place_batch
+from moejax.skip_list import SkipList, resumed_list
 from moejax.state import initial_state
 from moejax.step import StepMetrics, make_train_step
+from moejax.watch import Finding, findings_of_router, findings_of_step, router_health
 from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT, open_workdir
 
+# Sums over the steps so far, in every record.
+COUNTERS = (
+    *("tokens_seen", "routed_seen", "dropped_seen"),
+    *("skipped_updates", "corrupt_sequences"),
+)
 SAMPLE_PROMPTS = ("And it came to pass", "Y aconteció que", "def main(")
 
 
-class NonFinite(Exception):
-    """A quantity of a step is NaN or infinite; the message says which came first."""
+class Diverged(Exception):
+    """The run stops, because of what was found in a step; the message says what."""
+
+
+class RollBack(Exception):
+    """The run goes back, because of what was found in `step`; the message says what."""
+
+    def __init__(self, step: int, message: str):
+        super().__init__(message)
+        self.step = step
 
 
 def train(config: Config, workdir: Path) -> int:
     """Trains, or resumes, the run in `workdir` to `config.train.steps`.
 
     Returns:
-        0, or 1 when a quantity was not finite, or 75 when SIGTERM ended it, saved, before that.
+        0, or 17 when `watch.*` stopped it, or 75 when SIGTERM ended it, saved, before that.
 
     Raises:
         ConfigError: the config does not fit the devices or the data, or processes differ.
@@ -75,9 +93,9 @@ def train(config: Config, workdir: Path) -> int:
                 checkpoints.require_saved()
                 return DONE
             return PREEMPTED
-        except NonFinite as error:
+        except Diverged as error:
             print(f"moejax train: {error}", file=sys.stderr)
-            return CHECK_FAILED
+            return DIVERGED
         finally:
             training.writer.close()
 
@@ -98,30 +116,45 @@ class Training:
         self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
         self.evaluator, self.checkpoints = evaluator, checkpoints
         self._choices_to_replay(1)  # refused before anything is compiled
-        self.step_function, abstract = make_train_step(config, mesh)
-        self.counters = {"tokens_seen": 0, "routed_seen": 0, "dropped_seen": 0}
-        resumed = checkpoints.resume(abstract)
+        step_function, self.abstract = make_train_step(config, mesh)
+        watch, again = config.watch, None
+        if watch.recompute_every is not None:
+            again, _ = make_train_step(config, mesh, donate=False)
+        self.comparisons = Comparisons(watch, mesh, self.abstract, step_function, again)
+        self.counters = dict.fromkeys(COUNTERS, 0)
+        self.skip_list, self.streaks = SkipList.parse(watch.skip_batches), {}
+        self.rollbacks: dict[int, int] = {}
+        resumed = checkpoints.resume(self.abstract)
         if resumed is None:
             start = 0
             optimizer = make_optimizer(config.optim, config.train.steps)
             self.state = initial_state(config, mesh, optimizer, token_counts)
         else:
-            start, self.state, meta = resumed
-            self._check_data(meta)
-            if start > config.train.steps:
-                raise ConfigError(
-                    f"train.steps={config.train.steps} is below the checkpoint of step {start} in "
-                    f"{workdir}; use train.steps={start} or more"
-                )
-            self.counters = meta["counters"]
+            start = resumed.step
+            self._take(resumed)
         self.start = start
         self.main_process = jax.process_index() == 0
         if self.main_process:
             open_workdir(workdir, config)  # from here on nothing refuses the run
         self.writer = MetricWriter(workdir, start, enabled=self.main_process)
+        self.events = Events(workdir, enabled=self.main_process)
         self.last_eval: dict[str, Any] | None = None
         self.last_train: dict[str, Any] | None = None
         self.seconds: list[float] = []
+
+    def _take(self, resumed: Resumed) -> None:
+        """Takes the state and all else of a checkpoint; what is to be passed over is added to."""
+        step, state, meta = resumed
+        self._check_data(meta)
+        if step > self.config.train.steps:
+            raise ConfigError(
+                f"train.steps={self.config.train.steps} is below the checkpoint of step {step} in "
+                f"{self.workdir}; use train.steps={step} or more"
+            )
+        self.counters, self.streaks = meta["counters"], meta["watch"]["streaks"]
+        stored = SkipList.parse(meta["watch"]["skip_batches"])
+        self.skip_list = resumed_list(stored, self.skip_list, step)
+        self.start, self.state = step, state
 
     def _check_data(self, meta: dict[str, Any]) -> None:
         ours = {"data": self.data.fingerprint, "validation": self.evaluator.fingerprint}
@@ -136,6 +169,13 @@ class Training:
 
     def train(self, preemption: Preemption) -> bool:
         """Runs the steps that are left; returns False when it was preempted, and saved, before."""
+        while True:
+            try:
+                return self._train(preemption)
+            except RollBack as back:
+                self._roll_back(back)
+
+    def _train(self, preemption: Preemption) -> bool:
         config = self.config
         positions = config.train.batch_size * config.data.sequence_length
         self.writer.write_text("config", f"```\n{config_to_json(config)}\n```")
@@ -147,18 +187,40 @@ class Training:
                 positions,
                 console=Console(highlight=False, quiet=not self.main_process),
             ) as self.progress,
-            Prefetch(self._batch, self.start) as batches,
+            Prefetch(self._batch, self.start, config.data.timeout_seconds) as batches,
         ):
             for step in range(self.start + 1, config.train.steps + 1):
                 choices = self._choices_to_replay(step)
-                self.state, metrics = self.step_function(self.state, next(batches), choices)
+                self.state, metrics, mismatches = self.comparisons.step(
+                    step, self.state, next(batches), choices
+                )
                 late.push(step, metrics)
+                self._report(step, mismatches)
                 preempted = preemption.reached() and step < config.train.steps
                 self._hooks(step, late, preempted)
                 if preempted:
                     return self._stop(step)
             late.flush()
         return True
+
+    def _roll_back(self, back: RollBack) -> None:
+        """Goes back to the newest checkpoint, and leaves out the batches from there to `back`."""
+        del self.state  # room for another
+        self.checkpoints.wait()
+        resumed = self.checkpoints.resume(self.abstract, back.step - 1)
+        if resumed is None:
+            raise Diverged(self._explain(back.step, f"{back}; there is nothing to go back to"))
+        step, times = resumed.step, self.rollbacks.get(resumed.step, 0)
+        self.rollbacks[step] = times + 1
+        if times == self.config.watch.max_rollbacks:
+            raise Diverged(self._explain(back.step, f"{back}; went back {times} times"))
+        first, last = self.skip_list.batch(step), self.skip_list.batch(back.step - 1)
+        self.skip_list = self.skip_list.add(first, last + 1)
+        self._take(resumed)
+        self.writer.close()
+        self.writer = MetricWriter(self.workdir, step, enabled=self.main_process)
+        self.events.write("rollback", back.step, to=step, first=first, last=last)
+        self._say(back.step, f"back to step {step}, without batches {first} to {last}")
 
     def _stop(self, step: int) -> bool:
         self.checkpoints.require_saved()
@@ -169,13 +231,8 @@ class Training:
 
     def _batch(self, finished: int) -> Batch:
         """Returns the batch after `finished` steps, on the devices; reads this process's rows."""
-
-        def rows(start: int, stop: int) -> Batch:
-            batch = self.data.rows(finished, start, stop)
-            check_tokens(batch, self.config.model.vocab_size)
-            return batch
-
-        train = self.config.train
+        train, index = self.config.train, self.skip_list.batch(finished)
+        rows = functools.partial(self.data.rows, index)
         return place_batch(self.mesh, rows, train.batch_size, train.accumulation)
 
     def _choices_to_replay(self, step: int) -> jax.Array | None:
@@ -193,7 +250,7 @@ class Training:
         late.flush()  # nothing that is not finite is evaluated or saved
         loss = self._evaluate(step) if evaluates else None
         if loss is not None and not math.isfinite(loss):
-            raise NonFinite(self._explain(step, ["validation loss"]))
+            raise Diverged(self._explain(step, "the validation loss is not finite"))
         if saves:
             self.checkpoints.save(self.state, self._meta(), loss, local=not durable, final=final)
         late.restart_clock()
@@ -214,14 +271,14 @@ class Training:
         return {
             "config": config_to_dict(self.config),
             "counters": dict(self.counters),
+            "watch": {"skip_batches": str(self.skip_list), "streaks": self.streaks},
             "data": self.data.fingerprint,
             "validation": self.evaluator.fingerprint,
             "versions": software(),
         }
 
     def _record(self, step: int, metrics: StepMetrics, seconds: float | None) -> None:
-        """Takes a step's metrics: checks that they are finite, counts, and at times writes them."""
-        broken = [name for name, finite in metrics.finite.items() if not finite]
+        """Takes a step's metrics: looks at them, counts, and at times writes them."""
         positions = self.config.train.batch_size * self.config.data.sequence_length
         routing = routing_record(
             metrics.stats, positions, int(metrics.totals.tokens), self.config.moe
@@ -231,18 +288,74 @@ class Training:
         self.counters["tokens_seen"] += int(metrics.totals.targets)
         self.counters["routed_seen"] += routing["routed"]
         self.counters["dropped_seen"] += routing["dropped"]
+        self.counters["skipped_updates"] += int(metrics.verdict.skipped)
+        self._note_data(step, metrics)
+        findings = self._look(step, metrics, routing)
         if seconds is not None:
             self.seconds.append(seconds)
         every, steps = self.config.logging.every, self.config.train.steps
-        written = bool(broken) or step % every == 0 or step in (1, steps)
+        written = bool(findings) or step % every == 0 or step in (1, steps)
         if written or step == self.start + 1:
             record = self._train_record(step, metrics, seconds) | routing
             self.progress.update(record)
             self.last_train = record
             if written:
                 self.writer.write(record)
-        if broken:
-            raise NonFinite(self._explain(step, broken))
+        self._act(step, findings)
+
+    def _note_data(self, step: int, metrics: StepMetrics) -> None:
+        """Writes the events of the data of a step."""
+        batch, before = (self.skip_list.batch(finished) for finished in (step - 1, step - 2))
+        if batch > before + 1:
+            self.events.write("skip_batches", step, first=before + 1, last=batch - 1)
+        epoch = self.data.epoch(batch)
+        if epoch > max(0, self.data.epoch(before)):
+            self.events.write("epoch", step, epoch=epoch, batch=batch)
+        lost = self.config.train.batch_size - int(metrics.totals.sequences)
+        if lost:
+            self.counters["corrupt_sequences"] += lost
+            self.events.write("corrupt_data", step, batch=batch, sequences=lost)
+        if lost == self.config.train.batch_size:
+            raise ConfigError(
+                f"step {step}: no sequence of batch {batch} could be read; prepare the text again"
+            )
+
+    def _look(self, step: int, metrics: StepMetrics, routing: dict[str, Any]) -> list[Finding]:
+        values = {"loss": metrics.losses.loss, "grad_norm": metrics.grad_norm}
+        found = findings_of_step(self.config, metrics.verdict, values, metrics.finite)
+        health = router_health(metrics.stats, routing)
+        collapsed, self.streaks = findings_of_router(self.config.watch, health, self.streaks)
+        return found + collapsed
+
+    def _act(self, step: int, findings: list[Finding]) -> None:
+        """Records findings and does what their policies say; of several, the strongest."""
+        for finding in findings:
+            about = {"policy": finding.policy, "batch": self.skip_list.batch(step - 1)}
+            self.events.write(finding.kind, step, **about, **finding.fields)
+        messages = {finding.policy: finding.message for finding in reversed(findings)}
+        if "stop" in messages:
+            raise Diverged(self._explain(step, messages["stop"]))
+        for finding in findings:
+            left = "; the step was left without effect" if finding.policy == "skip" else ""
+            self._say(step, finding.message + left)
+        if "rollback" in messages:
+            raise RollBack(step, messages["rollback"])
+
+    def _report(self, step: int, mismatches: dict[str, list[Mismatch]]) -> None:
+        """Records arrays that differ where they must not, and does what `watch.mismatch` says."""
+        policy = self.config.watch.mismatch
+        for comparison, arrays in mismatches.items():
+            about = {"comparison": comparison, "policy": policy}
+            named = {array: list(devices) for array, devices in arrays}
+            self.events.write("mismatch", step, **about, arrays=named)
+            message = describe_mismatches(comparison, arrays)
+            if policy == "stop":
+                raise Diverged(self._explain(step, message))
+            self._say(step, message)
+
+    def _say(self, step: int, message: str) -> None:
+        if self.main_process:
+            print(f"moejax train: step {step}: {message}", file=sys.stderr)
 
     def _train_record(
         self, step: int, metrics: StepMetrics, seconds: float | None
@@ -271,18 +384,13 @@ class Training:
             "mfu": utilization,
         }
 
-    def _explain(self, step: int, broken: list[str]) -> str:
+    def _explain(self, step: int, message: str) -> str:
         self.checkpoints.wait()
         steps = self.checkpoints.steps
         kept = (
             f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
         )
-        return (
-            f"step {step}: {broken[0]} is not finite first, of {len(broken)} quantities; {kept}; "
-            f"lower optim.learning_rate={self.config.optim.learning_rate} or optim.clip_norm="
-            f"{self.config.optim.clip_norm}, or raise moe.router_z_loss_weight="
-            f"{self.config.moe.router_z_loss_weight}"
-        )
+        return f"step {step}: {message}; {kept}"
 
     def finish(self) -> None:
         """Shows what was learned: evaluation, speed, a sample, plots, and the files."""

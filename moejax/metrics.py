@@ -56,6 +56,8 @@ FIELDS = {
         Field("tokens_seen", "tokens", "scalar"),
         Field("routed_seen", "assignments", "scalar"),
         Field("dropped_seen", "assignments", "scalar"),
+        Field("skipped_updates", "steps", "scalar"),
+        Field("corrupt_sequences", "sequences", "scalar"),
         Field("tokens_per_second", "tokens per second", "scalar"),
         Field("step_seconds", "seconds", "scalar", _TRAIN),
         Field("mfu", "fraction", "scalar", _TRAIN),

@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moejax.config import ConfigError
-from moejax.corpus import fingerprint, token_dtype
+from moejax.corpus import PREPARED_VERSION, fingerprint, token_dtype
+from moejax.token_file import chunk_checksums
 from moejax.tokenizer import Tokenizer, load_tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -114,7 +115,7 @@ def _check_options(validation_fraction: float, workers: int | None) -> None:
 def _describe(name: str, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
         "format": "moejax-prepared",
-        "version": 1,
+        "version": PREPARED_VERSION,
         "tokenizer": name,
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
@@ -425,6 +426,7 @@ class _SplitWriter(contextlib.AbstractContextManager):
         self._folder, self._names, self._dtype = folder, domains, token_dtype(vocab_size)
         self._file = (folder / "tokens.bin").open("wb")
         self._hash = hashlib.sha256()
+        self._size, self._checksums = 0, []
         self._starts = array.array("q", [0])
         self._domains = array.array("B")
 
@@ -435,6 +437,7 @@ class _SplitWriter(contextlib.AbstractContextManager):
         data = ids.astype(self._dtype).tobytes()
         self._file.write(data)
         self._hash.update(data)
+        self._size = chunk_checksums(data, self._checksums, self._size)
         self._starts.append(self._starts[-1] + len(ids))
         self._domains.append(domain)
 
@@ -443,7 +446,8 @@ class _SplitWriter(contextlib.AbstractContextManager):
         self._file.close()
         start_d, domain_d = np.asarray(self._starts, "<i8"), np.asarray(self._domains, np.uint8)
         documents = self._folder / "documents.npz"
-        np.savez(documents, start_d=start_d, domain_d=domain_d)
+        checksum_c = np.asarray(self._checksums, "<u4")
+        np.savez(documents, start_d=start_d, domain_d=domain_d, checksum_c=checksum_c)
         return {
             "dtype": self._dtype.str,
             "num_tokens": int(start_d[-1]),

@@ -237,6 +237,16 @@ def varying_axes(array: jax.Array) -> tuple[str, ...]:
     return tuple(axis for axis in AXES if axis in varying)
 
 
+def device_spec() -> P:
+    """Returns the spec of an array [..., devices] of which every device holds its own column."""
+    return P(None, AXES)
+
+
+def vary_everywhere(array: jax.Array) -> jax.Array:
+    """Inside `shard_map`, marks an array as one that may be another on every device."""
+    return _vary(array, frozenset(AXES))
+
+
 def vary_like(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Inside `shard_map`, marks all arrays as varying over every axis over which one of them does.
 

@@ -15,6 +15,7 @@ from moejax.mesh import AnyMesh
 from moejax.model import Decoder
 from moejax.router_state import initial_router_state
 from moejax.sharding import tree_shardings
+from moejax.watch import WatchState, initial_watch
 
 
 @jax.tree_util.register_dataclass
@@ -28,6 +29,7 @@ class TrainState:
         opt_state: of Optax.
         router_state: of `router_state.initial_router_state`; no optimizer touches it.
         rng: uint32 [2]; key data, of the run's seed; for routers that draw, which fold the step in.
+        watch: of `watch.initial_watch`; what a step is judged by.
     """
 
     step: jax.Array
@@ -35,6 +37,7 @@ class TrainState:
     opt_state: Any
     router_state: dict[str, jax.Array]
     rng: jax.Array
+    watch: WatchState = dataclasses.field(default_factory=initial_watch)
 
 
 def split_model(config: Config, mesh: AnyMesh, key: jax.Array) -> tuple[nnx.GraphDef, Any]:
@@ -73,6 +76,7 @@ def _initial_state(
             config.moe, config.num_moe_layers, config.model.vocab_size, token_counts
         ),
         rng=jax.random.key_data(rng),
+        watch=initial_watch(),
     )
 
 

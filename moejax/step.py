@@ -30,6 +30,7 @@ from moejax.router_state import update_router_state
 from moejax.router_stats import RouterStats
 from moejax.sharding import path_name, replicated, tree_shardings
 from moejax.state import TrainState, abstract_state, model_graph
+from moejax.watch import Verdict, judge
 
 GROUPS = ("router", "experts", "shared", "attention", "dense", "norms", "embeddings")
 
@@ -60,6 +61,7 @@ class StepMetrics(NamedTuple):
             `logging.choices`, else None.
         router_state: after the step, [layers, ...], without the table of router `hash`.
         finite: by quantity, in the order of the computation: whether it is finite everywhere.
+        verdict: whether the step is like the others, and was left without effect.
     """
 
     losses: Losses
@@ -70,6 +72,7 @@ class StepMetrics(NamedTuple):
     choice_albts: jax.Array | None
     router_state: dict[str, jax.Array]
     finite: OrderedDict[str, jax.Array]
+    verdict: Verdict
 
 
 class Microbatch(NamedTuple):
@@ -203,7 +206,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _finite(
-    parts: Losses, stats: RouterStats | None, grads: Any, grad_norm: jax.Array, params: Any
+    parts: Losses, stats: RouterStats | None, grads: Any, grad_norm: jax.Array
 ) -> OrderedDict[str, jax.Array]:
     """Returns which quantities are finite; the first that is not is where trouble showed first."""
     finite = OrderedDict()  # a dict would leave `jit` sorted by name
@@ -219,7 +222,6 @@ def _finite(
         if group in by_group:
             finite[f"gradient of {group}"] = _all_finite(by_group[group])
     finite["grad_norm"] = jnp.isfinite(grad_norm)
-    finite["parameters after the step"] = _all_finite(params)
     return finite
 
 
@@ -242,23 +244,38 @@ def train_step(
         )
         grads = jax.lax.with_sharding_constraint(grads, tree_shardings(mesh, grads))
         grad_norm = optax.tree.norm(grads)
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        router_state = state.router_state
-        if stats is not None and choices is None:
-            router_state = update_router_state(router_state, stats, config.moe)
+        finite = _finite(parts, stats, grads, grad_norm)
+        values = {"loss": parts.loss, "grad_norm": grad_norm}
+        sound = jnp.stack(list(finite.values())).all()
+        verdict, watch = judge(config.watch, state.watch, values, sound)
+
+        def update() -> tuple[Any, Any, dict[str, jax.Array]]:
+            with jax.named_scope("optimizer"):
+                updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+                params = optax.apply_updates(state.params, updates)
+            router_state = state.router_state
+            if stats is not None and choices is None:
+                router_state = update_router_state(router_state, stats, config.moe)
+            return params, opt_state, router_state
+
+        before = (state.params, state.opt_state, state.router_state)
+        skips = config.watch.skips  # a branch, not a choice of results: that would hold both
+        after = jax.lax.cond(verdict.skipped, lambda: before, update) if skips else update()
+        params, opt_state, router_state = after
+        finite["parameters after the step"] = _all_finite(params)
+        updates = state.step - state.watch["skipped"]  # what the optimizer counts
         metrics = StepMetrics(
             losses=parts,
             grad_norm=grad_norm,
-            learning_rate=jnp.asarray(schedule(state.step), jnp.float32),
+            learning_rate=jnp.asarray(schedule(updates), jnp.float32),
             totals=total,
             stats=stats,
             choice_albts=chosen,
             router_state={k: v for k, v in router_state.items() if k != "table"},
-            finite=_finite(parts, stats, grads, grad_norm, params),
+            finite=finite,
+            verdict=verdict,
         )
-        state = TrainState(state.step + 1, params, opt_state, router_state, state.rng)
+        state = TrainState(state.step + 1, params, opt_state, router_state, state.rng, watch)
         return state, metrics, grads
 
     return step
@@ -267,8 +284,12 @@ def train_step(
 Step = Callable[..., tuple[TrainState, StepMetrics]]  # of state, batch and choices to replay
 
 
-def make_train_step(config: Config, mesh: Mesh) -> tuple[Step, TrainState]:
-    """Returns the jitted, donating step, and the state that it takes as shapes with shardings."""
+def make_train_step(config: Config, mesh: Mesh, *, donate: bool = True) -> tuple[Step, TrainState]:
+    """Returns the jitted step, and the state that it takes as shapes with shardings.
+
+    Args:
+        donate: the state's memory becomes that of the next one, and it cannot be used again.
+    """
     optimizer = make_optimizer(config.optim, config.train.steps)
     step = train_step(config, mesh, optimizer, model_graph(config, mesh))
     abstract = abstract_state(config, mesh, optimizer)
@@ -280,6 +301,8 @@ def make_train_step(config: Config, mesh: Mesh) -> tuple[Step, TrainState]:
         return step(state, batch, choices)[:2]
 
     jitted = jax.jit(
-        without_gradients, donate_argnums=0, out_shardings=(shardings, replicated(mesh))
+        without_gradients,
+        donate_argnums=0 if donate else (),
+        out_shardings=(shardings, replicated(mesh)),
     )
     return jitted, abstract

@@ -32,6 +32,9 @@ MAY_CHANGE = (
     "checkpoint.*",
     "eval.*",
     "mesh.*",
+    "watch.*",
+    "data.on_corrupt",
+    "data.timeout_seconds",
 )
 
 

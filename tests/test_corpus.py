@@ -13,8 +13,10 @@ import pytest
 
 from moejax import corpus as corpus_module
 from moejax.config import ConfigError, DataConfig
-from moejax.corpus import embedded_documents, load_corpus, make_corpus
+from moejax.corpus import embedded_documents, fingerprint, load_corpus, make_corpus
+from moejax.data import TrainBatches
 from moejax.prepare import prepare
+from moejax.token_file import CorruptData, chunk_checksums
 from moejax.tokenizer import load_tokenizer
 
 
@@ -170,8 +172,9 @@ def test_prepared_round_trip(folder):
     assert sorted(texts) == sorted(f"document {i} {'x' * i}" for i in range(40))
     assert train.domains == ("texts",)
     assert validation.num_documents >= 1
-    assert not train.token_n.flags.writeable
     assert train.token_n.dtype == np.uint16
+    counts = np.bincount(train.token_n[:], minlength=300)
+    np.testing.assert_array_equal(train.token_counts(300), counts)
     rebuilt = make_corpus(
         [(0, load_tokenizer("bytes").encode(text)) for _, text in _texts(train)],
         ("texts",),
@@ -217,7 +220,12 @@ def test_a_token_beyond_the_vocabulary(folder):
     tokens = np.fromfile(path, "<u2")
     tokens[17] = 300
     tokens.tofile(path)
-    with pytest.raises(ConfigError, match=r"tokens\.bin has token id 300 at offset 17, .* of 257"):
+    checksums(folder, tokens)
+    with pytest.raises(
+        ConfigError,
+        match=r"token id 300 is not below the vocabulary of 257: .*tokens\.bin, document 1 of "
+        r"domain 'texts', token 5 of it, 17 of all",
+    ):
         load_corpus(_config(folder), "train")
 
 
@@ -226,10 +234,102 @@ def test_tokens_that_were_changed(folder):
     tokens = np.fromfile(path, "<u2")
     tokens[17] = (tokens[17] + 1) % 256
     tokens.tofile(path)
+    with pytest.raises(ConfigError, match=r"tokens\.bin was changed .*bytes 0 to \d+ have another"):
+        load_corpus(_config(folder), "train")
+    checksums(folder, tokens)  # as if somebody had prepared it so
     with pytest.raises(
         ConfigError, match=r"train was changed after it was prepared: its fingerprint"
     ):
         load_corpus(_config(folder), "train")
+
+
+def checksums(folder: Path, tokens: np.ndarray) -> None:
+    """Makes the checksums fit changed tokens."""
+    path = folder / "train" / "documents.npz"
+    arrays = dict(np.load(path))
+    sums: list[int] = []
+    chunk_checksums(tokens.tobytes(), sums, 0)
+    np.savez(path, **arrays | {"checksum_c": np.array(sums, np.uint32)})
+
+
+def test_damage_is_found_when_it_is_read_where_it_may_be_skipped(folder):
+    path = folder / "train" / "tokens.bin"
+    data = bytearray(path.read_bytes())
+    data[34] ^= 1
+    path.write_bytes(data)
+    corpus = load_corpus(_config(folder, on_corrupt="skip"), "train")
+    assert corpus.skip_corrupt
+    with pytest.raises(CorruptData, match=r"tokens\.bin was changed"):
+        corpus.token_n[:5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"domains": [1]}, "lacks a usable domains"),
+        ({"domains": []}, "lacks a usable domains"),
+        ({"splits": {"train": {}}}, r"lacks a usable splits\.train\.num_tokens, .*validation"),
+        ({"tokenizer_fingerprint": None}, "lacks a usable tokenizer_fingerprint"),
+    ],
+)
+def test_a_meta_file_with_a_hole(folder, change, message):
+    meta = json.loads((folder / "meta.json").read_text())
+    (folder / "meta.json").write_text(json.dumps(meta | change))
+    with pytest.raises(ConfigError, match=message):
+        load_corpus(_config(folder), "train")
+
+
+@pytest.mark.parametrize("dtype", ["<u4", "<f2", ">u2", "object", "x"])
+def test_ids_of_another_dtype(folder, dtype):
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["splits"]["train"]["dtype"] = dtype
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ConfigError, match=rf"ids of dtype '{dtype}', and a vocabulary of 257 has"):
+        load_corpus(_config(folder), "train")
+
+
+@pytest.mark.parametrize("name", ["start_d", "domain_d", "checksum_c"])
+def test_documents_that_do_not_fit_their_tokens(folder, name):
+    path = folder / "train" / "documents.npz"
+    arrays = dict(np.load(path))
+    np.savez(path, **arrays | {name: arrays[name][:-1]})
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["splits"]["train"]["documents_bytes"] = path.stat().st_size
+    (folder / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ConfigError, match=r"documents\.npz does not fit the \d+ tokens and 1 dom"):
+        load_corpus(_config(folder), "train")
+
+
+def test_a_flipped_bit_in_the_documents(folder):
+    """An npz has checksums of its own."""
+    path = folder / "train" / "documents.npz"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 4] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"documents\.npz (is damaged|does not fit)"):
+        load_corpus(_config(folder), "train")
+
+
+def test_an_empty_split(folder):
+    """No tokens is no error of the file: who makes batches of it says so."""
+    meta = json.loads((folder / "meta.json").read_text())
+    path = folder / "train" / "documents.npz"
+    np.savez(
+        path,
+        start_d=np.zeros(1, np.int64),
+        domain_d=np.zeros(0, np.uint8),
+        checksum_c=np.zeros(0, np.uint32),
+    )
+    (folder / "train" / "tokens.bin").write_bytes(b"")
+    about = meta["splits"]["train"]
+    about |= {"num_tokens": 0, "num_documents": 0, "documents_bytes": path.stat().st_size}
+    about["fingerprint"] = fingerprint(
+        hashlib.sha256(), np.zeros(1, np.int64), np.zeros(0, np.uint8), ("texts",)
+    )
+    (folder / "meta.json").write_text(json.dumps(meta))
+    corpus = load_corpus(_config(folder), "train")
+    with pytest.raises(ConfigError, match=r"0 tokens, 0 sequences .* fewer than"):
+        TrainBatches(corpus, 8, 4, seed=0)
 
 
 def test_documents_are_never_unpickled(folder):

@@ -1,10 +1,12 @@
 """Packing by hand-written tables, order, slices of a batch, and the checks on ids."""
 
+import dataclasses
 import threading
 
 import numpy as np
 import pytest
 
+from moejax import data
 from moejax.config import ConfigError
 from moejax.corpus import Corpus, make_corpus
 from moejax.data import (
@@ -13,9 +15,9 @@ from moejax.data import (
     Sequences,
     TrainBatches,
     ValidationBatches,
-    check_tokens,
     check_vocabulary,
 )
+from moejax.errors import UnavailableError
 from moejax.tokenizer import load_tokenizer
 
 END = 256
@@ -175,6 +177,19 @@ def test_fingerprint_of_an_order(corpus):
     assert len({same, *(fingerprint(*arguments) for arguments in changed)}) == 5
 
 
+def test_epochs_are_counted_by_the_last_sequence_of_a_batch():
+    """10 sequences in batches of 4: the third batch takes two of the next round."""
+    batches = TrainBatches(_corpus((0, [1] * 30)), 3, 4, seed=0)
+    assert batches.num_sequences == 10
+    assert [batches.epoch(step) for step in range(6)] == [0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize("documents", [(), ((0, []),)])
+def test_no_text_at_all(documents):
+    with pytest.raises(ConfigError, match=r"has [01] tokens, 0 sequences .*fewer than"):
+        TrainBatches(_corpus(*documents), 3, 4, seed=0)
+
+
 def test_too_few_sequences_for_a_batch():
     with pytest.raises(
         ConfigError, match=r"10 tokens, 3 sequences .*=3, fewer than train\.batch_size=4;"
@@ -224,6 +239,41 @@ def test_an_error_in_the_thread_comes_out_in_the_caller():
         next(ahead)
 
 
+def test_a_thread_that_hangs_is_an_error_that_says_where(monkeypatch):
+    monkeypatch.setattr(data, "CLOSE_SECONDS", 0.1)
+    forever = threading.Event()
+
+    def stuck_disk(index: int):
+        if index == 6:
+            forever.wait()
+        return index
+
+    ahead = Prefetch(stuck_disk, 5, timeout=0.2)  # type: ignore
+    assert next(ahead) == 5
+    with pytest.raises(
+        UnavailableError,
+        match=r"batch 6 did not come in data\.timeout_seconds=0\.2: the thread that reads data "
+        r"hangs, in .*test_data\.py:\d+ stuck_disk > threading\.py",
+    ):
+        next(ahead)
+    ahead.close()  # does not wait for it
+    assert _data_threads()
+    forever.set()
+    ahead._thread.join()
+
+
+def test_a_thread_that_is_gone_is_an_error_at_once():
+    ahead = Prefetch(lambda index: index, first=0)  # type: ignore
+    ahead._closed.set()
+    ahead._thread.join()
+    ahead._closed.clear()
+    while not ahead._queue.empty():
+        next(ahead)
+    with pytest.raises(UnavailableError, match=r"the thread that reads data ended without a word"):
+        next(ahead)
+    ahead.close()
+
+
 # Validation
 
 
@@ -262,16 +312,29 @@ def test_a_validation_split_without_a_target():
 # Checks of ids
 
 
-@pytest.mark.parametrize(("name", "bad"), [("tokens", 264), ("targets", -1)])
-def test_ids_beyond_the_model(corpus, name, bad):
-    batch = TrainBatches(corpus, 8, 4, seed=0).rows(0)
-    check_tokens(batch, 264)
-    getattr(batch, name)[2, 5] = bad
+def test_an_id_beyond_the_vocabulary(corpus):
+    """Where it is: the window of 8 from token 24 on; a device would clamp it in silence."""
+    ids = corpus.token_n.copy()
+    ids[29] = 300
+    sequences = Sequences(dataclasses.replace(corpus, token_n=ids), 8)
+    sequences[2]
+    document = int(np.searchsorted(corpus.start_d, 29, side="right")) - 1
+    inside = 29 - corpus.start_d[document]
     with pytest.raises(
         ConfigError,
-        match=rf"token id {bad} in {name} at row 2, position 5 is outside \[0, .*vocab_size=264\)",
+        match=rf"token id 300 is not below the vocabulary of 257: the embedded text, document "
+        rf"{document} of domain '[ab]', token {inside} of it, 29 of all; prepare",
     ):
-        check_tokens(batch, 264)
+        sequences[3]
+
+
+def test_a_damaged_sequence_is_padding_if_so_asked(corpus, caplog):
+    ids = corpus.token_n.copy()
+    ids[29] = 300
+    sequences = Sequences(dataclasses.replace(corpus, token_n=ids, skip_corrupt=True), 8)
+    assert _equal(sequences[3], sequences.padding())
+    assert _equal(sequences[2], Sequences(corpus, 8)[2])
+    assert "sequence 3 is padding instead: token id 300" in caplog.text
 
 
 def test_a_tokenizer_larger_than_the_model(corpus):

@@ -1,5 +1,7 @@
+from pathlib import Path
+
 from moejax import events
-from moejax.events import EVENTS, Events, read_events
+from moejax.events import EVENTS, KINDS, Events, read_events
 
 
 def test_events_are_read_back_without_a_line_that_a_crash_cut_off(tmp_path, monkeypatch):
@@ -20,3 +22,10 @@ def test_a_file_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsy
     log.write("probe", 1)
     log.write("probe", 2)
     assert capsys.readouterr().err.count("cannot be written") == 1
+
+
+def test_every_kind_is_documented_as_it_says():
+    page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
+    section = page.partition("## Events\n")[2].partition("\n## ")[0]
+    rows = [line.split(" | ")[:2] for line in section.splitlines() if line.startswith("| `")]
+    assert {kind.strip("| `"): meaning for kind, meaning in rows} == KINDS

@@ -12,9 +12,9 @@ import moejax
 PACKAGE = Path(moejax.__file__).parent
 # A module imports only from its left.
 ORDER = [
-    *("errors", "moe_config", "config", "overrides", "workdir", "events"),
-    *("manifest", "store", "lock"),
-    *("tokenizer", "corpus", "data", "prepare"),
+    *("errors", "moe_config", "skip_list", "watch_config", "config", "overrides", "workdir"),
+    *("events", "manifest", "store", "lock"),
+    *("tokenizer", "token_file", "corpus", "data", "prepare"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots", "fsck"),
     *("cluster", "preemption"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
@@ -30,7 +30,8 @@ ORDER = [
         "embedding",
         "model",
     ),
-    *("loss", "contract", "optim", "state", "traffic", "step", "checkpoint", "replay"),
+    *("loss", "contract", "optim", "watch", "state", "traffic", "step", "replicas"),
+    *("checkpoint", "replay"),
     *("evaluate", "generate", "describe", "plan", "plan_report", "search", "verify", "loop"),
     *("cli", "__main__"),
 ]
