@@ -27,5 +27,5 @@ def test_a_file_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsy
 def test_every_kind_is_documented_as_it_says():
     page = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text()
     section = page.partition("## Events\n")[2].partition("\n## ")[0]
-    rows = [line.split(" | ")[:2] for line in section.splitlines() if line.startswith("| `")]
-    assert {kind.strip("| `"): meaning for kind, meaning in rows} == KINDS
+    rows = [line[2:-2].split(" | ") for line in section.splitlines() if line.startswith("| `")]
+    assert {kind.strip("`"): meaning for kind, meaning in rows} == KINDS

@@ -92,6 +92,11 @@ def _short(monkeypatch):
     monkeypatch.setattr(loop.Training, "finish", lambda self: None)
 
 
+def _train(config: Config, workdir: Path) -> int:
+    workdir.mkdir(parents=True, exist_ok=True)
+    return loop.train(config, workdir)
+
+
 def _events(workdir: Path) -> list[dict]:
     """All but those of checkpoints and locks."""
     others = ("checkpoint_", "lock_", "leftover_")
@@ -129,7 +134,7 @@ def _assert_equal_states(a: dict, b: dict) -> None:
 def test_stop_leaves_the_last_checkpoint_and_says_what_happened(spoil, tmp_path, capsys):
     spoil("nan", {9})
     config = _config("checkpoint.every=2", "checkpoint.keep=9")
-    assert loop.train(config, tmp_path) == DIVERGED
+    assert _train(config, tmp_path) == DIVERGED
     assert checkpoint_steps(tmp_path) == [2, 4, 6, 8]
     assert all(np.isfinite(leaf).all() for leaf in _last(tmp_path, config).values())
     message = capsys.readouterr().err.strip().splitlines()[-1]
@@ -149,7 +154,7 @@ def skipped(tmp_path_factory):
         patch.setattr(loop.Training, "finish", lambda self: None)
         patch.setattr(TrainBatches, "rows", TrainBatches.rows)
         _spoiler()("nan", {5})
-        assert loop.train(config, workdir) == DONE
+        assert _train(config, workdir) == DONE
     return workdir, config
 
 
@@ -186,7 +191,7 @@ def test_skipped_killed_and_resumed_is_the_undisturbed_run(skipped, spoil, tmp_p
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert checkpoint_steps(workdir)[-1] == 8, "it was killed too late to show anything"
-    assert loop.train(config, workdir) == DONE
+    assert _train(config, workdir) == DONE
     assert records(workdir) == records(straight)
     _assert_equal_states(_last(workdir, config), _last(straight, config))
 
@@ -194,7 +199,7 @@ def test_skipped_killed_and_resumed_is_the_undisturbed_run(skipped, spoil, tmp_p
 def test_too_many_skips_in_a_row_stop(spoil, tmp_path, capsys):
     spoil("nan", range(4, 100))
     config = _config("watch.nonfinite=skip", "watch.max_consecutive_skips=3")
-    assert loop.train(config, tmp_path) == DIVERGED
+    assert _train(config, tmp_path) == DIVERGED
     kinds = [("nonfinite", 5), ("nonfinite", 6), ("nonfinite", 7), ("skips", 7)]
     assert _kinds(tmp_path) == kinds
     assert "step 7: 3 steps in a row were skipped" in capsys.readouterr().err
@@ -206,7 +211,7 @@ def test_rollback_is_the_run_that_had_left_the_batches_out(spoil, tmp_path, caps
     spoil("nan", {9})
     config = _config("watch.nonfinite=rollback")
     workdir, asked = tmp_path / "back", tmp_path / "asked"
-    assert loop.train(config, workdir) == DONE
+    assert _train(config, workdir) == DONE
     expected = [("nonfinite", 10), ("rollback", 10), ("skip_batches", 9)]
     assert _kinds(workdir) == expected
     back = _events(workdir)[1]
@@ -214,7 +219,7 @@ def test_rollback_is_the_run_that_had_left_the_batches_out(spoil, tmp_path, caps
     assert "step 10: back to step 8, without batches 8 to 9" in capsys.readouterr().err
     for step, batches in ((12, "8-9"), (8, "")):
         assert _resumed(workdir, config, step).meta["watch"]["skip_batches"] == batches
-    assert loop.train(apply_overrides(config, ["watch.skip_batches=8-9"]), asked) == DONE
+    assert _train(apply_overrides(config, ["watch.skip_batches=8-9"]), asked) == DONE
     assert _kinds(asked) == [("skip_batches", 9)]
     assert records(workdir) == records(asked)
     _assert_equal_states(_last(workdir, config), _last(asked, config))
@@ -226,8 +231,8 @@ def test_the_list_of_a_run_that_went_back_is_honoured_on_resume(spoil, tmp_path)
     spoil("nan", {9})
     config, longer = (_config("watch.nonfinite=rollback", f"train.steps={n}") for n in (12, 15))
     for folder, words in (("back", []), ("asked", ["watch.skip_batches=8-9"])):
-        assert loop.train(apply_overrides(config, words), tmp_path / folder) == DONE
-        assert loop.train(longer, tmp_path / folder) == DONE
+        assert _train(apply_overrides(config, words), tmp_path / folder) == DONE
+        assert _train(longer, tmp_path / folder) == DONE
     _assert_equal_states(*(_last(tmp_path / folder, longer) for folder in ("back", "asked")))
 
 
@@ -237,7 +242,7 @@ def test_two_processes_agree_on_what_to_do(spoil, tmp_path, policy):
     """4 devices each: the same events, lines and list as of one process with 8."""
     spoil("nan", {9})
     merged = {word.split("=")[0]: word for word in (*SMALL, *TINY, f"watch.nonfinite={policy}")}
-    assert loop.train(_config(f"watch.nonfinite={policy}"), tmp_path / "one") == DONE
+    assert _train(_config(f"watch.nonfinite={policy}"), tmp_path / "one") == DONE
     (tmp_path / "sitecustomize.py").write_text(FAULTS + '\nspoil("nan", {9})\n')
     two = tmp_path / "two"
     launch = [sys.executable, "launch/local.py", "--processes", "2", "--logs", str(tmp_path)]
@@ -266,7 +271,7 @@ def test_going_back_again_and_again_ends(spoil, tmp_path, capsys):
     """Every batch from 9 on is broken: 3 times back to step 8, each time further on."""
     spoil("nan", range(9, 100))
     config = _config("watch.nonfinite=rollback")
-    assert loop.train(config, tmp_path) == DIVERGED
+    assert _train(config, tmp_path) == DIVERGED
     back = [e for e in _events(tmp_path) if e["kind"] == "rollback"]
     assert [(e["first"], e["last"]) for e in back] == [(8, 9), (10, 10), (11, 11)]
     assert "; went back 3 times; the checkpoint of step 8 is kept" in capsys.readouterr().err
@@ -274,17 +279,17 @@ def test_going_back_again_and_again_ends(spoil, tmp_path, capsys):
 
 def test_nothing_to_go_back_to(spoil, tmp_path, capsys):
     spoil("nan", {2})
-    assert loop.train(_config("watch.nonfinite=rollback"), tmp_path) == DIVERGED
+    assert _train(_config("watch.nonfinite=rollback"), tmp_path) == DIVERGED
     assert "there is nothing to go back to; there is no checkpoint yet" in capsys.readouterr().err
 
 
 @pytest.mark.slow
 def test_a_batch_that_was_seen_cannot_be_left_out_later(tmp_path):
     config = _config("train.steps=4")
-    assert loop.train(config, tmp_path) == DONE
+    assert _train(config, tmp_path) == DONE
     seen = apply_overrides(config, ["train.steps=8", "watch.skip_batches=2"])
     with pytest.raises(ConfigError, match=r"skip_batches=2 has batches that the first 4 steps"):
-        loop.train(seen, tmp_path)
+        _train(seen, tmp_path)
 
 
 # Spikes
@@ -304,7 +309,7 @@ def test_a_batch_of_noise_is_a_spike(monkeypatch, spoil, tmp_path, capsys, polic
     monkeypatch.setattr(watch, "NEEDED", 8)
     spoil("noise", {37})
     config = _config(*STEADY, "train.steps=40", "checkpoint.every=6", f"watch.loss_spike={policy}")
-    code = loop.train(config, tmp_path)
+    code = _train(config, tmp_path)
     assert code == (DIVERGED if policy == "stop" else DONE)
     events = _events(tmp_path)
     said = capsys.readouterr().err
@@ -346,7 +351,7 @@ def test_a_router_that_sends_all_tokens_to_the_same_experts(monkeypatch, tmp_pat
     words = ["moe.router=softmax", "optim.learning_rate=0", "moe.balance_loss_weight=0"]
     words += ["watch.collapse_steps=3", "watch.max_dead_experts=0.4", "train.steps=7"]
     config = _config(*words, f"watch.collapse={policy}")
-    assert loop.train(config, tmp_path) == (DIVERGED if policy == "stop" else DONE)
+    assert _train(config, tmp_path) == (DIVERGED if policy == "stop" else DONE)
     collapses = [(e["step"], e["quantity"]) for e in _events(tmp_path)]
     assert (3, "dead_experts") in collapses
     assert ((6, "dead_experts") in collapses) == (policy == "warn")
@@ -362,9 +367,9 @@ def test_streaks_go_on_after_a_resume(tmp_path):
     words += ["watch.max_dead_experts=None", "watch.max_drop_fraction=None"]
     words += ["watch.max_router_logit=None"]
     config = _config(*words, "train.steps=3")
-    assert loop.train(config, tmp_path) == DONE
+    assert _train(config, tmp_path) == DONE
     assert _kinds(tmp_path) == []
-    assert loop.train(apply_overrides(config, ["train.steps=7"]), tmp_path) == DONE
+    assert _train(apply_overrides(config, ["train.steps=7"]), tmp_path) == DONE
     assert _kinds(tmp_path) == [("collapse", 6)]
 
 
@@ -392,7 +397,7 @@ def test_a_bit_that_flips_on_one_device(monkeypatch, tmp_path, capsys, policy):
     monkeypatch.setattr(Comparisons, "step", struck)
     words = ["watch.replicas_every=2"] if policy else []
     words += ["watch.mismatch=warn"] if policy == "warn" else []
-    code = loop.train(_config(*words, "train.steps=8"), tmp_path)
+    code = _train(_config(*words, "train.steps=8"), tmp_path)
     assert code == (DIVERGED if policy == "stop" else DONE)
     events = _events(tmp_path)
     if policy is None:
@@ -424,7 +429,7 @@ def _prepared(folder: Path) -> Path:
 def test_an_epoch_is_an_event(tmp_path):
     data = _prepared(tmp_path)
     config = _config("data.source=prepared", f"data.path={data}", "train.steps=60")
-    assert loop.train(config, tmp_path / "run") == DONE
+    assert _train(config, tmp_path / "run") == DONE
     events = _events(tmp_path / "run")
     assert {event["kind"] for event in events} == {"epoch"}
     tokens = json.loads((data / "meta.json").read_text())["splits"]["train"]["num_tokens"]
@@ -451,10 +456,10 @@ def test_a_file_that_is_cut_off_while_training(monkeypatch, tmp_path, caplog, po
     config = _config(*words, "train.steps=6", "checkpoint.every=2")
     if policy == "stop":
         with pytest.raises(ConfigError, match=r"tokens\.bin ends at byte 2000 of \d+: it was cut"):
-            loop.train(config, tmp_path / "run")
+            _train(config, tmp_path / "run")
         assert checkpoint_steps(tmp_path / "run")
         return
-    assert loop.train(config, tmp_path / "run") == DONE
+    assert _train(config, tmp_path / "run") == DONE
     events = [e for e in _events(tmp_path / "run") if e["kind"] == "corrupt_data"]
     lost = sum(event["sequences"] for event in events)
     assert lost > 0
