@@ -112,9 +112,6 @@ MESHES = {  # of the paper model: more of them, of what compiles in half a minut
     "olmoe on 16 H100, expert": _gpus(
         "olmoe_1b_7b", 2, "train.batch_size=64", "mesh.fsdp=1", "mesh.expert=16"
     ),
-    "olmoe on 16 H100, fsdp": _gpus(
-        "olmoe_1b_7b", 2, "train.batch_size=64", "mesh.fsdp=16", "mesh.expert=1"
-    ),
     "olmoe on 16 H100, data": _gpus(
         "olmoe_1b_7b", 2, "train.batch_size=32", "mesh.data=2", "mesh.fsdp=1"
     ),

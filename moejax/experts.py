@@ -259,9 +259,9 @@ def _over_width(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recomputed(run, *operands):
-    """`run(*operands)`, computed again in the backward pass.
+    """`run(*operands)`, computed again in the backward pass by `jax.checkpoint`.
 
-    As `jax.checkpoint`, which inside another one keeps each of its operands a second time.
+    Which alone, inside another one that keeps an operand by its name, keeps it for each part.
     """
     return run(*operands)
 
@@ -271,8 +271,7 @@ def _recomputed_forward(run, *operands):
 
 
 def _recomputed_backward(run, operands, grad):
-    operands, grad = lax.optimization_barrier((operands, grad))  # one part after the other
-    return jax.vjp(run, *operands)[1](grad)
+    return jax.vjp(jax.checkpoint(run), *operands)[1](grad)
 
 
 _recomputed.defvjp(_recomputed_forward, _recomputed_backward)
