@@ -7,9 +7,9 @@ r"""Runs one `moejax` command on Kubernetes: a JobSet whose pods are the process
 
 The cluster needs the JobSet controller (jobset.sigs.k8s.io). IMAGE has moejax, its configs in the
 working folder. --claim names a volume that all pods can write; it stands at /runs, where the
-workdir belongs. A pod that is preempted gets SIGTERM and saves; then, as after a crash, all pods
-start again and go on, up to --max_restarts times. Exit codes 1 and 2 end it: another try would end
-alike.
+workdir belongs. In a pod, `moejax supervise` starts a training again where it fails. A pod that is
+preempted gets SIGTERM and saves; then, as when one is lost, all pods start again and go on, up to
+--max_restarts times. Exit codes by which another try would end alike end it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from moejax.cli import VERBS
-from moejax.errors import BAD_INPUT, CHECK_FAILED, ConfigError
+from moejax.errors import BAD_INPUT, CHECK_FAILED, DONE, FINAL, ConfigError
 
 PORT = 8476
 MOUNT = "/runs"
@@ -142,7 +142,8 @@ def jobset(launch: Launch) -> dict[str, Any]:
 
 
 def _fail_for_good() -> dict[str, Any]:
-    codes = {"containerName": "moejax", "operator": "In", "values": [CHECK_FAILED, BAD_INPUT]}
+    values = sorted({CHECK_FAILED, *FINAL} - {DONE})
+    codes = {"containerName": "moejax", "operator": "In", "values": values}
     return {"action": "FailJob", "onExitCodes": codes}
 
 
@@ -151,7 +152,7 @@ def _pod(launch: Launch) -> dict[str, Any]:
         "name": "moejax",
         "image": launch.image,
         "command": ["python", "-m", "moejax"],  # no shell: the signal has to reach Python
-        "args": launch.command,
+        "args": _supervised(launch.command),
         "env": _environment(launch),
     }
     pod: dict[str, Any] = {
@@ -171,6 +172,13 @@ def _pod(launch: Launch) -> dict[str, Any]:
         container["volumeMounts"] = [{"name": "runs", "mountPath": MOUNT}]
         pod["volumes"] = [{"name": "runs", "persistentVolumeClaim": {"claimName": launch.claim}}]
     return pod
+
+
+def _supervised(command: list[str]) -> list[str]:
+    """A training is started again in its pod, but not when the pod has to go."""
+    if command[0] != "train":
+        return command
+    return ["supervise", "--end_when_preempted", "--", *command]
 
 
 def _environment(launch: Launch) -> list[dict[str, Any]]:

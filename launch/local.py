@@ -6,8 +6,9 @@ r"""Runs one `moejax` command as several processes on this machine, each with it
 `--cpu_devices` is per process. Where there are GPUs or TPUs and no --cpu_devices, each process gets
 an equal share of them. What process 0 prints is shown; the others write to --logs, and the end of a
 log is shown when its process fails. The first process that fails ends the others; its exit code is
-returned. SIGTERM goes on to every process: `train` then saves and ends with exit code 75; a second
-one kills them.
+returned, or with --restarts N all are started again, as `moejax supervise` does it. SIGTERM and
+Ctrl-C go on to every process: `train` then saves and ends with exit code 75 or 130; a second one
+kills them.
 """
 
 import argparse
@@ -15,17 +16,15 @@ import contextlib
 import glob
 import os
 import re
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
-POLL_SECONDS = 0.1
-GRACE_SECONDS = 10.0
+from moejax.supervisor import Group, Retries, supervise, workdir_of
+
 JOIN_SECONDS = 60  # the processes start together
 # How the TPU chips of a host lie next to each other, for one process a chip
 TPU_BOUNDS = {4: "2,2,1", 8: "2,4,1"}
@@ -101,11 +100,9 @@ def share_devices(
     ]
 
 
-def start(
-    command: list[str], shares: list[dict[str, str]], port: int, logs: Path
-) -> list[subprocess.Popen]:
+def start(command: list[str], shares: list[dict[str, str]], port: int, logs: Path) -> Group:
     """Starts `moejax command` once a share, with the coordinator's address in the environment."""
-    address = f"127.0.0.1:{port}"
+    address = f"127.0.0.1:{port}"  # nobody outside of this machine can connect
     started = []
     for index, share in enumerate(shares):
         environment = {
@@ -113,61 +110,30 @@ def start(
             **os.environ,
             **share,
             "JAX_COORDINATOR_ADDRESS": address,
-            "JAX_COORDINATOR_BIND_ADDRESS": address,  # nobody outside of this machine can connect
+            "JAX_COORDINATOR_BIND_ADDRESS": address,
             "JAX_NUM_PROCESSES": str(len(shares)),
             "JAX_PROCESS_ID": str(index),
         }
         with contextlib.ExitStack() as stack:
             output = None
             if index > 0:
-                output = stack.enter_context(open(logs / f"process_{index}.log", "wb"))
+                output = stack.enter_context(open(log_of(logs, index), "ab"))
             words = [sys.executable, "-m", "moejax", *command]
             started.append(subprocess.Popen(words, env=environment, stdout=output, stderr=output))
-    return started
+    return Group(started)
 
 
-def wait(started: list[subprocess.Popen]) -> int:
-    """Waits for all; if one fails, ends the others. Returns 0 or the first failure's exit code."""
-    while True:
-        codes = [process.poll() for process in started]
-        failed = [code for code in codes if code]
-        if failed:
-            stop(started)
-            return failed[0] if failed[0] > 0 else 128 - failed[0]
-        if all(code == 0 for code in codes):
-            return 0
-        time.sleep(POLL_SECONDS)
+def log_of(logs: Path, index: int) -> Path:
+    return logs / f"process_{index}.log"
 
 
-def forward_sigterm(started: list[subprocess.Popen]) -> None:
-    """Has a SIGTERM of this process ask all of them to end, and a second one kill them."""
-
-    def ask(*_) -> None:
-        signal.signal(signal.SIGTERM, kill)
-        send(started, signal.SIGTERM)
-
-    def kill(*_) -> None:
-        send(started, signal.SIGKILL)
-
-    signal.signal(signal.SIGTERM, ask)
-
-
-def stop(started: list[subprocess.Popen]) -> None:
-    """Asks every process that still runs to end, and kills those that do not."""
-    send(started, signal.SIGTERM)
-    deadline = time.monotonic() + GRACE_SECONDS
-    for process in started:
-        try:
-            process.wait(max(0.0, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-
-
-def send(started: list[subprocess.Popen], number: signal.Signals) -> None:
-    for process in started:
-        if process.poll() is None:
-            process.send_signal(number)
+def show_failures(group: Group, logs: Path) -> None:
+    """Shows how the logs of the processes that failed end."""
+    for index, process in enumerate(group.started):
+        if index > 0 and process.returncode:
+            text = log_of(logs, index).read_text(errors="replace")
+            ended = f"process {index} ended with {process.returncode}"
+            print(f"{ended}:\n{text[-2000:]}", file=sys.stderr)
 
 
 def main() -> int:
@@ -177,33 +143,39 @@ def main() -> int:
     parser.add_argument("--processes", type=int, required=True, help="how many, at least 1")
     parser.add_argument("--port", type=int, help="of process 0 (default: a free one)")
     parser.add_argument("--logs", type=Path, help="folder of the other processes' output")
+    help = "times to start all of them again without a newer checkpoint in between (default: 0)"
+    parser.add_argument("--restarts", type=int, default=0, metavar="N", help=help)
     parser.add_argument("command", nargs="+", help="after --: a verb of moejax and its words")
     options = parser.parse_args()
     if options.processes < 1:
         parser.error(f"--processes {options.processes} is below 1")
+    if options.restarts < 0:
+        parser.error(f"--restarts {options.restarts} is below 0")
     on_cpu = any(word.startswith("--cpu_devices") for word in options.command)
     gpus = [] if on_cpu else numbered("/dev/nvidia[0-9]*")
     tpus = [] if on_cpu else numbered("/dev/accel[0-9]*") or numbered("/dev/vfio/[0-9]*")
     environment = {} if on_cpu else os.environ
+    logs = options.logs or Path(tempfile.mkdtemp(prefix="moejax-"))
     try:
         shares = share_devices(options.processes, environment, gpus, tpus)
-        port = choose_port(options.port)
+        choose_port(options.port)
     except ValueError as error:
         parser.error(str(error))
-    logs = options.logs or Path(tempfile.mkdtemp(prefix="moejax-"))
     logs.mkdir(parents=True, exist_ok=True)
-    started = start(options.command, shares, port, logs)
-    forward_sigterm(started)
-    try:
-        code = wait(started)
-    except KeyboardInterrupt:
-        stop(started)
-        return 130
-    for index, process in enumerate(started):
-        if index > 0 and process.returncode:
-            text = (logs / f"process_{index}.log").read_text(errors="replace")
-            ended = f"process {index} ended with {process.returncode}"
-            print(f"{ended}:\n{text[-2000:]}", file=sys.stderr)
+    for index in range(1, options.processes):
+        log_of(logs, index).unlink(missing_ok=True)
+    groups: list[Group] = []
+
+    def once_more() -> Group:
+        if groups:
+            show_failures(groups[-1], logs)
+        port = options.port or choose_port(None)
+        groups[:] = [start(options.command, shares, port, logs)]
+        return groups[0]
+
+    workdir = workdir_of(options.command)
+    code = supervise(once_more, workdir, Retries(options.restarts))
+    show_failures(groups[0], logs)
     return code
 
 

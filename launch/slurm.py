@@ -7,7 +7,8 @@ r"""Submits one `moejax` command to SLURM: one process a node, requeued where it
 
 --array FILE has a line of `key=value` words for each run, which trains in WORKDIR/0, WORKDIR/1 and
 so on. The command line and the config, of every run, are checked before anything is submitted. Each
-process writes LOGS/JOB-PROCESS.log, the script itself LOGS/JOB.log. --dry_run prints the script.
+process writes LOGS/JOB-PROCESS.log, the script itself LOGS/JOB.log. --dry_run prints the script. A
+training that fails is started again on its nodes by `moejax supervise`, --restarts times in a row.
 """
 
 import argparse
@@ -39,6 +40,7 @@ class Job:
     cpus_per_task: int | None = None  # None is whole nodes
     time: str | None = None
     grace: int = 120
+    restarts: int = 3
     sbatch: tuple[str, ...] = ()  # further options, as they stand
 
 
@@ -121,6 +123,9 @@ def render(job: Job) -> str:
     lines += ["#SBATCH --requeue", *(f"#SBATCH {option}" for option in job.sbatch)]
     cpus = "" if job.cpus_per_task is None else f" --cpus-per-task={job.cpus_per_task}"
     words = [" ".join(map(shlex.quote, command)) for command in found]
+    program = f"{shlex.quote(sys.executable)} -m moejax"
+    again = f"supervise --restarts {job.restarts} --end_when_preempted"
+    supervisor = f"{program} {again} -- \\\n  " if job.command[0] == "train" else ""
     cases = "\n".join(f"  {index}) set -- {text} ;;" for index, text in enumerate(words))
     return f"""#!/bin/bash
 {chr(10).join(lines)}
@@ -137,9 +142,9 @@ export JAX_COORDINATOR_ADDRESS="$address:$(({PORTS} + SLURM_JOB_ID % 4096))"
 # A signal to the whole job is for the processes: this script has to outlive them.
 trap : TERM
 # The first process that ends does not end the others at once: they are about to, in order.
-srun --kill-on-bad-exit=0 --wait={WAIT_SECONDS} --open-mode=append{cpus} \\
+{supervisor}srun --kill-on-bad-exit=0 --wait={WAIT_SECONDS} --open-mode=append{cpus} \\
   --output={shlex.quote(f"{folder}/{number}")}-%t.log \\
-  {shlex.quote(sys.executable)} -m moejax "$@"
+  {program} "$@"
 code=$?
 
 # Saved and stopped by a signal: once more, unless it is SLURM that ends the job, to requeue or
@@ -173,6 +178,8 @@ def main() -> int:
     parser.add_argument("--time", help="limit of one stay on the nodes, such as 4:00:00")
     help = "seconds before the limit at which SIGTERM comes, to save and requeue (default: 120)"
     parser.add_argument("--grace", type=int, default=120, help=help)
+    help = "of a training that fails, without a newer checkpoint in between (default: 3)"
+    parser.add_argument("--restarts", type=int, default=3, metavar="N", help=help)
     parser.add_argument("--array", type=Path, help="file with a line of key=value words a run")
     parser.add_argument("--name", default="moejax", help="of the job (default: moejax)")
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder (default: logs)")
@@ -181,7 +188,7 @@ def main() -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the script, submit nothing")
     parser.add_argument("command", nargs="+", help="after --: a verb of moejax and its words")
     options = vars(parser.parse_args())
-    for name in ("nodes", "cpus_per_task"):
+    for name in ("nodes", "cpus_per_task", "restarts"):
         if options[name] is not None and options[name] < 1:
             parser.error(f"--{name} {options[name]} is below 1")
     dry_run, array, sbatch = (options.pop(name) for name in ("dry_run", "array", "sbatch"))

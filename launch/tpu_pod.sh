@@ -5,7 +5,7 @@
 #
 # TPU and ZONE are what gcloud calls them. FOLDER is a clone of moejax on each host, after
 # `make setup ACCELERATOR=tpu`. The workdir is on a file system that all hosts share. Each host finds
-# the others by its metadata server.
+# the others by its metadata server. On each, `moejax supervise` starts a training again where it fails.
 set -euo pipefail
 if [ $# -lt 4 ]; then
   echo "usage: launch/tpu_pod.sh TPU ZONE FOLDER VERB [WORDS]; for example" \
@@ -14,6 +14,7 @@ if [ $# -lt 4 ]; then
 fi
 tpu=$1 zone=$2 folder=$3
 shift 3
+[ "$1" = train ] && set -- supervise --end_when_preempted -- "$@"
 if ! command -v gcloud >/dev/null; then
   echo "launch/tpu_pod.sh: there is no gcloud here; install the Google Cloud CLI and log in" >&2
   exit 2

@@ -1,15 +1,6 @@
 """The command line. A verb imports what it calls only after the config is valid: JAX comes late.
 
-Exit codes, which schedulers and scripts act on:
-
-      0  done
-      1  a check failed: `verify`, `fsck`, a claim
-      2  bad input: one line on stderr says what, and what to do
-     17  `watch.*` stopped a training: not finite, a spike, a collapse, a device that computes wrong
-     28  no space: the last checkpoint was not saved
-     69  another process of the run did not come, or ended; the last checkpoint could not be saved
-     75  SIGTERM: `train` saved a checkpoint and ended; the same command goes on from it
-    130  interrupted (Ctrl-C)
+What the exit codes say is in `errors.EXIT_CODES`; `moejax --help` lists them.
 """
 
 import argparse
@@ -25,7 +16,7 @@ from typing import Any
 
 import moejax
 from moejax.config import Config, ConfigError
-from moejax.errors import CHECK_FAILED, DONE, INTERRUPTED
+from moejax.errors import CHECK_FAILED, DONE, EXIT_CODES, INTERRUPTED
 from moejax.overrides import (
     apply_overrides,
     build_config,
@@ -78,8 +69,10 @@ def _without_verb(words: list[str]) -> int:
     if not words:
         raise ConfigError(f"no verb; give one of {verbs}, or --help")
     if words[0] in ("-h", "--help"):
-        rows = "\n".join(f"  {name:9} {verb.summary}" for name, verb in VERBS.items())
-        print(f"{HELP}\nverbs:\n{rows}\n\nmoejax VERB --help tells more about each.")
+        rows = "\n".join(f"  {name:10} {verb.summary}" for name, verb in VERBS.items())
+        codes = "\n".join(f"  {row.code:>3}  {row.meaning}" for row in EXIT_CODES)
+        print(f"{HELP}\nverbs:\n{rows}\n\nexit codes:\n{codes}")
+        print("\nmoejax VERB --help tells more about each verb.")
     elif words[0] == "--version":
         print(f"moejax {moejax.__version__}")
     else:
@@ -589,6 +582,29 @@ def _prepare(line: Line) -> int:
     return DONE
 
 
+def _supervise_options(parser: argparse.ArgumentParser) -> None:
+    help = "times to start it again without a newer checkpoint in between (default: 3)"
+    _option(parser, "--restarts", help, type=_whole(1), default=3, metavar="N")
+    parser.add_argument(
+        "--end_when_preempted",
+        action="store_true",
+        help="hand exit code 75 back, where a scheduler starts the whole job again",
+    )
+    parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+
+
+def _supervise(line: Line) -> int:
+    from moejax.supervisor import Retries, supervise_command
+
+    options = line.options
+    command = options.command[options.command[:1] == ["--"] :]
+    if not command:
+        raise ConfigError("no command; give one after --, for example train configs/x.py ...")
+    if command[0] in VERBS:
+        command = [sys.executable, "-m", "moejax", *command]
+    return supervise_command(command, Retries(options.restarts, options.end_when_preempted))
+
+
 def _no_options(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -733,6 +749,21 @@ en='books/*.txt'. Without one, the domain is the name of the folder.""",
         _prepare,
         config=False,
         required=("output",),
+    ),
+    Verb(
+        "supervise",
+        "run a training and start it again where it fails",
+        "moejax supervise [--restarts N] [--end_when_preempted] -- train CONFIG --workdir DIR ...",
+        """
+  moejax supervise -- train configs/quickstart.py --workdir runs/a --cpu_devices 8
+
+After -- stands a verb of moejax, or a program that runs one, such as srun. It is started again
+after a crash, a signal, a lost or stuck process, not after exit codes that another try would end
+with too. SIGTERM and Ctrl-C go on to it, and end both. Restarts in a row without a newer
+checkpoint are bounded; then exit code 70 says that it does not get on.""",
+        _supervise_options,
+        _supervise,
+        config=False,
     ),
 ]
 VERBS = {verb.name: verb for verb in _VERBS}

@@ -5,6 +5,7 @@ SLURM or a TPU pod does; every process then joins within a time, or says which a
 """
 
 import contextlib
+import errno
 import glob
 import json
 import os
@@ -15,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +28,7 @@ import jax
 from jax._src import distributed  # its client has the key-value store, and no public name
 
 import moejax
-from moejax.errors import UNAVAILABLE, ConfigError, UnavailableError
+from moejax.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, ConfigError, UnavailableError
 
 COORDINATOR, PROCESSES, PROCESS_ID = (
     "JAX_COORDINATOR_ADDRESS",
@@ -36,6 +38,7 @@ COORDINATOR, PROCESSES, PROCESS_ID = (
 BIND = "JAX_COORDINATOR_BIND_ADDRESS"
 JOIN_SECONDS = "MOEJAX_JOIN_SECONDS"
 DEFAULT_JOIN_SECONDS = 300  # on a cluster the slowest process still pulls its image
+HEARTBEAT_SECONDS = 30  # after which a process that computes nothing with the others is lost
 SHUTDOWN_SECONDS = 20
 APPEAR_SECONDS = 30
 SOFTWARE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
@@ -209,9 +212,10 @@ def join_processes(preemptible: bool) -> None:
     cluster = find_cluster(os.environ)
     if cluster is None:
         return
-    seconds = _join_seconds()
+    seconds, bind = _join_seconds(), None
     if cluster.process_id == 0:
-        _check_port(os.environ.get(BIND) or f":{cluster.address.rpartition(':')[2]}")
+        bind = os.environ.get(BIND) or own_address(cluster.address, seconds)
+        _check_port(bind)
     else:
         _await_coordinator(cluster, seconds)
     jax.config.update("jax_enable_preemption_service", preemptible)  # it swallows SIGTERM
@@ -222,6 +226,8 @@ def join_processes(preemptible: bool) -> None:
             cluster.process_id,
             cluster_detection_method="deactivate",  # else on SLURM it sees one GPU of a node only
             initialization_timeout=seconds + 60,  # JAX aborts then; we say why before
+            coordinator_bind_address=bind,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=SHUTDOWN_SECONDS,
         )
     check_agreement("software", software())
@@ -237,6 +243,31 @@ def _join_seconds() -> int:
     return _whole(os.environ, JOIN_SECONDS) if JOIN_SECONDS in os.environ else DEFAULT_JOIN_SECONDS
 
 
+def own_address(address: str, seconds: float) -> str:
+    """Returns `IP:PORT` of the coordinator's address, for process 0 to listen at nothing else.
+
+    A name is looked up until it is known: on a cluster that may take as long as a start does.
+
+    Raises:
+        UnavailableError: the name is not known in that time.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+            ip = found[0][4][0]
+            return f"[{ip}]:{port}" if ":" in str(ip) else f"{ip}:{port}"
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UnavailableError(
+                    f"the name {host} of process 0, at {address}, is not known on its own host "
+                    f"({error.strerror or error}); give one that is in {COORDINATOR}, or the "
+                    f"IP:PORT to listen at in {BIND}"
+                ) from None
+        time.sleep(0.5)
+
+
 def _check_port(bind: str) -> None:
     """Checks that nothing listens at `HOST:PORT`, where an empty host is every interface."""
     host, _, port = bind.rpartition(":")
@@ -246,6 +277,12 @@ def _check_port(bind: str) -> None:
     try:
         socket.create_server((host, int(port)), family=family, dualstack_ipv6=everywhere).close()
     except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise ConfigError(
+                f"process 0 cannot listen at {bind}, which is no address of this machine; start "
+                f"process 0 where {COORDINATOR} says, or give the address to listen at in {BIND}, "
+                f"where 0.0.0.0:{port} is all of them"
+            ) from None
         raise ConfigError(
             f"process 0 cannot listen on port {port} ({error.strerror or error}): another program "
             f"has it; end that one, or give another port in {COORDINATOR} to every process"
@@ -484,3 +521,107 @@ def refuse_together(topic: str, complaint: str) -> None:
             f"{'; '.join(sorted(complaints)[:3])}; start every process with the same command, the "
             "same files and the same software"
         )
+
+
+# Ending
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Among several processes, has an error end this one at once, without the usual goodbyes.
+
+    An orderly exit waits SHUTDOWN_SECONDS for the others, who meanwhile wait for this one in a
+    collective. They notice within moments that a process is gone, and end the same way. An error
+    that all processes raise alike, a ConfigError, goes the usual way.
+    """
+    try:
+        yield
+    except (ConfigError, SystemExit):
+        raise
+    except BaseException as error:
+        if distributed.global_state.client is None:
+            raise
+        code = _say_why(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _say_why(error: BaseException) -> int:
+    """Prints why this process ends, and returns its exit code."""
+    state = distributed.global_state
+    here = f"moejax: process {state.process_id} of {state.num_processes}"
+    if isinstance(error, KeyboardInterrupt):
+        print(f"{here}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    if is_loss(error):
+        reason = str(error).splitlines()[0][:200]
+        print(
+            f"{here}: error: another process was lost ({reason}); look at the logs of the others",
+            file=sys.stderr,
+        )
+        return UNAVAILABLE
+    traceback.print_exception(error)
+    return CHECK_FAILED
+
+
+def is_loss(error: BaseException) -> bool:
+    """Says whether an error means that another process is gone: a collective that did not end.
+
+    What this process did wrong itself, as far as JAX says so by a code, is none.
+    """
+    own = ("RESOURCE_EXHAUSTED", "INVALID_ARGUMENT", "UNIMPLEMENTED")
+    return isinstance(error, jax.errors.JaxRuntimeError) and not str(error).startswith(own)
+
+
+# Hearing of each other
+
+
+class Beats:
+    """What the processes of a run last said of themselves, through the coordinator. No collective.
+
+    A thread of its own tells and asks: a coordinator that does not answer holds up nobody else.
+
+    Args:
+        seconds: between two times.
+    """
+
+    def __init__(self, seconds: float = 2.0):
+        state = distributed.global_state
+        self.process = state.process_id or 0
+        self.num_processes = state.num_processes or 1
+        self._client, self._seconds = state.client, seconds
+        self._mine, self._told = "", ""
+        self._all: dict[int, dict[str, Any]] = {}
+        self._stopped = threading.Event()
+        if self._client is not None:
+            threading.Thread(target=self._run, daemon=True).start()
+
+    def say(self, **mine: object) -> None:
+        """Sets what the others will hear of this process."""
+        self._mine = json.dumps(mine)
+
+    def heard(self) -> dict[int, dict[str, Any]]:
+        """Returns what each process said when this one asked last; process 0 asks all the time."""
+        return self._all
+
+    def ask(self) -> None:
+        """Tells the others and asks them now; waits as long as process 0 does not answer."""
+        self._tell()
+        if self._client is not None:
+            pairs = self._client.key_value_dir_get("moejax/beat/")
+            self._all = {int(key.rpartition("/")[2]): json.loads(text) for key, text in pairs}
+
+    def _tell(self) -> None:
+        if self._client is not None and self._mine != self._told:
+            told = self._mine
+            self._client.key_value_set(f"moejax/beat/{self.process}", told, allow_overwrite=True)
+            self._told = told
+
+    def close(self) -> None:
+        self._stopped.set()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(self._seconds):
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # others see to what is lost
+                (self.ask if self.process == 0 else self._tell)()

@@ -378,6 +378,19 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds without progress after which a process ends, to be started again; None: never."""
+
+    step_seconds: float | None = 600.0  # of a step, and of waiting for its batch
+    # of each thing that takes long once in a while: making or restoring the state, compiling,
+    # evaluating, saving
+    slow_seconds: float | None = 7200.0
+
+    def __post_init__(self):
+        require_above_zero("watchdog", self, "step_seconds", "slow_seconds")
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     """Evaluate every `every` steps on `batches` validation batches; None is the whole split."""
 
@@ -410,6 +423,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
     eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
     watch: WatchConfig = WatchConfig()

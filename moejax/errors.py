@@ -1,11 +1,50 @@
 """What the user asked for cannot be: the error, the checks that raise it, exit codes. No JAX."""
 
 import math
+from typing import NamedTuple
 
-# Exit codes, which schedulers and scripts act on; the command line's help lists them.
-DONE, CHECK_FAILED, BAD_INPUT, UNAVAILABLE, PREEMPTED, INTERRUPTED = 0, 1, 2, 69, 75, 130
-DIVERGED = 17  # the training itself went wrong, by `watch.*`: the same command would again
-NO_SPACE = 28  # as errno
+# Exit codes, which supervisors and schedulers act on. Where somebody had a code for the same thing,
+# it is theirs: Python (1), argparse (2), Megatron-LM (17, a step whose result cannot be), errno
+# (28), sysexits.h (69, 70, 75), timeout (124), the shell (130).
+DONE, CHECK_FAILED, BAD_INPUT, DIVERGED, NO_SPACE = 0, 1, 2, 17, 28
+UNAVAILABLE, CRASH_LOOP, PREEMPTED, STUCK, INTERRUPTED = 69, 70, 75, 124, 130
+
+
+class ExitCode(NamedTuple):
+    """What an exit code says, and whether the same command may do better when started again."""
+
+    code: int
+    again: bool
+    meaning: str
+
+
+EXIT_CODES = (
+    ExitCode(DONE, False, "done"),
+    ExitCode(
+        CHECK_FAILED,
+        True,
+        "a check failed (`verify`, `fsck`, a claim), or an error with a traceback",
+    ),
+    ExitCode(BAD_INPUT, False, "bad input: one line on stderr says what, and what to do"),
+    ExitCode(
+        DIVERGED,
+        False,
+        "`watch.*` stopped the training: not finite, a spike, a collapse, a device that computes "
+        "wrong",
+    ),
+    ExitCode(NO_SPACE, False, "no space left: the last checkpoint was not saved"),
+    ExitCode(
+        UNAVAILABLE,
+        True,
+        "another process of the run did not come, or was lost; or the last checkpoint could not be "
+        "saved",
+    ),
+    ExitCode(CRASH_LOOP, False, "it failed again and again without a newer checkpoint"),
+    ExitCode(PREEMPTED, True, "SIGTERM: saved; the same command goes on from there"),
+    ExitCode(STUCK, True, "no progress within `watchdog.*`: stacks are on stderr"),
+    ExitCode(INTERRUPTED, False, "Ctrl-C; a training has saved, if it had begun"),
+)
+FINAL = frozenset(row.code for row in EXIT_CODES if not row.again)
 
 
 class ConfigError(ValueError):

@@ -30,6 +30,14 @@ KINDS: dict[str, str] = {
     "skip_batches": "batches of the list were passed over: `first`, `last`",
     "epoch": "the data were through, and begin again in another order: `epoch`, `batch`",
     "corrupt_data": "damaged parts of the data were replaced by padding: `batch`, `sequences`",
+    "restart": "a supervisor starts the run again: `code` that it ended with, `failures` without a "
+    "newer checkpoint, `wait_seconds`",
+    "crash_loop": "a supervisor gives up, no try got to a newer checkpoint: `codes`, `steps` that "
+    "the tries had done",
+    "stuck": "a process made no progress within its limit, and ended: `process`, `doing`, "
+    "`seconds`, `behind`",
+    "environment": "it was resumed on other devices, layout or software, so bits may differ: "
+    "`differing`",
 }
 
 

@@ -5,7 +5,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +14,36 @@ import numpy as np
 from rich.console import Console
 
 from moejax.checkpoint import Checkpoints, Resumed
-from moejax.cluster import check_agreement, check_shared, failing_together, from_first, software
+from moejax.cluster import (
+    Beats,
+    check_agreement,
+    check_shared,
+    failing_together,
+    from_first,
+    leaving_at_once,
+    software,
+)
 from moejax.config import Config, ConfigError
 from moejax.corpus import load_corpus
 from moejax.data import Batch, Prefetch, TrainBatches, check_vocabulary
-from moejax.errors import DIVERGED, DONE, PREEMPTED
+from moejax.environment import environment, environment_difference
+from moejax.errors import DIVERGED, DONE
 from moejax.evaluate import Evaluator
 from moejax.events import Events
 from moejax.flops import model_flops_utilization
 from moejax.generate import generate
+from moejax.ledger import Ledger
+from moejax.lifeline import lifeline
 from moejax.lock import RunLock
 from moejax.mesh import make_mesh, mesh_config
-from moejax.metrics import MetricWriter, loss_record, read_metrics, routing_record, state_record
+from moejax.metrics import (
+    MetricWriter,
+    host_record,
+    loss_record,
+    read_metrics,
+    routing_record,
+    state_record,
+)
 from moejax.optim import make_optimizer
 from moejax.overrides import config_to_dict, config_to_json, config_values
 from moejax.plots import plot_expert_load, plot_loss
@@ -38,6 +56,7 @@ from moejax.skip_list import SkipList, resumed_list
 from moejax.state import initial_state
 from moejax.step import StepMetrics, make_train_step
 from moejax.watch import Finding, findings_of_router, findings_of_step, router_health
+from moejax.watchdog import Watchdog
 from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT, open_workdir
 
 # Sums over the steps so far, in every record.
@@ -64,11 +83,13 @@ def train(config: Config, workdir: Path) -> int:
     """Trains, or resumes, the run in `workdir` to `config.train.steps`.
 
     Returns:
-        0, or 17 when `watch.*` stopped it, or 75 when SIGTERM ended it, saved, before that.
+        0, or 17 when `watch.*` stopped it, or 75 (130) when SIGTERM (Ctrl-C) ended it, saved,
+        before that.
 
     Raises:
         ConfigError: the config does not fit the devices or the data, or processes differ.
     """
+    begun = time.monotonic()
     check_agreement("config", config_values(config))
     with failing_together("inputs"):
         mesh = make_mesh(config.mesh)
@@ -86,13 +107,22 @@ def train(config: Config, workdir: Path) -> int:
         from_first("lock", lock.take)
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
         preemption = stack.enter_context(Preemption())
-        training = Training(config, workdir, mesh, data, evaluator, checkpoints, token_counts)
+        stack.enter_context(lifeline())
+        watchdog = stack.enter_context(Watchdog(config.watchdog, Events(workdir), Beats()))
+        stack.enter_context(leaving_at_once())
+        training = Training(
+            config, workdir, mesh, data, evaluator, checkpoints, watchdog, token_counts
+        )
+        main, start = training.main_process, training.start
+        ledger = stack.enter_context(Ledger(workdir, start, begun, enabled=main))
+        training.ledger = ledger
         try:
             if training.train(preemption):
                 training.finish()
                 checkpoints.require_saved()
+                ledger.close(done=True)
                 return DONE
-            return PREEMPTED
+            return preemption.code
         except Diverged as error:
             print(f"moejax train: {error}", file=sys.stderr)
             return DIVERGED
@@ -111,10 +141,13 @@ class Training:
         data: TrainBatches,
         evaluator: Evaluator,
         checkpoints: Checkpoints,
+        watchdog: Watchdog,
         token_counts: np.ndarray | None,
     ):
         self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
-        self.evaluator, self.checkpoints = evaluator, checkpoints
+        self.evaluator, self.checkpoints, self.watchdog = evaluator, checkpoints, watchdog
+        self.environment = environment(config, mesh_config(mesh))
+        differing: list[str] = []
         self._choices_to_replay(1)  # refused before anything is compiled
         step_function, self.abstract = make_train_step(config, mesh)
         watch, again = config.watch, None
@@ -131,11 +164,15 @@ class Training:
             self.state = initial_state(config, mesh, optimizer, token_counts)
         else:
             start = resumed.step
+            before = resumed.meta.get("environment", {})
+            differing = environment_difference(before, self.environment)
             self._take(resumed)
         self.start = start
+        self.ledger: Ledger  # from when nothing refuses the run
         self.main_process = jax.process_index() == 0
         if self.main_process:
             open_workdir(workdir, config)  # from here on nothing refuses the run
+            self._tell_environment(start, differing)
         self.writer = MetricWriter(workdir, start, enabled=self.main_process)
         self.events = Events(workdir, enabled=self.main_process)
         self.last_eval: dict[str, Any] | None = None
@@ -156,6 +193,16 @@ class Training:
         self.skip_list = resumed_list(stored, self.skip_list, step)
         self.start, self.state = step, state
 
+    def _tell_environment(self, start: int, differing: list[str]) -> None:
+        if differing:
+            Events(self.workdir).write("environment", start, differing=differing)
+            print(
+                f"moejax train: since step {start} this is another environment "
+                f"({'; '.join(differing)}): numbers agree with those of the old one to rounding, "
+                "not bit for bit",
+                file=sys.stderr,
+            )
+
     def _check_data(self, meta: dict[str, Any]) -> None:
         ours = {"data": self.data.fingerprint, "validation": self.evaluator.fingerprint}
         for name, fingerprint in ours.items():
@@ -173,7 +220,8 @@ class Training:
             try:
                 return self._train(preemption)
             except RollBack as back:
-                self._roll_back(back)
+                with self._slow("start"):
+                    self._roll_back(back)
 
     def _train(self, preemption: Preemption) -> bool:
         config = self.config
@@ -189,17 +237,19 @@ class Training:
             ) as self.progress,
             Prefetch(self._batch, self.start, config.data.timeout_seconds) as batches,
         ):
+            self.ledger.switch("compile")
             for step in range(self.start + 1, config.train.steps + 1):
+                batch = self._next(step, batches, late)
                 choices = self._choices_to_replay(step)
                 self.state, metrics, mismatches = self.comparisons.step(
-                    step, self.state, next(batches), choices
+                    step, self.state, batch, choices
                 )
                 late.push(step, metrics)
                 self._report(step, mismatches)
                 preempted = preemption.reached() and step < config.train.steps
                 self._hooks(step, late, preempted)
                 if preempted:
-                    return self._stop(step)
+                    return self._stop(step, preemption)
             late.flush()
         return True
 
@@ -217,17 +267,33 @@ class Training:
         first, last = self.skip_list.batch(step), self.skip_list.batch(back.step - 1)
         self.skip_list = self.skip_list.add(first, last + 1)
         self._take(resumed)
+        self.ledger.rolled_back(step)
         self.writer.close()
         self.writer = MetricWriter(self.workdir, step, enabled=self.main_process)
         self.events.write("rollback", back.step, to=step, first=first, last=last)
         self._say(back.step, f"back to step {step}, without batches {first} to {last}")
 
-    def _stop(self, step: int) -> bool:
-        self.checkpoints.require_saved()
+    def _stop(self, step: int, preemption: Preemption) -> bool:
+        with self._slow("checkpoint"):
+            self.checkpoints.require_saved()
         if self.main_process:
-            ended = f"stopped by SIGTERM, saved at step {step}; the same command goes on from there"
-            print(f"moejax train: {ended}", file=sys.stderr)
+            ended = f"stopped by {preemption.name}, saved at step {step}"
+            print(f"moejax train: {ended}; the same command goes on from there", file=sys.stderr)
         return False
+
+    def _next(self, step: int, batches: Prefetch, late: "LateMetrics") -> Batch:
+        """Begins a step by waiting for its batch."""
+        self.watchdog.step(step, late.host_seconds, compiles=not late.fetched)
+        with self.ledger.during("data"):
+            batch = next(batches)
+        late.host_is_done()
+        return batch
+
+    @contextlib.contextmanager
+    def _slow(self, kind: str) -> Iterator[None]:
+        """Counts what is done inside as `kind`, and allows it more time than a step."""
+        with self.ledger.during(kind), self.watchdog.slow(kind):
+            yield
 
     def _batch(self, finished: int) -> Batch:
         """Returns the batch after `finished` steps, on the devices; reads this process's rows."""
@@ -248,11 +314,18 @@ class Training:
         if not (evaluates or saves):
             return
         late.flush()  # nothing that is not finite is evaluated or saved
-        loss = self._evaluate(step) if evaluates else None
+        loss = None
+        if evaluates:
+            with self._slow("evaluation"):
+                loss = self._evaluate(step)
         if loss is not None and not math.isfinite(loss):
             raise Diverged(self._explain(step, "the validation loss is not finite"))
         if saves:
-            self.checkpoints.save(self.state, self._meta(), loss, local=not durable, final=final)
+            with self._slow("checkpoint"):
+                self.checkpoints.save(
+                    self.state, self._meta(), loss, local=not durable, final=final
+                )
+            self.ledger.write()
         late.restart_clock()
 
     def _evaluate(self, step: int) -> float:
@@ -275,10 +348,14 @@ class Training:
             "data": self.data.fingerprint,
             "validation": self.evaluator.fingerprint,
             "versions": software(),
+            "environment": self.environment,
         }
 
     def _record(self, step: int, metrics: StepMetrics, seconds: float | None) -> None:
         """Takes a step's metrics: looks at them, counts, and at times writes them."""
+        self.ledger.finished(step)
+        if step == self.start + 1:
+            self.ledger.switch("productive")
         positions = self.config.train.batch_size * self.config.data.sequence_length
         routing = routing_record(
             metrics.stats, positions, int(metrics.totals.tokens), self.config.moe
@@ -382,6 +459,8 @@ class Training:
             "tokens_per_second": speed,
             "step_seconds": seconds,
             "mfu": utilization,
+            "goodput": self.ledger.totals().goodput,
+            **host_record(self.watchdog.host_seconds()),
         }
 
     def _explain(self, step: int, message: str) -> str:
@@ -394,6 +473,10 @@ class Training:
 
     def finish(self) -> None:
         """Shows what was learned: evaluation, speed, a sample, plots, and the files."""
+        with self._slow("other"):
+            self._finish()
+
+    def _finish(self) -> None:
         if self.last_eval is None:  # the run was complete already
             self.last_eval = {
                 "step": int(self.state.step),
@@ -423,6 +506,7 @@ class Training:
             files=[self.workdir / "checkpoints", *self.writer.files, *files],
             sample="\n\n".join(p + s for p, s in zip(SAMPLE_PROMPTS, samples, strict=True)),
             record_train=self.last_train,
+            spent=self.ledger.totals(),
         )
 
     def _speed(self) -> float | None:
@@ -443,6 +527,8 @@ class LateMetrics:
         self._record = record
         self._waiting: tuple[int, StepMetrics] | None = None
         self._clock: float | None = None
+        self.fetched = False  # whether a step is known to be done: then all are compiled
+        self.host_seconds: float | None = None  # between the last fetch and what came after
 
     def push(self, step: int, metrics: StepMetrics) -> None:
         """Takes the metrics of a step that was dispatched, and hands on those of the one before."""
@@ -457,8 +543,12 @@ class LateMetrics:
         fetched = jax.device_get(metrics)
         now = time.monotonic()
         seconds = None if self._clock is None else now - self._clock
-        self._clock = now
+        self._clock, self.fetched = now, True
         self._record(step, fetched, seconds)
+
+    def host_is_done(self) -> None:
+        """Notes how long the host took since a fetch: the next dispatch may wait for devices."""
+        self.host_seconds = None if self._clock is None else time.monotonic() - self._clock
 
     def restart_clock(self) -> None:
         """Leaves out of the next step's seconds what was done since the last."""

@@ -61,6 +61,10 @@ FIELDS = {
         Field("tokens_per_second", "tokens per second", "scalar"),
         Field("step_seconds", "seconds", "scalar", _TRAIN),
         Field("mfu", "fraction", "scalar", _TRAIN),
+        Field("goodput", "fraction", "scalar", _TRAIN),
+        Field("host_seconds_least", "seconds", "scalar", _TRAIN),
+        Field("host_seconds_most", "seconds", "scalar", _TRAIN),
+        Field("slowest_process", "process", "scalar", _TRAIN),
         Field("routed", "assignments", "scalar"),
         Field("dropped", "assignments", "scalar"),
         Field("padding", "positions", "scalar"),
@@ -121,6 +125,22 @@ def layer_summary(counts_le: np.ndarray) -> dict[str, list]:
         "expert_load": (relative_le / counts_le.shape[1]).tolist(),
         "max_violation": violation_l.tolist(),
         "dead_experts": dead_l.tolist(),
+    }
+
+
+def host_record(seconds: Mapping[int, float]) -> dict[str, Any]:
+    """Returns the fields of a record that say how long hosts hold up a step; none for one process.
+
+    Args:
+        seconds: of each process, what it did in a step besides waiting for devices.
+    """
+    if len(seconds) < 2:
+        return {}
+    slowest = max(seconds, key=lambda process: seconds[process])
+    return {
+        "host_seconds_least": min(seconds.values()),
+        "host_seconds_most": seconds[slowest],
+        "slowest_process": slowest,
     }
 
 

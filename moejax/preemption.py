@@ -1,27 +1,53 @@
-"""Being asked to stop: SIGTERM, and the step after which every process saves and ends."""
+"""Being asked to stop: SIGTERM or Ctrl-C, and the step after which every process saves and ends."""
 
+import ctypes
+import os
 import signal
+import socket
 import threading
+import time
+from collections.abc import Callable
 from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
+from moejax.errors import INTERRUPTED, PREEMPTED
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SAME_SECONDS = 1.0  # a launcher and a terminal, or SLURM, may deliver one request twice
+
 
 class Preemption:
-    """Notes SIGTERM from the first step on; `reached` answers alike on every process.
+    """Notes the signals that ask to stop; `reached` answers alike on every process.
 
-    Among several processes JAX's preemption service has the signal, from the moment they join: it
-    tells all of them, and has them agree on a step that none has passed. A process alone notes it
-    itself, once its first step is compiled: before that there is nothing to save, and the signal
-    ends it at once. So does a second one.
+    Among several processes JAX's preemption service has SIGTERM, from the moment they join: it
+    tells all of them, and has them agree on a step that none has passed. Here the signals are taken
+    from it, to hand the first on and to end at the second. A process alone notes them once its
+    first step is compiled: before that there is nothing to save, and a signal ends it at once.
+
+    A second signal ends the process at once, wherever its main thread is: a thread hears of it.
     """
 
-    def __init__(self):
+    def __init__(self, leave: Callable[[int], object] = os._exit):
+        self._leave = leave
         self._asked = 0
-        self._noted = False
         self._alone = not jax.distributed.is_initialized()
-        self._before = None
+        self._signal: signal.Signals | None = None  # the first that came
+        self._since = 0.0
+        self._service: int | None = None  # the handler of JAX's service, an address
+        self._before = {}
+        self._end: socket.socket | None = None  # into which Python writes the numbers of signals
+
+    @property
+    def name(self) -> str:
+        """What asked to stop; SIGTERM where another process was asked."""
+        return (self._signal or signal.SIGTERM).name
+
+    @property
+    def code(self) -> int:
+        """The exit code of a training that was saved and stopped."""
+        return INTERRUPTED if self._signal == signal.SIGINT else PREEMPTED
 
     def reached(self) -> bool:
         """Says whether to save and end after this step; ask once a step, on every process."""
@@ -31,21 +57,72 @@ class Preemption:
             # it: a signal before the first question stops at question 1, whatever the step.
             return multihost_utils.reached_preemption_sync_point(self._asked)
         if self._asked == 1:
-            self._take_signal()
-        return self._noted
+            self._take_signals()
+        return self._signal is not None
 
-    def _take_signal(self) -> None:
+    def _take_signals(self) -> None:
         # Python lets only the main thread have a handler; in another one somebody else has it
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+        if threading.current_thread() is not threading.main_thread():
+            return
+        if not self._alone:
+            self._service = _handler_of_c(signal.SIGTERM)
+        for number in SIGNALS:
+            self._before[number] = signal.signal(number, self._note)
+        # Python calls a handler between two lines of the main thread, which may wait in C++ for
+        # long; the number of a signal is in this socket at once
+        self._end, far = socket.socketpair()
+        self._end.setblocking(False)
+        self._wakeup = signal.set_wakeup_fd(self._end.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, args=(far,), daemon=True)
+        self._thread.start()
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    def _listen(self, far: socket.socket) -> None:
+        with far:
+            while received := far.recv(64):
+                for number in received:
+                    if number in SIGNALS:
+                        self._note(number, None)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signal is None:
+            self._since, self._signal = now, signal.Signals(number)
+            if self._service is not None:
+                ctypes.CFUNCTYPE(None, ctypes.c_int)(self._service)(signal.SIGTERM)
+        elif now - self._since > SAME_SECONDS:
+            _say("moejax train: a second signal ends it at once; committed checkpoints stay\n")
+            self._leave(128 + number)
 
     def __enter__(self) -> "Preemption":
+        if not self._alone:
+            self._take_signals()
         return self
 
     def __exit__(self, *_) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+        if self._end is None:
+            return
+        signal.set_wakeup_fd(self._wakeup)
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if self._service is not None:
+            _libc().signal(signal.SIGTERM, self._service)
+        self._end.close()  # which ends the thread
+        self._thread.join()
+
+
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    return libc
+
+
+def _handler_of_c(number: signal.Signals) -> int | None:
+    """Takes the place of a handler that C++ installed, if one did, and returns its address."""
+    if callable(signal.getsignal(number)):  # Python's; it knows nothing of those of C++
+        return None
+    handler = _libc().signal(number, None)
+    return handler if handler not in (None, 1, ctypes.c_void_p(-1).value) else None
+
+
+def _say(text: str) -> None:
+    os.write(2, text.encode())  # in a signal handler a stream's lock may be taken

@@ -17,6 +17,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from moejax.ledger import Totals
+
 Record = Mapping[str, Any]
 
 
@@ -60,9 +62,20 @@ def status_line(record: Record) -> str:
         layer, value = worst
         parts.append(f"drop {_percent(record.get('drop_fraction'))}")
         parts.append(f"MaxVio {value:.2f} (layer {layer})")
+    if straggler := _straggler(record):
+        parts.append(straggler)
     if forced := record.get("forced_routing"):
         parts.append(f"FORCED ROUTING ({forced})")  # a benchmark, not a training
     return "  ".join(parts)
+
+
+def _straggler(record: Record) -> str | None:
+    """Names the process whose host holds up the others for a noticeable part of a step."""
+    most, least = record.get("host_seconds_most"), record.get("host_seconds_least")
+    step = record.get("step_seconds")
+    if most is None or least is None or step is None or most - least < 0.1 * step:
+        return None
+    return f"process {record['slowest_process']} slow ({most:.2f} s on its host, least {least:.2f})"
 
 
 class TrainProgress:
@@ -179,6 +192,7 @@ def show_summary(
     files: Sequence[Path],
     sample: str,
     record_train: Record | None = None,
+    spent: Totals | None = None,
     console: Console | None = None,
 ) -> None:
     """Shows how a training ended: the tables, a generated sample, and the files that it wrote.
@@ -189,6 +203,7 @@ def show_summary(
         files: what the run wrote.
         sample: generated text, shown with its control characters spelled out.
         record_train: the last train record; its counters give the drop fraction of training.
+        spent: where the time of the run went.
         console: where to; standard output unless told.
     """
     console = console or Console(highlight=False)
@@ -197,6 +212,8 @@ def show_summary(
         routed, dropped = (record_train.get(f"{n}_seen") for n in ("routed", "dropped"))
         if routed:
             facts.append(("drop fraction in training", _percent((dropped or 0) / routed)))
+    if spent is not None and spent.goodput is not None:
+        facts += _time_facts(spent)
     _show(console, _evaluation(record_eval, facts, console))
     title = Text("a generated sample")
     _show(
@@ -206,6 +223,17 @@ def show_summary(
     _print_line(console, "files:")
     for path in files:
         _print_line(console, f"  {printable(str(path))}{'/' if path.is_dir() else ''}")
+
+
+def _time_facts(spent: Totals) -> list[tuple[str, str]]:
+    """Goodput, and what else took a noticeable part of the time, the largest first."""
+    share = {kind: seconds / spent.elapsed for kind, seconds in spent.seconds.items()}
+    rest = sorted((-part, kind) for kind, part in share.items() if kind != "productive")
+    facts = [(f"goodput, of {_duration(spent.elapsed)}", _percent(spent.goodput))]
+    facts += [(f"  {kind}", _percent(-part)) for part, kind in rest if -part >= 0.01]
+    if spent.sessions > 1:
+        facts.append(("  starts", str(spent.sessions)))
+    return facts
 
 
 def show_evaluation(record: Record, console: Console | None = None) -> None:

@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "model.loss_chunk",
     "logging.every",
     "checkpoint.*",
+    "watchdog.*",
     "eval.*",
     "mesh.*",
     "watch.*",

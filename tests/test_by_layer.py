@@ -386,7 +386,7 @@ WORDS = [
     "logging.choices=True",
     "mesh.data=1",
 ]
-CLOCK = ("step_seconds", "tokens_per_second", "mfu")
+CLOCK = ("step_seconds", "tokens_per_second", "mfu", "goodput")
 
 
 def _train_on(config: Config, devices: int, workdir) -> list[dict]:

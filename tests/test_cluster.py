@@ -151,6 +151,82 @@ def test_a_taken_port_is_refused(bind):
     cluster._check_port(bind.format(port))
 
 
+@pytest.mark.parametrize(
+    ("address", "own"),
+    [("127.0.0.1:5", "127.0.0.1:5"), ("[::1]:7", "[::1]:7"), ("10.0.0.7:8476", "10.0.0.7:8476")],
+)
+def test_process_0_listens_at_its_own_address_only(address, own):
+    assert cluster.own_address(address, 0) == own
+
+
+def test_a_name_is_looked_up_until_it_is_known(monkeypatch):
+    """On a cluster the name of a pod may come later than the pod."""
+    answers = [socket.gaierror(-2, "Name or service not known")] * 2
+    answers.append([(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("10.0.0.9", 5))])
+
+    def look_up(*_, **__):
+        found = answers.pop(0)
+        if isinstance(found, OSError):
+            raise found
+        return found
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
+    assert cluster.own_address("a-0.a:5", 60) == "10.0.0.9:5"
+    answers.append(socket.gaierror(-2, "Name or service not known"))
+    with pytest.raises(UnavailableError, match=r"the name a-0.a of process 0, .* is not known"):
+        cluster.own_address("a-0.a:5", -1)
+
+
+def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(ConfigError, match=r"cannot listen at 192.0.2.1:5, which is no address of"):
+        cluster._check_port("192.0.2.1:5")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (jax.errors.JaxRuntimeError("UNKNOWN: Gloo all-reduce failed: Connection reset"), True),
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory"), False),
+        (ValueError("Gloo"), False),
+    ],
+)
+def test_what_says_that_a_process_is_lost(error, lost):
+    assert cluster.is_loss(error) == lost
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), ConfigError("x")])
+def test_a_process_alone_ends_as_usual(error):
+    with pytest.raises(type(error)), cluster.leaving_at_once():
+        raise error
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (ValueError("of our own"), 1, "ValueError: of our own"),
+        (jax.errors.JaxRuntimeError("UNKNOWN: gone"), 69, "process 0 was lost (UNKNOWN: gone)"),
+        (KeyboardInterrupt(), 130, "process 1 of 2: interrupted"),
+        (ConfigError("said by all"), None, ""),
+    ],
+)
+def test_among_several_an_error_ends_the_process_at_once(monkeypatch, capfd, error, code, said):
+    class Left(BaseException):
+        pass
+
+    def leave(code: int):
+        raise Left(code)
+
+    state = types.SimpleNamespace(client=object(), process_id=1, num_processes=2)
+    monkeypatch.setattr(cluster, "distributed", types.SimpleNamespace(global_state=state))
+    monkeypatch.setattr(cluster.os, "_exit", leave)
+    with pytest.raises(Left if code else ConfigError) as raised, cluster.leaving_at_once():
+        raise error
+    if code:
+        assert raised.value.args == (code,)
+    assert said.replace("process 0 was", "another process was") in capfd.readouterr().err
+
+
 def test_how_long_to_wait_is_a_number(monkeypatch):
     monkeypatch.setenv("MOEJAX_JOIN_SECONDS", "soon")
     with pytest.raises(ConfigError, match="MOEJAX_JOIN_SECONDS='soon' is not a whole number"):
@@ -184,7 +260,8 @@ class _Coordinator:
         self.values, self.processes = {}, processes
         self.barriers = collections.defaultdict(lambda: threading.Barrier(processes))
 
-    def key_value_set(self, key, value):
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.values
         self.values[key] = value
 
     def blocking_key_value_get(self, key, milliseconds):
@@ -209,6 +286,7 @@ def _run_each(monkeypatch, functions: list[Callable]) -> list:
 
     def run(index: int):
         state.client, state.process_id = client, index
+        state.num_processes = len(functions)
         try:
             return functions[index]()
         except Exception as error:
@@ -275,3 +353,20 @@ def test_a_complaint_of_one_process_is_known_to_all(monkeypatch):
     each = [lambda t=text: cluster.any_complains("c", t) for text in ("", "unreadable")]
     assert _run_each(monkeypatch, each) == ["unreadable"] * 2
     assert _run_each(monkeypatch, [lambda: cluster.any_complains("c", "")] * 2) == ["", ""]
+
+
+def test_processes_hear_of_each_other(monkeypatch):
+    said = threading.Barrier(2)
+
+    def tell(index: int):
+        beats = cluster.Beats(seconds=60)
+        beats.say(step=index)
+        beats.say(step=index + 5)
+        beats.ask()
+        said.wait(10)
+        beats.ask()
+        beats.close()
+        return beats.heard()
+
+    heard = {0: {"step": 5}, 1: {"step": 6}}
+    assert _run_each(monkeypatch, [lambda: tell(0), lambda: tell(1)]) == [heard, heard]

@@ -29,6 +29,8 @@ from moejax.overrides import apply_overrides
         ("checkpoint.keep=-1", "checkpoint.keep=-1 is below 1"),
         ("logging.every=0", "logging.every=0 is below 1"),
         ("mesh.fsdp=0", "mesh.fsdp=0 is below 1"),
+        ("watchdog.step_seconds=-1", "watchdog.step_seconds=-1.0 must be a finite number above 0"),
+        ("watchdog.slow_seconds=0", "watchdog.slow_seconds=0.0 must be a finite number above 0"),
         (
             "model.num_kv_heads=3",
             "model.num_heads=4 is not a multiple of model.num_kv_heads=3; every key/value head s",

@@ -13,10 +13,10 @@ PACKAGE = Path(moejax.__file__).parent
 # A module imports only from its left.
 ORDER = [
     *("errors", "moe_config", "skip_list", "watch_config", "config", "overrides", "workdir"),
-    *("events", "manifest", "store", "lock"),
+    *("events", "manifest", "store", "lock", "ledger", "supervisor"),
     *("tokenizer", "token_file", "corpus", "data", "prepare"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots", "fsck"),
-    *("cluster", "preemption"),
+    *("cluster", "lifeline", "preemption", "environment", "watchdog"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
     *("router_stats", "router_state", "assign", "exchange", "rounds", "experts", "free_experts"),
     *(
@@ -147,6 +147,7 @@ def test_replication_is_checked_in_every_shard_map():
 
 
 NO_JAX = ["config", "moe_config", "parameters", "topology", "flops", "overrides", "metrics", "cli"]
+NO_JAX += ["supervisor"]
 
 
 @pytest.mark.parametrize("module", ["moejax", *(f"moejax.{name}" for name in NO_JAX)])

@@ -79,7 +79,8 @@ def test_gpu_pods_find_process_0():
     cluster = find_cluster(variables | {"JAX_PROCESS_ID": "1"})
     assert cluster == ("a-host-0-0.a:8476", 2, 1)
     assert container["resources"] == {"limits": {"nvidia.com/gpu": "8"}}
-    assert container["command"] + container["args"] == ["python", "-m", "moejax", *TRAIN[1:]]
+    again = ["supervise", "--end_when_preempted", *TRAIN]
+    assert container["command"] + container["args"] == ["python", "-m", "moejax", *again]
 
 
 @pytest.mark.parametrize(
@@ -104,7 +105,7 @@ def test_tpu_hosts_come_from_the_topology(tpu, topology, hosts, chips):
 def test_which_exit_codes_start_again():
     jobset = render(*GPU)
     (rule,) = job_of(jobset)["podFailurePolicy"]["rules"]
-    assert rule["onExitCodes"]["values"] == [1, 2]
+    assert rule["onExitCodes"]["values"] == [1, 2, 17, 28, 70, 130]
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 100
 
 

@@ -55,7 +55,7 @@ esac""",
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
 
-    def execute(script: str, code: int = 0, state: str = "RUNNING", task: int | None = None):
+    def execute(script: str, code=0, state="RUNNING", task: int | None = None, ends=None):
         environment = {
             **os.environ,
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -69,8 +69,8 @@ esac""",
         done = subprocess.run(
             ["bash", "-c", script], capture_output=True, text=True, env=environment
         )
-        assert done.returncode == code, done.stderr
-        assert not done.stderr
+        assert done.returncode == (code if ends is None else ends), done.stderr
+        assert bool(done.stderr) == (ends is not None)
         return done.stdout.splitlines()
 
     return execute
@@ -100,12 +100,24 @@ def test_one_process_a_node_runs_the_command(execute):
         (75, "COMPLETING", False),  # SLURM ends the job: it requeues, or was told to cancel
         (0, "RUNNING", False),
         (2, "RUNNING", False),
-        (134, "RUNNING", False),
     ],
 )
 def test_what_is_requeued(execute, code, state, requeued):
     lines = execute(render("--nodes", "2", *TRAIN), code, state)
     assert ("scontrol requeue 5" in lines) == requeued
+    assert sum(line.startswith("srun") for line in lines) == 1
+
+
+def test_a_crash_is_started_again_on_the_nodes(execute):
+    """By the supervisor, until it gives up; the job then ends with the code that says so."""
+    lines = execute(render("--nodes", "2", "--restarts", "1", *TRAIN), 134, ends=70)
+    assert [line.split("|")[0] for line in lines] == ["srun", "srun"]
+
+
+def test_what_does_not_train_is_run_once(execute):
+    script = render("--nodes", "1", "--", "describe", CONFIG)
+    assert "supervise" not in script
+    assert len(execute(script, 134)) == 1
 
 
 @pytest.mark.parametrize("time", [["--time", "1:00:00"], []])

@@ -12,7 +12,8 @@ def run(*words: str, path: Path) -> subprocess.CompletedProcess:
     """Runs the script with what is in the folder `path`, and a bash, as the only programs."""
     bash = shutil.which("bash")
     assert bash is not None
-    (path / "bash").symlink_to(bash)
+    if not (path / "bash").exists():
+        (path / "bash").symlink_to(bash)
     environment = os.environ | {"PATH": str(path)}
     return subprocess.run([str(SCRIPT), *words], capture_output=True, text=True, env=environment)
 
@@ -32,7 +33,9 @@ def test_the_command_of_every_host(tmp_path):
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "compute tpus tpu-vm ssh pod --zone=us-east5-a --worker=all"
-    assert lines[1:] == [str(folder), *train]
+    assert lines[1:] == [str(folder), "supervise", "--end_when_preempted", "--", *train]
+    done = run("pod", "us-east5-a", str(folder), "eval", "--workdir", "a", path=tmp_path)
+    assert done.stdout.splitlines()[1:] == [str(folder), "eval", "--workdir", "a"]
 
 
 def test_too_few_words(tmp_path):

@@ -17,6 +17,7 @@ from moejax.metrics import (
     MetricWriter,
     cell_image,
     encode_record,
+    host_record,
     layer_summary,
     load_image,
     loss_record,
@@ -479,6 +480,13 @@ def test_load_image_is_white_at_balance_and_has_whole_cells():
     assert blue[2] > blue[0]
     assert (unknown == 128).all()
     assert load_image(np.full((48, 256), 1 / 256)).shape == (48 * 10, 256 * 4, 3)
+
+
+def test_the_slowest_host_is_named():
+    assert host_record({}) == host_record({0: 0.5}) == {}
+    found = host_record({0: 0.25, 1: 0.5, 2: 0.125})
+    assert list(found.values()) == [0.125, 0.5, 1]
+    assert set(found) <= set(FIELDS)
 
 
 def test_every_field_is_documented_with_its_unit():

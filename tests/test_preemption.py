@@ -1,12 +1,16 @@
-"""SIGTERM: what is asked of JAX's service among several processes, and of a process alone."""
+"""SIGTERM and Ctrl-C: what is asked of JAX's service among several processes, and of one alone."""
 
 import os
 import signal
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 from jax.experimental import multihost_utils
 
-from moejax.preemption import Preemption
+from moejax.preemption import SIGNALS, Preemption
 
 
 class _Service:
@@ -36,12 +40,81 @@ def test_a_signal_stops_at_the_next_question_of_this_start(monkeypatch, steps_be
         assert not preemption.reached()
 
 
-def test_a_process_alone_notes_the_signal_from_its_first_step_on():
-    before = signal.getsignal(signal.SIGTERM)
+def test_a_process_alone_notes_the_signals_from_its_first_step_on():
+    before = [signal.getsignal(number) for number in SIGNALS]
     with Preemption() as preemption:
-        assert signal.getsignal(signal.SIGTERM) is before, "it would be swallowed by a compile"
+        now = [signal.getsignal(number) for number in SIGNALS]
+        assert now == before, "it would be swallowed by a compile"
         assert not preemption.reached()
         os.kill(os.getpid(), signal.SIGTERM)
         assert preemption.reached()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, "a second one ends it"
-    assert signal.getsignal(signal.SIGTERM) is before
+        assert (preemption.name, preemption.code) == ("SIGTERM", 75)
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1, "nothing is left behind"
+
+
+def test_ctrl_c_saves_too_and_is_not_started_again():
+    with Preemption() as preemption:
+        assert not preemption.reached()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert preemption.reached()
+        assert (preemption.name, preemption.code) == ("SIGINT", 130)
+
+
+def test_one_request_that_is_delivered_twice_is_one(capfd):
+    """By a terminal and by a launcher; a second request is one that comes later."""
+    codes = []
+    with Preemption(codes.append) as preemption:
+        preemption.reached()
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.reached()
+        assert not codes
+        preemption._since -= 1.5
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert 143 in codes
+    assert "a second signal ends it at once" in capfd.readouterr().err
+
+
+SERVICE = """
+import sys, time, jax
+from moejax.preemption import SIGNALS, Preemption
+{ignore}
+jax.config.update("jax_num_cpu_devices", 1)
+jax.distributed.initialize("127.0.0.1:{port}", 1, 0)
+with Preemption() as preemption:
+    print("up", flush=True)
+    while not preemption.reached():
+        time.sleep(0.02)
+    print("reached", preemption.code, flush=True)
+    while True:  # a signal cuts a sleep short
+        __import__("ctypes").CDLL(None).sleep(60)
+"""
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_service_hears_the_first_signal_and_the_second_ends_the_process(taken):
+    """With JAX's real service; the main thread is inside C when the second signal comes.
+
+    Where the signals are left to the service, which is how JAX has it, the second one does nothing.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    program = SERVICE.format(
+        port=port, ignore="" if taken else "Preemption._take_signals = lambda self: None"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"up\n"
+            process.terminate()
+            assert process.stdout.readline() == b"reached 75\n"
+            time.sleep(1.2)
+            process.terminate()
+            if taken:
+                assert process.wait(2) == 143
+            else:
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(2)
+        finally:
+            process.kill()

@@ -7,6 +7,7 @@ import re
 import pytest
 from rich.console import Console
 
+from moejax.ledger import KINDS, Totals
 from moejax.progress import (
     TrainProgress,
     printable,
@@ -159,6 +160,24 @@ def test_summary_has_every_number(tmp_path):
     assert cells["dead experts"] == ["3 of 16 (layer 1: 3)"]
     assert shown.endswith(f"files:\n  {tmp_path}/\n  {tmp_path}/a.png\n")
     assert "\x1b" not in shown
+
+
+def test_the_summary_says_where_the_time_went():
+    seconds = dict.fromkeys(KINDS, 0.0) | {"productive": 90.0, "restart": 9.5, "compile": 0.5}
+    shown = _summary(_pipe(), spent=Totals(seconds, 2))
+    rows = [re.split(r"\s*[│|]\s*", line.strip()) for line in shown.splitlines()]
+    cells = {row[1]: row[2] for row in rows if len(row) > 2}
+    assert cells["goodput, of 1:40 min"] == "90.00%"
+    assert (cells["restart"], cells["starts"]) == ("9.50%", "2")
+    assert "compile" not in cells, "less than a hundredth"
+
+
+def test_a_host_that_holds_up_the_others_is_in_the_line():
+    hosts = {"host_seconds_least": 0.01, "host_seconds_most": 0.31, "slowest_process": 3}
+    line = status_line(_train(1, step_seconds=1.0, **hosts))
+    assert "process 3 slow (0.31 s on its host, least 0.01)" in line
+    assert "slow" not in status_line(_train(1, step_seconds=4.0, **hosts))
+    assert "slow" not in status_line(_train(1, step_seconds=None, **hosts))
 
 
 def test_sample_is_shown_as_written():

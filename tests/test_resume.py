@@ -17,12 +17,14 @@ from moejax.checkpoint import Checkpoints
 from moejax.config import ConfigError
 from moejax.data import TrainBatches
 from moejax.evaluate import evaluate_workdir
+from moejax.events import read_events
 from moejax.metrics import read_metrics
 from moejax.overrides import apply_overrides, load_config
 from moejax.workdir import checkpoint_steps, read_config
 
 ROOT = Path(__file__).parents[1]
-CLOCK = ("step_seconds", "tokens_per_second", "mfu")  # what may differ between equal runs
+# what may differ between equal runs
+CLOCK = ("step_seconds", "tokens_per_second", "mfu", "goodput")
 SMALL = [
     "model.num_layers=2",
     "model.d_model=16",
@@ -50,13 +52,15 @@ def _override(words, others):
     return list({word.split("=")[0]: word for word in (*words, *others)}.values())
 
 
-def command(workdir: Path, *words: str) -> list[str]:
+def command(workdir: Path, *words: str, devices: int = 8) -> list[str]:
     start = [sys.executable, "-m", "moejax", "train", str(ROOT / "configs/quickstart.py")]
-    return [*start, "--workdir", str(workdir), "--cpu_devices", "8", *_override(SMALL, words)]
+    on = ["--workdir", str(workdir), "--cpu_devices", str(devices)]
+    return [*start, *on, *_override(SMALL, words)]
 
 
-def train(workdir: Path, *words: str) -> subprocess.CompletedProcess:
-    return subprocess.run(command(workdir, *words), capture_output=True, text=True, timeout=300)
+def train(workdir: Path, *words: str, devices: int = 8) -> subprocess.CompletedProcess:
+    line = command(workdir, *words, devices=devices)
+    return subprocess.run(line, capture_output=True, text=True, timeout=300)
 
 
 def records(workdir: Path) -> dict[tuple[int, str], dict]:
@@ -95,6 +99,59 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(straight, tmp_pat
     resumed = train(workdir)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming after step {reached}" in resumed.stdout
+    assert "another environment" not in resumed.stderr
+    assert records(workdir) == records(straight)
+
+
+@pytest.mark.slow
+def test_fewer_devices_go_on_to_rounding(straight, tmp_path):
+    """From step 16 on 4 devices, from 18 on one: the losses of 8 devices, and what differs said."""
+    workdir, expected = tmp_path / "elastic", records(straight)
+    shutil.copytree(straight, workdir)
+    for devices, start in ((4, 16), (1, 18)):
+        shutil.rmtree(workdir / "checkpoints" / "20")
+        words = ["checkpoint.every=2", f"mesh.expert={devices}"]
+        resumed = train(workdir, *words, devices=devices)
+        assert resumed.returncode == 0, resumed.stderr
+        assert f"resuming after step {start}" in resumed.stdout
+        before = {4: 8, 1: 4}[devices]
+        said = f"since step {start} this is another environment (devices: {before} -> {devices};"
+        assert said in resumed.stderr
+        *_, event = (e for e in read_events(workdir) if e["kind"] == "environment")
+        assert event["step"] == start
+        assert f"-> {devices}" in str(event["differing"])
+        found = records(workdir)
+        assert found.keys() == expected.keys()
+        for key, record in found.items():
+            assert record["loss"] == pytest.approx(expected[key]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_ends_it_at_once_with_its_checkpoints_intact(straight, tmp_path, number):
+    """The first waits for a step that never ends; the second does not."""
+    stuck = (
+        "import sys, time; from moejax import loop\n"
+        "after = loop.Training._hooks\n"
+        "def hooks(self, step, late, preempted):\n"
+        "    after(self, step, late, preempted)\n"
+        "    if step == 9: self.checkpoints.wait(); print('stuck', flush=True); time.sleep(600)\n"
+        "loop.Training._hooks = hooks\n"
+        "from moejax.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    workdir = tmp_path / "twice"
+    words = [sys.executable, "-c", stuck, *command(workdir)[3:]]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert any(line == "stuck\n" for line in process.stdout)
+        process.send_signal(number)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.5)
+        process.send_signal(number)
+        assert process.wait(2) == 128 + number
+    assert checkpoint_steps(workdir) == [4, 8]
+    resumed = train(workdir)
+    assert resumed.returncode == 0, resumed.stderr
     assert records(workdir) == records(straight)
 
 

@@ -73,6 +73,7 @@ def test_what_may_change_may_change_and_is_stored(tmp_path):
     words += ["watch.max_dead_experts=0.4", "watch.max_drop_fraction=0.4"]
     words += ["watch.max_router_logit=30", "watch.skip_batches=4-7", "watch.mismatch=warn"]
     words += ["watch.replicas_every=5", "watch.recompute_every=7"]
+    words += ["watchdog.step_seconds=5", "watchdog.slow_seconds=9"]
     config = apply_overrides(Config(), words)
     open_workdir(tmp_path, config)
     assert read_config(tmp_path) == config
