@@ -251,7 +251,8 @@ def _over_width(
             else w
             for name, w in weights.items()
         }
-        out = _recomputed(run, part, *operands).astype(jnp.float32)
+        recomputed: jax.Array = _recomputed(run, part, *operands)
+        out = recomputed.astype(jnp.float32)
         total = out if total is None else total + out
     assert total is not None
     return total.astype(dtype)
