@@ -243,6 +243,8 @@ def _over_width(
     if parts == 1:
         return run(weights, *operands)
     size, total = hidden // parts, None
+    # A policy of remat that keeps an operand by its name would keep it for every part.
+    operands = jax.lax.optimization_barrier(operands)
     for n in range(parts):
         # Not `lax.split`: Mixtral at a capacity then took 2.9 GiB and 0.6 G cycles more
         part = {
@@ -251,31 +253,10 @@ def _over_width(
             else w
             for name, w in weights.items()
         }
-        recomputed: jax.Array = _recomputed(run, part, *operands)
-        out = recomputed.astype(jnp.float32)
+        out = jax.checkpoint(run)(part, *operands).astype(jnp.float32)
         total = out if total is None else total + out
     assert total is not None
     return total.astype(dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _recomputed(run, *operands):
-    """`run(*operands)`, computed again in the backward pass by `jax.checkpoint`.
-
-    Which alone, inside another one that keeps an operand by its name, keeps it for each part.
-    """
-    return run(*operands)
-
-
-def _recomputed_forward(run, *operands):
-    return run(*operands), operands
-
-
-def _recomputed_backward(run, operands, grad):
-    return jax.vjp(jax.checkpoint(run), *operands)[1](grad)
-
-
-_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 def _width_parts(hidden: int, column_bytes: int) -> int:
