@@ -1,7 +1,7 @@
 """`moejax plan --search`: layouts of a config on a pod, ranked on paper, the best ones compiled.
 
-The paper model leaves out what it cannot know (attention's scores, XLA's temporaries), so it only
-chooses what to compile. What is said of a compiled layout is read from its program.
+The paper model does not know how XLA arranges a step, so it only chooses what to compile. What is
+said of a compiled layout is read from its program.
 """
 
 import dataclasses
