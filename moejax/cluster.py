@@ -40,6 +40,7 @@ JOIN_SECONDS = "MOEJAX_JOIN_SECONDS"
 DEFAULT_JOIN_SECONDS = 300  # on a cluster the slowest process still pulls its image
 HEARTBEAT_SECONDS = 30  # after which a process that computes nothing with the others is lost
 SHUTDOWN_SECONDS = 20
+REFUSE_SECONDS = 1.5  # in which an error that all processes raise is raised by all
 APPEAR_SECONDS = 30
 SOFTWARE = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint")
 TPU_PORT = 8476 + 6  # beside those that libtpu takes
@@ -433,18 +434,18 @@ def from_first(topic: str, compute: Callable[[], Any]) -> Any:
         compute: returns JSON; called on process 0 only.
 
     Raises:
-        ConfigError: what it raised, on every process.
+        ConfigError: what it raised, on every process, with its exit code; or that it ended.
     """
     client = distributed.global_state.client
     if client is None:
         return compute()
     key = f"moejax/from-first/{topic}"
     if distributed.global_state.process_id == 0:
-        answer = {"error": "it ended", "details": ""}
+        answer = {"error": "it ended; look at its log", "details": "", "code": UNAVAILABLE}
         try:
             answer = {"value": compute()}
         except ConfigError as error:
-            answer = {"error": str(error), "details": error.details}
+            answer = {"error": str(error), "details": error.details, "code": error.code}
             raise
         finally:
             client.key_value_set(key, json.dumps(answer))
@@ -452,7 +453,7 @@ def from_first(topic: str, compute: Callable[[], Any]) -> Any:
     answer = json.loads(_wait_for(client, key, topic))
     if "error" in answer:
         error = ConfigError(f"process 0: {answer['error']}")
-        error.details = answer["details"]
+        error.details, error.code = answer["details"], answer["code"]
         raise error
     return answer["value"]
 
@@ -532,19 +533,31 @@ def leaving_at_once() -> Iterator[None]:
 
     An orderly exit waits SHUTDOWN_SECONDS for the others, who meanwhile wait for this one in a
     collective. They notice within moments that a process is gone, and end the same way. An error
-    that all processes raise alike, a ConfigError, goes the usual way.
+    that all processes raise alike, as most of ConfigError, goes the usual way.
     """
     try:
         yield
-    except (ConfigError, SystemExit):
+    except SystemExit:
         raise
     except BaseException as error:
-        if distributed.global_state.client is None:
+        client = distributed.global_state.client
+        if client is None:
+            raise
+        if isinstance(error, ConfigError) and _all_refuse(client):
             raise
         code = _say_why(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _all_refuse(client: Any) -> bool:
+    """Says whether every process comes here within moments."""
+    try:
+        client.wait_at_barrier("moejax/refused", int(REFUSE_SECONDS * 1000))
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
 
 
 def _say_why(error: BaseException) -> int:
@@ -554,6 +567,9 @@ def _say_why(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(f"{here}: interrupted", file=sys.stderr)
         return INTERRUPTED
+    if isinstance(error, ConfigError):
+        print(f"{here}: error: {error}", *error.details.splitlines(), sep="\n", file=sys.stderr)
+        return error.code
     if is_loss(error):
         reason = str(error).splitlines()[0][:200]
         print(

@@ -115,8 +115,9 @@ class Lifeline:
                         self._hear(selector, key.fileobj)  # pyright: ignore[reportArgumentType]
                     elif not self._left:
                         self._accept(selector)
-            for connection in self._open:
-                connection.close()
+            with self._lock:  # the goodbyes are said
+                for key in selector.get_map().values():
+                    key.fileobj.close()  # pyright: ignore[reportAttributeAccessIssue]
 
     def _accept(self, selector: selectors.BaseSelector) -> None:
         assert self._server is not None
@@ -125,29 +126,31 @@ class Lifeline:
         except OSError:  # no file descriptors left: those that are not connected have heartbeats
             selector.unregister(self._server)
             return
-        connection.settimeout(2.0)  # of a stranger who says nothing
-        try:
-            token, process = connection.recv(256).decode().split()
-            known = secrets.compare_digest(token, self._token) and 0 < int(process) < self._count
-        except (OSError, ValueError):
-            known = False
-        if not known:
-            connection.close()
-            return
-        with self._lock:
-            self._open[connection] = int(process)
-        selector.register(connection, selectors.EVENT_READ)
+        selector.register(connection, selectors.EVENT_READ)  # a stranger may say nothing, ever
 
     def _hear(self, selector: selectors.BaseSelector, connection: socket.socket) -> None:
         said = b""
         with contextlib.suppress(OSError):
             said = connection.recv(256)
-        selector.unregister(connection)
         with self._lock:
-            process = self._open.pop(connection)
+            process = self._open.pop(connection, None)
+            if process is None and (named := self._process_named(said)) is not None:
+                self._open[connection] = named
+                return
+        selector.unregister(connection)
         connection.close()
-        if said != BYE:
+        if process is not None and said != BYE:
             self._tell(process)
+
+    def _process_named(self, said: bytes) -> int | None:
+        """Returns which process says so of itself; None of a stranger."""
+        try:
+            token, number = said.split()
+            process = int(number)
+        except ValueError:
+            return None
+        known = secrets.compare_digest(token, self._token.encode())
+        return process if known and 0 < process < self._count else None
 
     # The others
 

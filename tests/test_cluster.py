@@ -14,7 +14,7 @@ import pytest
 
 from moejax import cluster
 from moejax.cluster import find_cluster, first_host, tpu_vm_cluster
-from moejax.errors import ConfigError, UnavailableError
+from moejax.errors import ConfigError, NoSpaceError, UnavailableError
 
 LAUNCHER = {
     "JAX_COORDINATOR_ADDRESS": "10.0.0.1:8476",
@@ -217,7 +217,8 @@ def test_among_several_an_error_ends_the_process_at_once(monkeypatch, capfd, err
     def leave(code: int):
         raise Left(code)
 
-    state = types.SimpleNamespace(client=object(), process_id=1, num_processes=2)
+    client = types.SimpleNamespace(wait_at_barrier=lambda *_: None)  # all come
+    state = types.SimpleNamespace(client=client, process_id=1, num_processes=2)
     monkeypatch.setattr(cluster, "distributed", types.SimpleNamespace(global_state=state))
     monkeypatch.setattr(cluster.os, "_exit", leave)
     with pytest.raises(Left if code else ConfigError) as raised, cluster.leaving_at_once():
@@ -225,6 +226,32 @@ def test_among_several_an_error_ends_the_process_at_once(monkeypatch, capfd, err
     if code:
         assert raised.value.args == (code,)
     assert said.replace("process 0 was", "another process was") in capfd.readouterr().err
+
+
+def test_what_only_one_process_refuses_ends_it_at_once(monkeypatch, capfd):
+    """The others are in a collective: an orderly exit would wait for them."""
+
+    class Left(BaseException):
+        pass
+
+    def leave(code: int):
+        raise Left(code)
+
+    def nobody_comes(name: str, milliseconds: int):
+        assert milliseconds == 1500
+        raise jax.errors.JaxRuntimeError(f"DEADLINE_EXCEEDED: {name} timed out")
+
+    client = types.SimpleNamespace(wait_at_barrier=nobody_comes)
+    state = types.SimpleNamespace(client=client, process_id=1, num_processes=2)
+    monkeypatch.setattr(cluster, "distributed", types.SimpleNamespace(global_state=state))
+    monkeypatch.setattr(cluster.os, "_exit", leave)
+    error = UnavailableError("no batch came")
+    error.details = "row 1\nrow 2"
+    with pytest.raises(Left) as raised, cluster.leaving_at_once():
+        raise error
+    assert raised.value.args == (69,)
+    said = capfd.readouterr().err
+    assert said == "moejax: process 1 of 2: error: no batch came\nrow 1\nrow 2\n"
 
 
 def test_how_long_to_wait_is_a_number(monkeypatch):
@@ -347,6 +374,26 @@ def test_what_process_0_refuses_all_refuse(monkeypatch):
     assert str(first) == "none is sound"
     assert isinstance(second, ConfigError)
     assert (str(second), second.details) == ("process 0: none is sound", "a  b")
+    assert second.code == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "said", "code"),
+    [
+        (MemoryError(), "process 0: it ended; look at its log", 69),
+        (NoSpaceError("full"), "process 0: full", 28),
+    ],
+)
+def test_the_end_of_process_0_has_its_code_on_all(monkeypatch, error, said, code):
+    """A crash is no bad input, with which nobody would start the run again."""
+
+    def ends():
+        raise error
+
+    first, second = _run_each(monkeypatch, [lambda: cluster.from_first("c", ends)] * 2)
+    assert first is error
+    assert isinstance(second, ConfigError)
+    assert (str(second), second.code) == (said, code)
 
 
 def test_a_complaint_of_one_process_is_known_to_all(monkeypatch):

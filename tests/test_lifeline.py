@@ -83,7 +83,9 @@ def test_strangers_are_sent_away(monkeypatch):
     """Neither what they say nor their end means anything."""
     run = Run(2, monkeypatch).connected()
     port, token = run.client.values[KEY].split()
-    for said in (b"", b"GET / HTTP/1.1\r\n\r\n", b"0123 1\n", f"{token} 7\n".encode(), BYE):
+    silent = socket.create_connection(("127.0.0.1", int(port)), 5)  # holds nobody up
+    foreign = (b"GET / HTTP/1.1\r\n\r\n", "é 1\n".encode())
+    for said in (b"", *foreign, b"0123 1\n", f"{token} 7\n".encode(), BYE):
         with socket.create_connection(("127.0.0.1", int(port)), 5) as stranger:
             stranger.settimeout(5)
             stranger.sendall(said)
@@ -95,6 +97,7 @@ def test_strangers_are_sent_away(monkeypatch):
     assert run.lines[0]._server.getsockname()[0] == "127.0.0.1", "of no other interface"
     run.dies(1)
     assert run.news(1) == {(0, 1)}
+    silent.close()
 
 
 def test_a_port_that_is_closed_is_said_and_harms_nothing(monkeypatch, capfd):
