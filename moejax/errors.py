@@ -8,6 +8,8 @@ from typing import NamedTuple
 # (28), sysexits.h (69, 70, 75), timeout (124), the shell (130).
 DONE, CHECK_FAILED, BAD_INPUT, DIVERGED, NO_SPACE = 0, 1, 2, 17, 28
 UNAVAILABLE, CRASH_LOOP, PREEMPTED, STUCK, INTERRUPTED = 69, 70, 75, 124, 130
+# in which two signals are one request: a launcher and a terminal, or SLURM, may deliver it twice
+SAME_SECONDS = 1.0
 
 
 class ExitCode(NamedTuple):
@@ -42,7 +44,9 @@ EXIT_CODES = (
     ExitCode(CRASH_LOOP, False, "it failed again and again without a newer checkpoint"),
     ExitCode(PREEMPTED, True, "SIGTERM: saved; the same command goes on from there"),
     ExitCode(STUCK, True, "no progress within `watchdog.*`: stacks are on stderr"),
-    ExitCode(INTERRUPTED, False, "Ctrl-C; a training has saved, if it had begun"),
+    ExitCode(
+        INTERRUPTED, False, "Ctrl-C; a training has saved, if it had begun; not at a second Ctrl-C"
+    ),
 )
 FINAL = frozenset(row.code for row in EXIT_CODES if not row.again)
 

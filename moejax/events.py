@@ -1,6 +1,7 @@
 """events.jsonl: what happened to a run besides its steps, one JSON object a line. No JAX."""
 
 import json
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,24 +69,33 @@ class Events:
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         line = json.dumps({"time": now, "step": step, "kind": kind, **fields})
         try:
-            with open(self._file, "a", encoding="utf-8") as stream:
-                stream.write(line + "\n")
+            append_line(self._file, line)
         except OSError as error:
             if not self._complained:
                 print(f"moejax: {self._file} cannot be written: {error}", file=sys.stderr)
             self._complained = True
 
 
+def append_line(file: Path, line: str) -> None:
+    """Appends a line to a file, on a line of its own also where a crash cut the last one off."""
+    with open(file, "ab+") as stream:
+        cut = b""
+        if stream.tell() > 0:
+            stream.seek(-1, os.SEEK_END)
+            cut = b"" if stream.read(1) == b"\n" else b"\n"
+        stream.write(cut + line.encode() + b"\n")
+
+
 def read_events(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the events of a run, oldest first; a last line cut off by a crash is left out."""
+    """Returns the events of a run, oldest first; lines that a crash cut off are left out."""
     try:
-        lines = (workdir / EVENTS).read_text(encoding="utf-8").splitlines()
+        text = (workdir / EVENTS).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return []
     events = []
-    for line in lines:
+    for line in text.splitlines():
         try:
             events.append(json.loads(line))
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             continue
     return events

@@ -127,7 +127,8 @@ def _json_lines(workdir: Path) -> list[Finding]:
 
 
 def _first_bad_line(file: Path) -> str:
-    """Returns which line is no JSON object; a last one that a crash cut off is none."""
+    """Returns which line is no JSON object; one that a crash cut off, the last one or an event, is
+    none."""
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, start=1):
@@ -135,7 +136,8 @@ def _first_bad_line(file: Path) -> str:
                     if line.endswith(b"\n") and not isinstance(json.loads(line), dict):
                         return f"line {number} is not a JSON object"
                 except (ValueError, RecursionError):
-                    return f"line {number} is not JSON"
+                    if file.name != EVENTS or line[:1] != b"{" or line.endswith(b"}\n"):
+                        return f"line {number} is not JSON"
     except OSError as error:
         return f"cannot be read: {error.strerror or error}"
     return ""

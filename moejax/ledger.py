@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moejax.events import append_line
+
 LEDGER = "ledger.jsonl"  # in a workdir
 
 # What each kind holds, in seconds; they add up to the time since the run began.
@@ -57,7 +59,7 @@ def read_ledger(workdir: Path) -> list[dict[str, Any]]:
         return []
     lines = []
     for line in text.splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError):
+        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
             entry = json.loads(line)
             seconds = {kind: float(entry["seconds"][kind]) for kind in KINDS}
             numbers = {"time": float(entry["time"]), "step": int(entry["step"])}
@@ -219,8 +221,7 @@ class Ledger:
         if not self._enabled:
             return
         try:
-            with open(self._file, "a", encoding="utf-8") as stream:
-                stream.write(json.dumps(line) + "\n")
+            append_line(self._file, json.dumps(line))
         except OSError as error:
             if not self._complained:
                 print(f"moejax: {self._file} cannot be written: {error}", file=sys.stderr)

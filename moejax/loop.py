@@ -107,6 +107,8 @@ def train(config: Config, workdir: Path) -> int:
         from_first("lock", lock.take)
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
         preemption = stack.enter_context(Preemption())
+        # They are left in the other order: an error ends this process before the lifeline says
+        # goodbye, the watchdog outlives all that can hang, the lock goes last.
         stack.enter_context(lifeline())
         watchdog = stack.enter_context(Watchdog(config.watchdog, Events(workdir), Beats()))
         stack.enter_context(leaving_at_once())
@@ -119,7 +121,6 @@ def train(config: Config, workdir: Path) -> int:
         try:
             if training.train(preemption):
                 training.finish()
-                checkpoints.require_saved()
                 ledger.close(done=True)
                 return DONE
             return preemption.code
@@ -307,7 +308,8 @@ class Training:
 
     def _hooks(self, step: int, late: "LateMetrics", preempted: bool) -> None:
         config, last = self.config, step == self.config.train.steps
-        evaluates = last or (config.eval.every is not None and step % config.eval.every == 0)
+        due = config.eval.every is not None and step % config.eval.every == 0
+        evaluates = last or (due and not preempted)  # the grace time is for saving
         final = last or preempted
         durable = final or step % config.checkpoint.every == 0
         saves = durable or config.checkpoint.saves_locally(step)
@@ -464,7 +466,8 @@ class Training:
         }
 
     def _explain(self, step: int, message: str) -> str:
-        self.checkpoints.wait()
+        with self._slow("checkpoint"):
+            self.checkpoints.wait()
         steps = self.checkpoints.steps
         kept = (
             f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"
@@ -475,6 +478,7 @@ class Training:
         """Shows what was learned: evaluation, speed, a sample, plots, and the files."""
         with self._slow("other"):
             self._finish()
+            self.checkpoints.require_saved()  # others may wait here for process 0
 
     def _finish(self) -> None:
         if self.last_eval is None:  # the run was complete already

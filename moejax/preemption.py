@@ -12,10 +12,9 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-from moejax.errors import INTERRUPTED, PREEMPTED
+from moejax.errors import INTERRUPTED, PREEMPTED, SAME_SECONDS
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-SAME_SECONDS = 1.0  # a launcher and a terminal, or SLURM, may deliver one request twice
 
 
 class Preemption:
@@ -31,7 +30,7 @@ class Preemption:
 
     def __init__(self, leave: Callable[[int], object] = os._exit):
         self._leave = leave
-        self._asked = 0
+        self._asked, self._reached = 0, False
         self._alone = not jax.distributed.is_initialized()
         self._signal: signal.Signals | None = None  # the first that came
         self._since = 0.0
@@ -55,7 +54,11 @@ class Preemption:
         if not self._alone:
             # The service counts from 0 at every start and waits for a number, not for what is past
             # it: a signal before the first question stops at question 1, whatever the step.
-            return multihost_utils.reached_preemption_sync_point(self._asked)
+            # It says yes to one number only, and a roll-back may be raised in that step.
+            self._reached = self._reached or multihost_utils.reached_preemption_sync_point(
+                self._asked
+            )
+            return self._reached
         if self._asked == 1:
             self._take_signals()
         return self._signal is not None
@@ -67,7 +70,7 @@ class Preemption:
         if not self._alone:
             self._service = _handler_of_c(signal.SIGTERM)
         for number in SIGNALS:
-            self._before[number] = signal.signal(number, self._note)
+            self._before[number] = signal.signal(number, self._handle)
         # Python calls a handler between two lines of the main thread, which may wait in C++ for
         # long; the number of a signal is in this socket at once
         self._end, far = socket.socketpair()
@@ -81,9 +84,15 @@ class Preemption:
             while received := far.recv(64):
                 for number in received:
                     if number in SIGNALS:
-                        self._note(number, None)
+                        self._note(number)
 
-    def _note(self, number: int, _: FrameType | None) -> None:
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        # Python calls it when the main thread leaves C++, long after the thread heard of the
+        # signal: only the thread can tell whether it is a second one
+        if self._signal is None:
+            self._note(number)
+
+    def _note(self, number: int) -> None:
         now = time.monotonic()
         if self._signal is None:
             self._since, self._signal = now, signal.Signals(number)

@@ -14,7 +14,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from moejax.errors import CRASH_LOOP, FINAL, PREEMPTED, UNAVAILABLE, ConfigError
+from moejax.errors import (
+    CRASH_LOOP,
+    FINAL,
+    INTERRUPTED,
+    PREEMPTED,
+    SAME_SECONDS,
+    UNAVAILABLE,
+    ConfigError,
+)
 from moejax.events import Events
 from moejax.ledger import last_step
 from moejax.workdir import checkpoint_steps, read_config
@@ -91,6 +99,7 @@ class Forwarding:
 
     def __init__(self):
         self.asked: signal.Signals | None = None
+        self._since = 0.0
         self._event = threading.Event()
         self._group: Group | None = None
         self._before = {}
@@ -106,9 +115,14 @@ class Forwarding:
         self._event.wait(seconds)
 
     def _hand_on(self, number: int, _) -> None:
-        again, self.asked = self.asked is not None, signal.Signals(number)
+        now, send = time.monotonic(), signal.SIGKILL
+        if self.asked is None:
+            self._since, self.asked = now, signal.Signals(number)
+            send = self.asked
+        elif now - self._since <= SAME_SECONDS:
+            return
         if self._group is not None:
-            self._group.send(signal.SIGKILL if again else self.asked)
+            self._group.send(send)
         self._event.set()
 
     def __enter__(self) -> "Forwarding":
@@ -143,11 +157,12 @@ def supervise(start: Callable[[], Group], workdir: Path | None, retries: Retries
             if signals.asked is not None or final or retries.restarts == 0:
                 return code
             if (step := _newest(workdir)) > newest:
-                newest, ends = step, []
+                ends = []
+            newest = step  # lower after a fallback, from where the run gets on too
             ends.append((code, None if workdir is None else last_step(workdir)))
             if len(ends) > retries.restarts:
                 return _give_up(workdir, newest, ends)
-            seconds = min(retries.longest_wait, retries.first_wait * 2 ** (len(ends) - 1))
+            seconds = min(retries.longest_wait, retries.first_wait * 2 ** min(len(ends) - 1, 30))
             _say(
                 f"ended with exit code {code}; starting it again in {seconds:g} s, after step "
                 f"{newest} ({len(ends)} of {retries.restarts} without a newer checkpoint)"
@@ -155,7 +170,7 @@ def supervise(start: Callable[[], Group], workdir: Path | None, retries: Retries
             _note(workdir, "restart", newest, code=code, failures=len(ends), wait_seconds=seconds)
             signals.sleep(seconds)
             if signals.asked is not None:
-                return PREEMPTED
+                return INTERRUPTED if signals.asked == signal.SIGINT else PREEMPTED
 
 
 def _give_up(workdir: Path | None, newest: int, ends: list[tuple[int, int | None]]) -> int:

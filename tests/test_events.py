@@ -12,7 +12,16 @@ def test_events_are_read_back_without_a_line_that_a_crash_cut_off(tmp_path, monk
         stream.write('{"time": "2026-')
     (event,) = read_events(tmp_path)
     assert (event["kind"], event["step"], event["value"]) == ("probe", 3, 1.5)
+    Events(tmp_path).write("probe", 5)
+    assert [event["step"] for event in read_events(tmp_path)] == [3, 5], "it spoils no other"
     assert read_events(tmp_path / "none") == []
+
+
+def test_lines_of_a_damaged_disk_are_passed_over(tmp_path):
+    good = '{"kind": "probe", "step": 3}'
+    (tmp_path / EVENTS).write_bytes(b'\xff\xfe"\n' + b"[" * 100_000 + b"\n" + good.encode())
+    (event,) = read_events(tmp_path)
+    assert event["step"] == 3
 
 
 def test_a_file_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsys):

@@ -42,6 +42,15 @@ def test_a_sound_run(workdir, tmp_path, capsys):
     assert "BAD" not in capsys.readouterr().out
 
 
+def test_an_event_that_a_crash_cut_off_is_no_damage(workdir):
+    """The one after it is on a line of its own."""
+    events, whole = workdir / "events.jsonl", '{"time": "2026", "step": 1}\n'
+    events.write_text(f'{{"time": "20\n{whole}')
+    assert verdicts(workdir)["events.jsonl"] == "sound"
+    events.write_text(f'{{"time": "20}}\n{whole}')
+    assert verdicts(workdir)["events.jsonl"] == "line 1 is not JSON"
+
+
 def test_every_kind_of_damage_has_its_row(workdir, capsys):
     checkpoints = workdir / "checkpoints"
     run = start_run(workdir)

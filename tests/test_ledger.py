@@ -150,6 +150,14 @@ def test_lines_that_are_spoilt_are_passed_over(tmp_path, clocks):
     assert totals(tmp_path).seconds["start"] == 2
 
 
+def test_a_line_that_was_cut_off_does_not_spoil_the_next(tmp_path, clocks):
+    session(tmp_path, clocks, 0)
+    with open(tmp_path / LEDGER, "a") as stream:
+        stream.write('{"time": 17')
+    session(tmp_path, clocks, 4)
+    assert [line["step"] for line in read_ledger(tmp_path)] == [0, 4]
+
+
 def test_every_kind_is_documented():
     page = (Path(__file__).parents[1] / "docs/metrics.md").read_text()
     section = page.partition("\n## Where the time went")[2].partition("\n## ")[0]

@@ -139,6 +139,29 @@ def test_a_run_that_gets_on_is_restarted_for_ever(tmp_path):
     assert waits == [0.01] * 9
 
 
+def test_a_run_that_fell_back_gets_on_from_there(tmp_path):
+    """Its newest checkpoint was unsound and is set aside: newer ones have lower numbers."""
+    commit(tmp_path, 40)
+    plain, steps = ends_with(*[137] * 9, 0), iter(range(10, 99))
+
+    def start() -> Group:
+        newest = tmp_path / CHECKPOINTS / "40"
+        if newest.exists():
+            newest.rename(newest.with_name("40.corrupt"))
+        commit(tmp_path, next(steps))
+        return plain()
+
+    assert supervise(start, tmp_path, QUICK) == 0
+
+
+def test_any_number_of_restarts_has_a_wait():
+    class Failed(Group):
+        def wait(self) -> int:
+            return 1
+
+    assert supervise(lambda: Failed([]), None, Retries(restarts=1100, first_wait=0.0)) == 70
+
+
 def test_a_checkpoint_on_the_local_disk_is_progress_too(tmp_path):
     workdir, local = tmp_path / "run", tmp_path / "local"
     config = apply_overrides(Config(), [f"checkpoint.local={local}", "checkpoint.local_every=1"])
@@ -230,23 +253,28 @@ def test_a_second_signal_kills_a_command_that_does_not_end(tmp_path):
         process.stdout.readline()
         process.send_signal(signal.SIGTERM)
         assert process.stdout.readline() == "got 15\n"
+        process.send_signal(signal.SIGTERM)  # the same request, delivered twice
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1.2)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=20)
+        said, _ = process.communicate(timeout=20)
+    assert said == "", "the command is asked once"
     assert process.returncode == 128 + signal.SIGKILL
 
 
-def test_a_signal_while_it_waits_starts_nothing(tmp_path):
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_while_it_waits_starts_nothing(tmp_path, number, code):
     started = ends_with(1)
 
     def start() -> Group:
         group = started()
-        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), number))
         signal.setitimer(signal.ITIMER_REAL, 1.0)
         return group
 
     before = signal.getsignal(signal.SIGTERM)
     begun = time.monotonic()
-    assert supervise(start, tmp_path, Retries(restarts=3, first_wait=60)) == 75
+    assert supervise(start, tmp_path, Retries(restarts=3, first_wait=60)) == code
     assert time.monotonic() - begun < 30
     assert signal.getsignal(signal.SIGTERM) == before
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import pytest
 
@@ -11,6 +12,8 @@ from moejax import watchdog as module
 from moejax.cluster import Beats
 from moejax.config import ConfigError, WatchdogConfig
 from moejax.events import Events, read_events
+from moejax.ledger import Ledger
+from moejax.loop import Training
 from moejax.watchdog import Watchdog, behind_of
 
 
@@ -44,6 +47,28 @@ def test_a_main_thread_that_is_stuck_is_ended_with_its_stacks(tmp_path, capfd):
     assert "test_a_main_thread_that_is_stuck" in said, "the stack shows where"
     (event,) = read_events(tmp_path)
     assert (event["kind"], event["step"], event["process"]) == ("stuck", 7, 0)
+
+
+@pytest.mark.parametrize("waits", ["finish", "explain"])
+def test_waiting_for_a_save_has_the_limit_of_slow_things(tmp_path, waits):
+    """At the end of a run, where others wait for process 0 too, and before it says why it stops."""
+    seen = []
+    with guarded(tmp_path, 5.0, 60.0, leave=seen.append) as watchdog:
+        training = object.__new__(Training)
+        training.watchdog, training._finish = watchdog, lambda: None
+        training.ledger = Ledger(tmp_path, 0, enabled=False)
+        training.checkpoints = types.SimpleNamespace(
+            wait=lambda: seen.append(watchdog._limit),
+            require_saved=lambda: seen.append(watchdog._limit),
+            steps=[4],
+        )
+        watchdog.step(5)
+        if waits == "finish":
+            training.finish()
+        else:
+            assert training._explain(5, "x") == "step 5: x; the checkpoint of step 4 is kept"
+        assert (seen, watchdog._limit) == ([60.0], 5.0)
+        training.ledger.close()
 
 
 @pytest.mark.parametrize("limits", [(None, None), (0.2, None)])
