@@ -6,6 +6,7 @@ counters). It is a checkpoint once its manifest is written (`manifest.py`); befo
 restored, its files are compared with the manifest, and its arrays with those of the config.
 """
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -28,7 +29,7 @@ from moejax.cluster import any_complains, appears, check_shared, from_first, ref
 from moejax.config import CheckpointConfig, ConfigError
 from moejax.errors import NO_SPACE, NoSpaceError, StorageError
 from moejax.events import Events
-from moejax.manifest import MANIFEST, Table, Unsound, fingerprint, read_manifest
+from moejax.manifest import MANIFEST, Newer, Table, Unsound, fingerprint, read_manifest
 from moejax.sharding import path_name, replicated
 from moejax.state import TrainState
 from moejax.store import Store, find_run, start_run
@@ -198,6 +199,7 @@ class Checkpoints:
             complaint = any_complains(f"checkpoint {next(self._count)}", complaint)
             complaint = complaint or _not_finite(items)
             if not complaint:
+                self._agree(self._set_aside)
                 return sound, items, meta
             self._rejected[index, sound] = complaint
             if step is not None:
@@ -212,10 +214,12 @@ class Checkpoints:
                 continue
             try:
                 self._stores[index].check(found)
+            except Newer as error:
+                folder = self._stores[index].folder(found)
+                raise ConfigError(f"{folder}: {error}; use that moejax") from None
             except Unsound as error:
                 self._rejected[index, found] = str(error)
                 continue
-            self._set_aside()
             return index, found
         reasons = [f"step {s}: {why}" for (_, s), why in sorted(self._rejected.items())]
         reasons += [str(path) for store in self._stores for path in store.set_aside_ones()]
@@ -235,7 +239,7 @@ class Checkpoints:
         )
 
     def _set_aside(self) -> None:
-        """Renames what was found unsound, now that there is something sound to go on from."""
+        """Renames what was found unsound, now that something sound was restored."""
         for (index, step), reason in sorted(self._rejected.items()):
             store = self._stores[index]
             if self._read_only:
@@ -244,6 +248,8 @@ class Checkpoints:
                 folder = str(store.set_aside(step))
                 self._tell(f"{store.folder(step)} is UNSOUND: {reason}; renamed to {folder}")
                 self._events.write("checkpoint_corrupt", step, reason=reason, folder=folder)
+        if not self._read_only:
+            self._rejected.clear()  # the same step may be saved again, soundly
 
     def _read(
         self, folder: Path, abstract: dict[str, Any]
@@ -253,7 +259,10 @@ class Checkpoints:
         Raises:
             ConfigError: the checkpoint is of another config.
         """
-        manifest = read_manifest(folder)
+        try:
+            manifest = read_manifest(folder)
+        except Unsound as error:  # process 0 found it sound; this one sees something else
+            return {}, {}, str(error)
         tables = {item: table_of(tree) for item, tree in abstract.items()}
         _check_tables(folder, {item: manifest.tables.get(item, {}) for item in tables}, tables)
         try:
@@ -372,7 +381,8 @@ class Checkpoints:
         """Reports a save that failed, and removes what it left."""
         text = _first_line(error)
         if clear and self._first:
-            store.clear(step)
+            with contextlib.suppress(OSError):  # what is said of the save matters more
+                store.clear(step)
         try:
             free = shutil.disk_usage(store.root).free
         except OSError:
@@ -408,6 +418,11 @@ class Checkpoints:
         if self._thread is not None:
             self._thread.join()
             self._thread = None
+
+    def settle(self) -> None:
+        """Waits on every process until process 0 has sealed the last save, too."""
+        self.wait()
+        self._agree(lambda: None)
 
     def close(self) -> None:
         """Waits, and lets go of the folder. Closing twice is harmless."""

@@ -99,3 +99,18 @@ def read_events(workdir: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             continue
     return events
+
+
+def rollbacks_to(events: list[dict[str, Any]], step: int) -> list[tuple[int, int]]:
+    """Returns the batches, first to last, of each rollback to the checkpoint of `step`.
+
+    It knows nothing of them itself: it was saved before. Those to one that had the step before it
+    do not count.
+    """
+    found: list[tuple[int, int]] = []
+    for event in events:
+        if event.get("kind") == "checkpoint_saved" and event.get("step") == step:
+            found = []
+        elif event.get("kind") == "rollback" and event.get("to") == step:
+            found.append((int(event["first"]), int(event["last"])))
+    return found

@@ -29,7 +29,7 @@ from moejax.data import Batch, Prefetch, TrainBatches, check_vocabulary
 from moejax.environment import environment, environment_difference
 from moejax.errors import DIVERGED, DONE
 from moejax.evaluate import Evaluator
-from moejax.events import Events
+from moejax.events import Events, read_events, rollbacks_to
 from moejax.flops import model_flops_utilization
 from moejax.generate import generate
 from moejax.ledger import Ledger
@@ -168,6 +168,7 @@ class Training:
             before = resumed.meta.get("environment", {})
             differing = environment_difference(before, self.environment)
             self._take(resumed)
+            self._take_rollbacks(start)
         self.start = start
         self.ledger: Ledger  # from when nothing refuses the run
         self.main_process = jax.process_index() == 0
@@ -193,6 +194,16 @@ class Training:
         stored = SkipList.parse(meta["watch"]["skip_batches"])
         self.skip_list = resumed_list(stored, self.skip_list, step)
         self.start, self.state = step, state
+
+    def _take_rollbacks(self, step: int) -> None:
+        """Goes on as after the rollbacks to `step` of processes that ended before their next save.
+
+        The checkpoint was saved before them: its list of batches lacks theirs.
+        """
+        told = from_first("rollbacks", lambda: rollbacks_to(read_events(self.workdir), step))
+        self.rollbacks[step] = len(told)
+        for first, last in told:
+            self.skip_list = self.skip_list.add(first, last + 1)
 
     def _tell_environment(self, start: int, differing: list[str]) -> None:
         if differing:
@@ -263,7 +274,7 @@ class Training:
             raise Diverged(self._explain(back.step, f"{back}; there is nothing to go back to"))
         step, times = resumed.step, self.rollbacks.get(resumed.step, 0)
         self.rollbacks[step] = times + 1
-        if times == self.config.watch.max_rollbacks:
+        if times >= self.config.watch.max_rollbacks:  # fewer may be allowed than at the start
             raise Diverged(self._explain(back.step, f"{back}; went back {times} times"))
         first, last = self.skip_list.batch(step), self.skip_list.batch(back.step - 1)
         self.skip_list = self.skip_list.add(first, last + 1)
@@ -467,7 +478,7 @@ class Training:
 
     def _explain(self, step: int, message: str) -> str:
         with self._slow("checkpoint"):
-            self.checkpoints.wait()
+            self.checkpoints.settle()
         steps = self.checkpoints.steps
         kept = (
             f"the checkpoint of step {steps[-1]} is kept" if steps else "there is no checkpoint yet"

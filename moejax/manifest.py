@@ -28,6 +28,10 @@ class Unsound(Exception):
     """A checkpoint that must not be used; the message says why."""
 
 
+class Newer(Unsound):
+    """A checkpoint of a later format: nothing is wrong with it, but this moejax cannot read it."""
+
+
 class Manifest(NamedTuple):
     """Of one checkpoint.
 
@@ -86,6 +90,7 @@ def read_manifest(folder: Path) -> Manifest:
     """Returns the manifest of a folder.
 
     Raises:
+        Newer: it is of a later format.
         Unsound: there is none, or one that is not as it was written.
     """
     file = folder / MANIFEST
@@ -96,11 +101,13 @@ def read_manifest(folder: Path) -> Manifest:
             raise Unsound(f"{MANIFEST} is larger than {MAX_BYTES >> 20} MiB")
         text = file.read_bytes()
         manifest = _decode(json.loads(text))
+        # the digest in it too: no bit is free to flip
+        damaged = _encode(manifest).encode() != text
     except OSError as error:
         raise Unsound(f"{MANIFEST} cannot be read: {error.strerror or error}") from None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         raise Unsound(f"{MANIFEST} is damaged") from None
-    if _encode(manifest).encode() != text:  # the digest in it too: no bit is free to flip
+    if damaged:
         raise Unsound(f"{MANIFEST} is damaged")
     return manifest
 
@@ -211,7 +218,7 @@ def _encode(manifest: Manifest) -> str:
 
 def _decode(given: Any) -> Manifest:
     if given["format"] > FORMAT:
-        raise Unsound(
+        raise Newer(
             f"{MANIFEST} has format {given['format']}, of a newer moejax; this one reads {FORMAT}"
         )
     tables = {

@@ -2,7 +2,8 @@
 
 Everything that deletes or renames a checkpoint is here. Only what this run is known to have written
 is touched: a folder with its manifest, or one that stands in `.unfinished`, the list of the folders
-that are being written or deleted. Anything else in the folder belongs to somebody else.
+that are being written or deleted. What Orbax finished and no sound manifest says the owner of is
+renamed, never deleted. Anything else in the folder belongs to somebody else.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import os
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -37,6 +39,7 @@ from moejax.workdir import (
 
 UNFINISHED = ".unfinished"  # in a folder of checkpoints: a file a step, which holds the run's id
 CORRUPT = "corrupt"  # N.corrupt is the checkpoint N that was found unsound
+_TRIES = 4  # to remove a folder: where one item's save failed, Orbax may still write another
 
 
 def find_run(workdir: Path) -> str | None:
@@ -189,7 +192,7 @@ class Store:
         sync_folder(self.root / UNFINISHED)
 
     def _strike(self, step: int) -> None:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # a note too many is harmless: the next start strikes it
             (self.root / UNFINISHED / str(step)).unlink()
 
     def unfinished(self) -> list[int]:
@@ -217,8 +220,11 @@ class Store:
         """Removes what an unfinished save has left, as far as it can; says if there was any."""
         folder = self.folder(step)
         there = folder.is_dir() and not folder.is_symlink()
-        if there:
+        for tried in range(_TRIES if there else 0):
+            time.sleep(0.1 * tried)
             shutil.rmtree(folder, ignore_errors=True)
+            if not os.path.lexists(folder):
+                break
         if not os.path.lexists(folder):
             self._strike(step)
         return there

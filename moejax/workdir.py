@@ -2,6 +2,7 @@
 
 import contextlib
 import fnmatch
+import hashlib
 import json
 import os
 import re
@@ -49,7 +50,7 @@ RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 def read_run(workdir: Path) -> str | None:
     """Returns the id of a workdir's run; None where there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         run = json.loads((workdir / RUN).read_text(encoding="utf-8"))["run"]
         if RUN_ID.fullmatch(run):
             return run
@@ -57,9 +58,15 @@ def read_run(workdir: Path) -> str | None:
 
 
 def checkpoint_roots(workdir: Path, local: str | None, run: str | None) -> list[Path]:
-    """Returns where a run's checkpoints are: in its workdir, then on the local disk."""
+    """Returns where a run's checkpoints are: in its workdir, then on the local disk.
+
+    The local folder is that of run and workdir: a copy of the workdir goes its own way.
+    """
     durable = workdir.resolve() / CHECKPOINTS
-    return [durable, Path(local).resolve() / run] if local and run else [durable]
+    if not (local and run):
+        return [durable]
+    place = hashlib.sha256(os.fsencode(workdir.resolve())).hexdigest()[:8]
+    return [durable, Path(local).resolve() / f"{run}-{place}"]
 
 
 def checkpoint_steps(workdir: Path, local: str | None = None) -> list[int]:

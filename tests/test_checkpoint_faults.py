@@ -100,6 +100,7 @@ def test_a_flipped_bit_in_any_file_falls_back_loudly(workdir, mesh, capsys):
         flip(file, rng.randrange(file.stat().st_size))
         with Checkpoints(workdir, CONFIG, read_only=True) as checkpoints:
             found = checkpoints._find_sound(None, None)
+            checkpoints._set_aside()
         assert found == (0, 20), file
         assert "is UNSOUND" in capsys.readouterr().err
         shutil.rmtree(good)
@@ -167,6 +168,45 @@ def test_where_none_is_sound_nothing_begins_anew(workdir, mesh):
         (root / str(step)).rename(root / f"{step}.corrupt")
     with pytest.raises(ConfigError, match=r"none is sound \(.*20\.corrupt; .*40\.corrupt\)"):
         resume(workdir, mesh)
+
+
+def test_what_cannot_be_restored_here_stays_where_it_is(workdir, mesh, monkeypatch):
+    """Too little memory, say: the files are sound, and another machine may restore them."""
+
+    def no_memory(*_, **__):
+        raise MemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.AsyncCheckpointer, "restore", no_memory)
+        with pytest.raises(ConfigError, match="step 40: it cannot be restored: out of memory"):
+            resume(workdir, mesh)
+    assert checkpoint_steps(workdir) == [20, 40]
+    resumed = resume(workdir, mesh)
+    assert resumed is not None
+    assert resumed.step == 40
+
+
+def test_a_step_that_was_unsound_and_is_saved_again_is_sound(workdir, mesh):
+    wanted = abstract(random_state(20, mesh), mesh)
+    flip(largest(workdir / "checkpoints" / "40"), 50)
+    with Checkpoints(workdir, CONFIG) as checkpoints:
+        resumed = checkpoints.resume(wanted)
+        assert resumed is not None
+        assert resumed.step == 20
+        assert checkpoints.save(random_state(40, mesh), {}, None)
+        checkpoints.settle()
+        resumed = checkpoints.resume(wanted)
+        assert resumed is not None
+        assert resumed.step == 40
+    assert checkpoint_steps(workdir) == [20, 40]
+
+
+def test_a_checkpoint_of_a_newer_format_is_neither_passed_over_nor_renamed(workdir, mesh):
+    file = workdir / "checkpoints" / "40" / MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
+    with pytest.raises(ConfigError, match=r"40: .*format 2, of a newer moejax; .*use that moejax"):
+        resume(workdir, mesh)
+    assert checkpoint_steps(workdir) == [20, 40]
 
 
 def test_a_new_run_has_nothing_to_resume(tmp_path, mesh):
@@ -343,6 +383,34 @@ def test_no_space_for_the_manifest_is_no_checkpoint(workdir, mesh, monkeypatch):
         assert checkpoint_steps(workdir) == [20, 40]
         assert checkpoints.save(random_state(60, mesh), {}, None), "the same step can come again"
     assert checkpoint_steps(workdir) == [20, 40, 60]
+
+
+def test_what_cannot_be_cleared_away_hides_no_failure(workdir, mesh, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Store, "seal", full)
+    monkeypatch.setattr(Store, "clear", full)
+    with Checkpoints(workdir, CONFIG) as checkpoints:
+        assert checkpoints.save(random_state(60, mesh), {}, None)
+        with pytest.raises(NoSpaceError, match="step 60 was not saved"):
+            checkpoints.require_saved()
+    assert [e["step"] for e in read_events(workdir) if e["kind"] == "checkpoint_failed"] == [60]
+
+
+def test_settled_is_what_process_0_has_sealed(workdir, mesh, monkeypatch):
+    """On other processes `wait` returns when Orbax is done, before the manifest."""
+    agreed = []
+
+    def from_first(topic, compute):
+        agreed.append(checkpoint_steps(workdir))
+        return compute()
+
+    with Checkpoints(workdir, CONFIG) as checkpoints:
+        assert checkpoints.save(random_state(60, mesh), {}, None)
+        monkeypatch.setattr(checkpoint, "from_first", from_first)
+        checkpoints.settle()
+    assert agreed == [[20, 40, 60]], "process 0 answers when it has sealed, and the others wait"
 
 
 def test_a_save_that_is_still_running_when_the_next_is_due(workdir, mesh, monkeypatch):

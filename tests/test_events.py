@@ -1,7 +1,7 @@
 from pathlib import Path
 
 from moejax import events
-from moejax.events import EVENTS, KINDS, Events, read_events
+from moejax.events import EVENTS, KINDS, Events, read_events, rollbacks_to
 
 
 def test_events_are_read_back_without_a_line_that_a_crash_cut_off(tmp_path, monkeypatch):
@@ -22,6 +22,19 @@ def test_lines_of_a_damaged_disk_are_passed_over(tmp_path):
     (tmp_path / EVENTS).write_bytes(b'\xff\xfe"\n' + b"[" * 100_000 + b"\n" + good.encode())
     (event,) = read_events(tmp_path)
     assert event["step"] == 3
+
+
+def test_rollbacks_to_a_step_are_those_since_it_was_saved(tmp_path):
+    log = Events(tmp_path)
+    log.write("checkpoint_saved", 8)
+    log.write("rollback", 10, to=8, first=8, last=9)
+    log.write("checkpoint_saved", 12)
+    log.write("rollback", 14, to=12, first=14, last=15)
+    log.write("rollback", 10, to=8, first=10, last=11)
+    assert rollbacks_to(read_events(tmp_path), 8) == [(8, 9), (10, 11)]
+    assert rollbacks_to(read_events(tmp_path), 12) == [(14, 15)]
+    log.write("checkpoint_saved", 8)
+    assert rollbacks_to(read_events(tmp_path), 8) == []
 
 
 def test_a_file_that_cannot_be_written_is_said_once(tmp_path, monkeypatch, capsys):

@@ -14,7 +14,7 @@ from moejax.config import Config
 from moejax.fsck import fsck
 from moejax.overrides import apply_overrides
 from moejax.store import Store, start_run
-from moejax.workdir import COMMITTED, MANIFEST, open_workdir
+from moejax.workdir import COMMITTED, MANIFEST, checkpoint_roots, open_workdir
 
 
 @pytest.fixture
@@ -23,8 +23,9 @@ def workdir(tmp_path):
     words = [f"checkpoint.local={tmp_path / 'fast'}", "checkpoint.local_every=5"]
     workdir = open_workdir(tmp_path / "run", apply_overrides(Config(), words))
     run = start_run(workdir)
-    for root, step in (("run/checkpoints", 20), ("run/checkpoints", 40), (f"fast/{run}", 45)):
-        add(tmp_path / root, step, run=run)
+    durable, local = checkpoint_roots(workdir, str(tmp_path / "fast"), run)
+    for root, step in ((durable, 20), (durable, 40), (local, 45)):
+        add(root, step, run=run)
     (workdir / "metrics.jsonl").write_text('{"step": 1}\n{"step"')
     return workdir
 

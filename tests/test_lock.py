@@ -74,9 +74,10 @@ def test_who_lets_go_is_not_mourned(tmp_path, capsys):
     for _ in range(2):
         with RunLock(tmp_path) as lock:
             lock.take()
-    (tmp_path / LOCK).write_text("[]")
-    with RunLock(tmp_path) as lock:
-        lock.take()
+    for damage in ("[]", "[" * 4096):
+        (tmp_path / LOCK).write_text(damage)
+        with RunLock(tmp_path) as lock:
+            lock.take()
     assert capsys.readouterr().err == ""
     assert read_events(tmp_path) == []
 

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from moejax import manifest as module
-from moejax.manifest import MANIFEST, Unsound, check_files, read_manifest, write_manifest
+from moejax.manifest import MANIFEST, Newer, Unsound, check_files, read_manifest, write_manifest
 
 RUN = "0123456789abcdef"
 TABLES = {"model": {"params/w": ((2, 3), "float32"), "step": ((), "int32")}}
@@ -72,6 +72,12 @@ def test_the_size_alone_does_not_find_a_flipped_bit(folder):
         check(folder)
 
 
+def _replace(folder, old: str, new: str) -> None:
+    text = (folder / MANIFEST).read_text()
+    assert old in text
+    (folder / MANIFEST).write_text(text.replace(old, new))
+
+
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
@@ -82,6 +88,8 @@ def test_the_size_alone_does_not_find_a_flipped_bit(folder):
         (lambda f: (f / MANIFEST).unlink(), "it has no MANIFEST.json"),
         (lambda f: (f / MANIFEST).write_text(""), "MANIFEST.json is damaged"),
         (lambda f: (f / MANIFEST).write_text("[" * 5000), "MANIFEST.json is damaged"),
+        (lambda f: _replace(f, "5000", "1e999"), "MANIFEST.json is damaged"),
+        (lambda f: _replace(f, "5000", "Infinity"), "MANIFEST.json is damaged"),
         (lambda f: (f / MANIFEST).write_text("null"), "MANIFEST.json is damaged"),
         (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe"), "MANIFEST.json is damaged"),
         (lambda f: os.truncate(f / MANIFEST, 300), "MANIFEST.json is damaged"),
@@ -112,7 +120,7 @@ def test_links_and_special_files_are_refused(folder, tmp_path):
 def test_a_later_format_and_a_huge_manifest_are_told_apart_from_damage(folder, monkeypatch):
     written = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**written, "format": 2}))
-    with pytest.raises(Unsound, match="has format 2, of a newer moejax; this one reads 1"):
+    with pytest.raises(Newer, match="has format 2, of a newer moejax; this one reads 1"):
         read_manifest(folder)
     monkeypatch.setattr(module, "MAX_BYTES", 100)
     with pytest.raises(Unsound, match="is larger than"):

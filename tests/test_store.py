@@ -128,6 +128,36 @@ def test_a_kill_within_a_deletion_leaves_nothing_that_is_taken_for_a_checkpoint(
     assert names(tmp_path) == (["1", "2"] if kill_at == 0 else ["2"])
 
 
+def test_a_note_that_cannot_be_removed_spoils_no_checkpoint(tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", denied)
+        add(tmp_path, 40)
+    store = Store(tmp_path, OURS)
+    assert store.unfinished() == [40]
+    assert store.sweep() == [], "it has its manifest"
+    assert (store.steps(), store.unfinished()) == ([40], [])
+
+
+def test_a_file_that_comes_while_a_failed_save_is_removed_goes_too(tmp_path, monkeypatch):
+    """Orbax writes the items of a checkpoint at once; one may fail while another is written."""
+    store, rmtree = Store(tmp_path, OURS), shutil.rmtree
+    folder = store.begin(40)
+    folder.mkdir()
+
+    def late(*arguments, **options):
+        rmtree(*arguments, **options)
+        monkeypatch.undo()
+        folder.mkdir()
+        (folder / "_sharding").write_text("")
+
+    monkeypatch.setattr(shutil, "rmtree", late)
+    assert store.clear(40)
+    assert (folder.exists(), store.unfinished()) == (False, [])
+
+
 def test_unsound_ones_keep_their_files_under_another_name(tmp_path):
     store = Store(tmp_path, OURS)
     for _ in range(2):
@@ -138,7 +168,7 @@ def test_unsound_ones_keep_their_files_under_another_name(tmp_path):
     assert store.steps() == []
 
 
-@pytest.mark.parametrize("damage", [None, "", "{", '{"run": 5}', '{"run": "../../x"}'])
+@pytest.mark.parametrize("damage", [None, "", "{", "[" * 9999, '{"run": 5}', '{"run": "../../x"}'])
 def test_a_lost_id_is_found_in_the_manifests(tmp_path, damage):
     run = start_run(tmp_path)
     assert start_run(tmp_path) == run == find_run(tmp_path)

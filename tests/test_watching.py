@@ -236,6 +236,27 @@ def test_the_list_of_a_run_that_went_back_is_honoured_on_resume(spoil, tmp_path)
     _assert_equal_states(*(_last(tmp_path / folder, longer) for folder in ("back", "asked")))
 
 
+def test_a_rollback_is_known_to_the_next_process_before_any_save(spoil, tmp_path):
+    """Killed between the rollback to step 8 and the next checkpoint: batches 8 and 9 stay out."""
+    config, longer = (_config("watch.nonfinite=rollback", f"train.steps={n}") for n in (8, 12))
+    assert _train(config, tmp_path) == DONE
+    loop.Events(tmp_path).write("rollback", 10, to=8, first=8, last=9)
+    spoil("nan", {9})
+    assert _train(longer, tmp_path) == DONE
+    assert _kinds(tmp_path) == [("rollback", 10), ("skip_batches", 9)], "not done a second time"
+    assert _resumed(tmp_path, longer).meta["watch"]["skip_batches"] == "8-9"
+
+
+def test_rollbacks_of_earlier_processes_count(spoil, tmp_path, capsys):
+    config, longer = (_config("watch.nonfinite=rollback", f"train.steps={n}") for n in (8, 12))
+    assert _train(config, tmp_path) == DONE
+    for batch in range(8, 12):
+        loop.Events(tmp_path).write("rollback", batch + 2, to=8, first=batch, last=batch)
+    spoil("nan", {12})
+    assert _train(longer, tmp_path) == DIVERGED
+    assert "; went back 4 times; the checkpoint of step 8 is kept" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 def test_two_processes_agree_on_what_to_do(spoil, tmp_path, policy):

@@ -13,6 +13,7 @@ from moejax.workdir import (
     CONFIG,
     MANIFEST,
     MAY_CHANGE,
+    checkpoint_roots,
     checkpoint_steps,
     matches,
     open_workdir,
@@ -101,6 +102,23 @@ def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
     (tmp_path / "checkpoints" / "16").symlink_to("9")
     assert checkpoint_steps(tmp_path) == [9, 10]
     assert checkpoint_steps(tmp_path / "elsewhere") == []
+
+
+def test_a_copy_of_a_workdir_has_a_local_folder_of_its_own(tmp_path):
+    """It has the same run: on the same disk it would go on from the other's checkpoints."""
+    run = "0123456789abcdef"
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to("a")
+    roots = {
+        name: checkpoint_roots(tmp_path / name, str(tmp_path / "fast"), run)
+        for name in ("a", "b", "link")
+    }
+    assert roots["a"] == roots["link"]
+    assert roots["a"][1] != roots["b"][1]
+    for _, local in roots.values():
+        assert local.parent == tmp_path / "fast"
+        assert local.name.startswith(run)
 
 
 def test_a_workdir_must_be_a_folder_that_can_be_written(tmp_path, monkeypatch):
