@@ -25,7 +25,7 @@ DATA = Path(__file__).parent / "data"
 
 @pytest.mark.parametrize(
     ("name", "digest"),
-    [("format_1", "fb4fdde7e1c352832f92d250f2afd946317985bab8196ff925990e21be09ff2e")],
+    [("format_1", "4c99f057f252def5e727d285f0782512613e7f07e179b31b6dc6e10fb5e0bebb")],
 )
 def test_a_checkpoint_of_every_format_is_restored_bit_for_bit(tmp_path, name, digest):
     workdir = Path(shutil.copytree(DATA / name, tmp_path / "run"))
