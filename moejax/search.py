@@ -180,9 +180,9 @@ def _bytes(config: Config, topology: Topology, rows: dict[str, list[Placement]])
     part = min(experts, HIDDEN_BYTES // width) if config.num_moe_layers else tokens * hidden
     layer = 5 * buffers + 6 * part + 3 * tokens * heads
     layer += 3 * _layer_weights(config, rows["parameters"])
-    if not topology.chip.is_tpu:  # no attention kernel: scores in float32, twice and a half
+    if not topology.chip.is_tpu:  # no attention kernel: scores in float32, twice
         queries = min(QUERY_CHUNK, config.data.sequence_length)
-        layer += 10 // width * tokens * queries * model.num_heads // tensor
+        layer += 8 // width * tokens * queries * model.num_heads // tensor
     return held + width * saved + max(width * layer, _loss_bytes(config))
 
 
