@@ -34,6 +34,7 @@ class RunLock:
             ConfigError: another process has it, or it cannot be written.
         """
         try:
+            self._workdir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
             raise ConfigError(

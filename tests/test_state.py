@@ -59,6 +59,7 @@ def test_training_hands_the_counts_of_its_own_text_to_the_router_that_reads_them
         """In place of the training: keeps what it is made of, and does nothing."""
 
         writer = SimpleNamespace(close=lambda: None)
+        main_process, start = True, 0
 
         def __init__(self, *arguments):
             given.append(arguments[-1])
