@@ -18,7 +18,7 @@ from moejax.events import read_events
 from moejax.ledger import Ledger
 from moejax.overrides import apply_overrides, config_to_json
 from moejax.supervisor import Group, Retries, cause, supervise, workdir_of
-from moejax.workdir import CHECKPOINTS, COMMITTED, CONFIG, MANIFEST, RUN
+from moejax.workdir import CHECKPOINTS, COMMITTED, CONFIG, MANIFEST, RUN, checkpoint_roots
 
 ROOT = Path(__file__).parents[1]
 QUICK = Retries(restarts=2, first_wait=0.01)
@@ -171,7 +171,8 @@ def test_a_checkpoint_on_the_local_disk_is_progress_too(tmp_path):
     plain, steps = ends_with(*[137] * 5, 0), iter(range(1, 99))
 
     def start() -> Group:
-        finish(local / "0123456789abcdef" / str(next(steps)))
+        root = checkpoint_roots(workdir, str(local), "0123456789abcdef")[1]
+        finish(root / str(next(steps)))
         return plain()
 
     assert supervise(start, workdir, QUICK) == 0
