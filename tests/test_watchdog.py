@@ -58,7 +58,7 @@ def test_waiting_for_a_save_has_the_limit_of_slow_things(tmp_path, waits):
         training.watchdog, training._finish = watchdog, lambda: None
         training.ledger = Ledger(tmp_path, 0, enabled=False)
         training.checkpoints = types.SimpleNamespace(
-            wait=lambda: seen.append(watchdog._limit),
+            settle=lambda: seen.append(watchdog._limit),
             require_saved=lambda: seen.append(watchdog._limit),
             steps=[4],
         )
