@@ -165,7 +165,7 @@ class Training:
             self.state = initial_state(config, mesh, optimizer, token_counts)
         else:
             start = resumed.step
-            before = resumed.meta.get("environment", {})
+            before = resumed.meta["environment"]
             differing = environment_difference(before, self.environment)
             self._take(resumed)
             self._take_rollbacks(start)
