@@ -78,8 +78,8 @@ $(STAMP): pyproject.toml requirements.lock
 	VIRTUAL_ENV=.venv $(BIN)/uv pip install --constraint requirements.lock --editable ".[$(EXTRAS)]"
 	@touch $@
 
-.venv/.made-plan-%: $(STAMP)
-	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --constraint requirements.lock --editable ".[plan-$*]"
+.venv/.made-%: $(STAMP)
+	VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --constraint requirements.lock --editable ".[$*]"
 	@touch $@
 
 # pip, not uv: it takes a CPU wheel of torch from where its own configuration says there is one
