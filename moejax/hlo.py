@@ -128,13 +128,31 @@ class Program:
         """Returns the JAX operation that `run` comes from, with its `named_scope`s.
 
         What XLA made of several has none of its own: then that of the fusion around it, or of the
-        sum that it takes within the loop that it stands in, or "".
+        sum that it takes within the loop that it stands in, or "". Collectives within one slice of
+        several have lost theirs too: then that of what makes their operands.
         """
         reducer = re.search(r"to_apply=%?([\w.-]+)", run.instruction.attributes)
         near = [run.instruction, *([run.fusion] if run.fusion else [])]
         near += [i for i in self.computations.get(reducer[1], []) if i.root] if reducer else []
+        if run.instruction.operation in KINDS and not run.instruction.scope:
+            near += self._makers(run)
         found = next((scope for i in near if (scope := i.scope)), "")
         return found if found.startswith("jit(") or not run.loop else f"{run.loop}/{found}"
+
+
+    @functools.cached_property
+    def _by_name(self) -> dict[str, dict[str, Instruction]]:
+        return {c: {i.name: i for i in found} for c, found in self.computations.items()}
+
+    def _makers(self, run: "Run") -> Iterator[Instruction]:
+        """Yields what makes the operands of `run`, the nearest first, within its computation."""
+        by_name = self._by_name[run.computation]
+        names, seen = run.instruction.inputs, set()
+        while names:
+            found = [by_name[n] for n in dict.fromkeys(names) if n in by_name and n not in seen]
+            yield from found
+            seen.update(i.name for i in found)
+            names = [n for i in found for n in i.inputs]
 
 
 @dataclasses.dataclass(frozen=True)
