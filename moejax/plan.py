@@ -30,6 +30,7 @@ from moejax.describe import (
     resolve_mesh,
 )
 from moejax.flops import flops_per_token
+from moejax.loss import needs_whole_step
 from moejax.mesh import make_mesh
 from moejax.sharding import batch_sharding, gathered_axes
 from moejax.step import make_train_step
@@ -482,16 +483,22 @@ def exchange_passes(config: Config) -> float:
     Where remat repeats the exchange it is the way there alone; Soft MoE mixes what comes back by
     weights, whose gradient needs it.
     """
-    remat = config.model.remat
+    remat, ahead = config.model.remat, forwards_ahead(config)
     if remat == "none" or remat.startswith("exchange"):
-        return 2
-    return 3 if config.moe.router == "soft" else 2.5
+        return 2 + ahead
+    return ahead + (3 if config.moe.router == "soft" else 2.5)
+
+
+def forwards_ahead(config: Config) -> int:
+    """Returns how often a step runs forward before its gradients, for sums of all microbatches."""
+    needed = config.num_moe_layers > 0 and needs_whole_step(config.moe)
+    return int(config.train.accumulation > 1 and needed)
 
 
 def _checks(config: Config, sizes: MeshConfig, traffic: Sequence[Traffic]) -> Iterable[Check]:
     """Yields what the compiled step sends next to what formulas say that it has to."""
     moe, steps = config.moe, config.train.accumulation
-    again = config.model.remat != "none"
+    again = (config.model.remat != "none") + forwards_ahead(config)
     degree = sizes.expert_degree
     experts = _joined(EXPERT_AXES, sizes)[-1:]
 

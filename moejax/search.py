@@ -43,7 +43,7 @@ from moejax.describe import (
 from moejax.experts import HIDDEN_BYTES
 from moejax.flops import flops_per_token
 from moejax.overrides import config_values
-from moejax.plan import exchange_passes, make_plan
+from moejax.plan import exchange_passes, forwards_ahead, make_plan
 from moejax.plan_report import plan_record
 from moejax.sharding import gathered_axes
 from moejax.topology import Topology, topology_devices
@@ -147,6 +147,7 @@ def _on_paper(config: Config, topology: Topology, rows: dict[str, list[Placement
     chip, mesh = topology.chip, config.mesh
     useful = flops_per_token(config) * config.train.batch_size * config.data.sequence_length
     again = {"none": 1.0, "full": 4 / 3, "exchange": 4 / 3}.get(config.model.remat, 7 / 6)
+    again += forwards_ahead(config) / 3
     compute = useful * again / mesh.num_devices / chip.flops / EFFICIENCY
     moves = list(_sent(config, topology, rows["parameters"]))
     sent, links = (sum(of_all) for of_all in zip(*moves, strict=True))
@@ -273,7 +274,7 @@ def _sent(
 ) -> Iterator[tuple[float, float]]:
     """Yields the bytes that a device sends in a step, and the seconds that they take."""
     mesh, steps, width = config.mesh, config.train.accumulation, itemsize(config)
-    again = config.model.remat != "none"
+    again = (config.model.remat != "none") + forwards_ahead(config)
     sizes = {axis: getattr(mesh, axis) for axis in AXES}
     tokens = local_tokens(config, mesh) * steps
 
@@ -294,17 +295,20 @@ def _sent(
     # every device gathers keys and values of its sequences, and sends their gradients back
     keys = config.model.num_layers * tokens * _key_numbers(config.model) // sizes["tensor"]
     yield over("context", keys * width * (2 + again) * (sizes["context"] - 1))
+    unembedding = "embedding" if config.model.tie_embeddings else "unembedding"
     for row in parameters:
         local = math.prod(local_shape(row.shape, row.spec, mesh)) * width * steps
         axes = {
             name for part in row.spec for name in ((part,) if isinstance(part, str) else part or ())
         }
         devices, outermost = _gathered_over(row, mesh)
-        passes = 2 + again * row.name.startswith(("prefix", "runs"))
-        yield over(outermost, local * (devices - 1) * passes)
+        gathers = 1 + again * row.name.startswith(("prefix", "runs"))
+        # chunks of the vocabulary add the gradient of the unembedding up in float32
+        gradient = local * 4 // width if row.name == unembedding else local
+        yield over(outermost, (gathers * local + gradient) * (devices - 1))
         summed = [axis for axis in (*TOKEN_AXES, "context") if axis not in (*axes, "fsdp")]
         for axis in summed:
-            yield over(axis, 2 * local * (1 - 1 / sizes[axis]))
+            yield over(axis, 2 * gradient * (1 - 1 / sizes[axis]))
     sums = (4 + 2 * again) * config.model.num_layers * tokens * config.model.d_model * width
     yield over("tensor", 2 * sums * (1 - 1 / sizes["tensor"]))
 
