@@ -139,7 +139,6 @@ class Program:
         found = next((scope for i in near if (scope := i.scope)), "")
         return found if found.startswith("jit(") or not run.loop else f"{run.loop}/{found}"
 
-
     @functools.cached_property
     def _by_name(self) -> dict[str, dict[str, Instruction]]:
         return {c: {i.name: i for i in found} for c, found in self.computations.items()}

@@ -179,7 +179,7 @@ def _bytes(config: Config, topology: Topology, rows: dict[str, list[Placement]])
     buffers = buffer_rows(config, mesh, how) * model.d_model
     experts = _received_rows(config, how) * moe.expert_hidden // tensor
     part = min(experts, HIDDEN_BYTES // width) if config.num_moe_layers else tokens * hidden
-    layer = 5 * buffers + 6 * part + 3 * tokens * heads
+    layer = (5 if topology.chip.is_tpu else 3) * buffers + 6 * part + 3 * tokens * heads
     layer += 3 * _layer_weights(config, rows["parameters"])
     if not topology.chip.is_tpu:  # no attention kernel: scores in float32, twice
         queries = min(QUERY_CHUNK, config.data.sequence_length)
@@ -289,9 +289,7 @@ def _sent(
         how = config.moe.transport_over(degree)
         routed = tokens * config.num_moe_layers * exchange_passes(config)
         sent = exchange_bytes(config, mesh, how) * routed
-        # All-to-all over a ring of A: V * A / 4 for V bytes a device ("How To Scale Your Model").
-        hops = degree / 4 if topology.chip.is_tpu and how != "gather" else 1.0
-        yield sent, sent * max(hops, 1.0) / speed(_outermost(EXPERT_AXES, mesh))
+        yield sent, _exchange_seconds(topology, mesh, how, sent)
     # every device gathers keys and values of its sequences, and sends their gradients back
     keys = config.model.num_layers * tokens * _key_numbers(config.model) // sizes["tensor"]
     yield over("context", keys * width * (2 + again) * (sizes["context"] - 1))
@@ -313,16 +311,40 @@ def _sent(
     yield over("tensor", 2 * sums * (1 - 1 / sizes["tensor"]))
 
 
+def _exchange_seconds(topology: Topology, mesh: MeshConfig, how: str, sent: float) -> float:
+    """Returns the seconds in which the experts' devices exchange what each of them sends."""
+    chip, degree = topology.chip, mesh.expert_degree
+    ring = sent / _speed(topology, mesh, _outermost(EXPERT_AXES, mesh))
+    if how == "gather":
+        return ring
+    if chip.is_tpu or chip.network is None:
+        # All-to-all over a ring of A: V * A / 4 for V bytes a device ("How To Scale Your Model").
+        return ring * max(degree / 4, 1.0)
+    here = _on_one_host(topology, mesh, EXPERT_AXES[-1], degree)
+    part = sent / (degree - 1)
+    return max((here - 1) * part / chip.link, (degree - here) * part / chip.network)
+
+
 def _speed(topology: Topology, mesh: MeshConfig, axis: str) -> float:
-    """Returns the bytes/s along an axis: a ring of a torus, or GPUs within and between hosts."""
+    """Returns the bytes/s along an axis: a ring of a torus, or GPUs within and between hosts.
+
+    A ring of GPUs goes from host to host over the network of all of its GPUs at one.
+    """
     chip = topology.chip
     if chip.network is not None and axis == "data" and topology.slices > 1:
         return chip.network
     if chip.is_tpu or chip.network is None:
         return 2 * chip.link
-    inner = AXES[AXES.index(axis) :]  # the last axis is the one of neighbours
-    span = math.prod(getattr(mesh, name) for name in inner)
-    return chip.link if span <= topology.shape[1] else chip.network
+    size = getattr(mesh, axis)
+    here = _on_one_host(topology, mesh, axis, size)
+    return chip.link if here == size else min(chip.link, here * chip.network)
+
+
+def _on_one_host(topology: Topology, mesh: MeshConfig, axis: str, size: int) -> int:
+    """Returns how many of `size` GPUs in a row, of which `axis` is the innermost, a host has."""
+    inner = AXES[AXES.index(axis) + 1 :]  # the last axis is the one of neighbours
+    stride = math.prod(getattr(mesh, name) for name in inner)
+    return min(size, max(1, topology.shape[1] // stride))
 
 
 # The search

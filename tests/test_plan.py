@@ -204,6 +204,19 @@ def test_soft_moe_repeats_the_way_back_too():
     assert plan.exchange_passes(dataclasses.replace(CONFIG, model=model, moe=soft)) == 3
 
 
+def test_a_balance_loss_of_several_microbatches_runs_forward_once_more():
+    """Its slope is taken at the sums of the step, which a pass without gradients finds."""
+    train = dataclasses.replace(CONFIG.train, accumulation=2)
+    config = dataclasses.replace(CONFIG, train=train)
+    assert CONFIG.moe.balance_loss_weight > 0
+    assert (plan.forwards_ahead(CONFIG), plan.forwards_ahead(config)) == (0, 1)
+    assert plan.exchange_passes(config) == plan.exchange_passes(CONFIG) + 1
+    gathers = {check.name: check for check in plan._checks(config, config.mesh, ())}
+    assert gathers["weights over fsdp"].formula == "all-gather, 2 a layer"
+    moe = dataclasses.replace(CONFIG.moe, balance_loss_weight=0.0, router_z_loss_weight=0.0)
+    assert plan.forwards_ahead(dataclasses.replace(config, moe=moe)) == 0
+
+
 def test_the_oracle_exchanges_nothing_to_check():
     moe = dataclasses.replace(CONFIG.moe, transport="reference")
     config = dataclasses.replace(CONFIG, moe=moe)

@@ -261,3 +261,17 @@ def test_links_of_gpus_end_at_the_host():
     mesh = MeshConfig(data=1, fsdp=2, expert=8)
     assert search._speed(pod, mesh, "expert") == pod.chip.link
     assert search._speed(pod, mesh, "fsdp") == pod.chip.network
+
+
+def test_gpus_send_over_the_network_only_what_leaves_their_host():
+    pod = parse_topology("h100:2x8")
+    link, network = pod.chip.link, pod.chip.network
+    both = MeshConfig(data=1, expert=16)
+    assert search._speed(pod, both, "expert") == min(link, 8 * network)  # a ring over all 8 of each
+    seconds = search._exchange_seconds(pod, both, "all_to_all", 15e9)
+    assert seconds == pytest.approx(max(7e9 / link, 8e9 / network))  # 1 GB to each of 15
+    one = search._exchange_seconds(pod, MeshConfig(fsdp=2, expert=8), "ragged", 7e9)
+    assert one == pytest.approx(7e9 / link)
+    split = MeshConfig(data=1, fsdp=1, expert=8, tensor=2)  # 4 of an expert group's 8 at a host
+    found = search._exchange_seconds(pod, split, "all_to_all", 7e9)
+    assert found == pytest.approx(max(3e9 / link, 4e9 / network))
