@@ -167,11 +167,13 @@ def _bytes(config: Config, topology: Topology, rows: dict[str, list[Placement]])
     hidden = moe.mean_selected * moe.expert_hidden if config.num_moe_layers else model.dense_hidden
     products = heads + 2 * model.d_model + 2 * hidden // tensor
     kept = {
-        "none": products + 6 * model.d_model + hidden // tensor,
+        "none": products + 6 * 4 // width * model.d_model + hidden // tensor,  # norms in float32
         "full": 0,
         "exchange": 0,  # but for what was delivered, below
     }
     saved = tokens * model.num_layers * (model.d_model + kept.get(model.remat, products))
+    if model.remat == "none" and mesh.fsdp_degree > 1:  # whole weights wait for the way back
+        saved += model.num_layers * _layer_weights(config, rows["parameters"])
     if model.remat.startswith("exchange") and mesh.expert_degree > 1:
         saved += config.num_moe_layers * (
             _received_rows(config, how) * model.d_model + _dense_weights(config, rows["parameters"])
