@@ -34,6 +34,7 @@ class Job:
     command: list[str]
     nodes: int
     runs: list[list[str]] | None = None  # override sets of an array; None is a single run
+    copies: int | None = None  # tasks of an array that all run the same; None is no such array
     logs: Path = Path("logs")
     name: str = "moejax"
     gpus_per_node: int | None = None
@@ -79,7 +80,9 @@ def commands(job: Job) -> list[list[str]]:
         given = job.command[0] if job.command else "nothing"
         raise ConfigError(f"{given} is not a verb of moejax; for example train configs/x.py")
     verb = VERBS[job.command[0]]
-    if job.runs is None:
+    if job.copies is not None:
+        found = [job.command] * job.copies
+    elif job.runs is None:
         found = [job.command]
     else:
         verb.read(job.command[1:])
@@ -104,7 +107,8 @@ def commands(job: Job) -> list[list[str]]:
 def render(job: Job) -> str:
     """Returns the batch script."""
     found = commands(job)
-    folder, number = job.logs, "%j" if job.runs is None else "%A_%a"
+    array = job.runs is not None or job.copies is not None
+    folder, number = job.logs, "%A_%a" if array else "%j"
     asks = {
         "job-name": job.name,
         "nodes": job.nodes,
@@ -115,7 +119,7 @@ def render(job: Job) -> str:
         "output": f"{folder}/{number}.log",
         "open-mode": "append",  # a job that is requeued goes on in its log
         "signal": f"TERM@{job.grace}",  # the partition may have a limit too
-        "array": None if job.runs is None else f"0-{len(found) - 1}",
+        "array": f"0-{len(found) - 1}" if array else None,
     }
     lines = [_directive(name, value) for name, value in asks.items() if value is not None]
     if job.cpus_per_task is None:
@@ -181,6 +185,8 @@ def main() -> int:
     help = "of a training that fails, without a newer checkpoint in between (default: 3)"
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help=help)
     parser.add_argument("--array", type=Path, help="file with a line of key=value words a run")
+    help = "tasks of an array that all run the same, such as workers of a sweep"
+    parser.add_argument("--copies", type=int, metavar="N", help=help)
     parser.add_argument("--name", default="moejax", help="of the job (default: moejax)")
     parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder (default: logs)")
     help = "one more option of sbatch, as in --sbatch=--partition=big; repeatable"
@@ -188,9 +194,11 @@ def main() -> int:
     parser.add_argument("--dry_run", action="store_true", help="print the script, submit nothing")
     parser.add_argument("command", nargs="+", help="after --: a verb of moejax and its words")
     options = vars(parser.parse_args())
-    for name in ("nodes", "cpus_per_task", "restarts"):
+    for name in ("nodes", "cpus_per_task", "restarts", "copies"):
         if options[name] is not None and options[name] < 1:
             parser.error(f"--{name} {options[name]} is below 1")
+    if options["array"] is not None and options["copies"] is not None:
+        parser.error("--array and --copies both make an array; give one")
     dry_run, array, sbatch = (options.pop(name) for name in ("dry_run", "array", "sbatch"))
     try:
         runs = None if array is None else read_runs(array)

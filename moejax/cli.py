@@ -605,6 +605,50 @@ def _supervise(line: Line) -> int:
     return supervise_command(command, Retries(options.restarts, options.end_when_preempted))
 
 
+def _sweep_options(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser, "folder of the sweep: its trials in trials/NNN, report.md, plots")
+    _option(parser, "--workers", "trials at once (default: 1)", type=_whole(1), default=1)
+    help = "processes of this machine, or tasks of a SLURM array (default: local)"
+    _option(parser, "--launcher", help, choices=["local", "slurm"], default="local")
+    help = "options of launch/slurm.py, in one word: --slurm='--time 4:00:00 --gpus_per_node 1'"
+    _option(parser, "--slurm", help, default="", metavar="WORDS")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the workdir's sweep, if it has one"
+    )
+    _storage(parser)
+    _cpu_devices(parser)
+
+
+def _storage(parser: argparse.ArgumentParser) -> None:
+    help = (
+        "URL of an Optuna storage, such as postgresql://user@host/sweeps, for machines that share "
+        "no disk that locks (default: MOEJAX_SWEEP_STORAGE, or SQLite in the workdir)"
+    )
+    _option(parser, "--storage", help, metavar="URL")
+
+
+def _sweep(line: Line) -> int:
+    from moejax.sweep import Options, sweep
+
+    options = {name: value for name, value in vars(line.options).items() if name != "given"}
+    options["workdir"] = Path(line.options.workdir)
+    assert line.config is not None
+    return sweep(line.config, read_overrides(line.overrides), Options(**options))
+
+
+def _sweep_worker_options(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser, "folder of the sweep")
+    _storage(parser)
+    _cpu_devices(parser)
+
+
+def _sweep_worker(line: Line) -> int:
+    from moejax.sweep_worker import work
+
+    options = line.options
+    return work(Path(options.workdir), options.storage, options.cpu_devices)
+
+
 def _no_options(parser: argparse.ArgumentParser) -> None:
     pass
 
@@ -764,6 +808,35 @@ checkpoint are bounded; then exit code 70 says that it does not get on.""",
         _supervise_options,
         _supervise,
         config=False,
+    ),
+    Verb(
+        "sweep",
+        "train many variants of a config, and rank them",
+        "moejax sweep SWEEP[:ARG] --workdir DIR [--workers N] [--resume] [options] [key=value ...]",
+        """
+  moejax sweep configs/sweeps/learning_rate.py:small --workdir sweeps/rate --cpu_devices 1
+
+SWEEP is a Python file that defines get_sweep(arg): which keys of a base config are varied, and how.
+key=value changes the base config. All is checked before anything trains. A trial is a workdir like
+any other, in DIR/trials. What was stopped or killed goes on with --resume.""",
+        _sweep_options,
+        _sweep,
+        ("*",),
+        required=("workdir",),
+    ),
+    Verb(
+        "sweep_worker",
+        "take trials of a sweep that runs, on this machine",
+        "moejax sweep_worker --workdir DIR [--storage URL] [--cpu_devices N]",
+        """
+  moejax sweep_worker --workdir sweeps/rate
+
+What `moejax sweep` starts; one more can be started by hand wherever the workdir is seen. It ends
+when no trial is left.""",
+        _sweep_worker_options,
+        _sweep_worker,
+        config=False,
+        required=("workdir",),
     ),
 ]
 VERBS = {verb.name: verb for verb in _VERBS}

@@ -87,18 +87,27 @@ def apply_overrides(config: Config, overrides: Sequence[str]) -> Config:
 
 def load_values(file_with_arg: str) -> dict[str, Any]:
     """Returns a config file's flat dict over the defaults; combinations are not checked yet."""
+    path, found = run_file(file_with_arg)
+    defaults = {name: key.default for name, key in keys().items()}
+    try:
+        return defaults | _checked(_nested(found))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def run_file(file_with_arg: str, function: str = "get_config") -> tuple[Path, Any]:
+    """Returns the file that `x.py` or `x.py:arg` names, and what its function returns for `arg`.
+
+    Raises:
+        ConfigError: there is no such file or function, or something went wrong in it.
+    """
     match = re.fullmatch(r"(.+?\.py)(?::(.*))?", file_with_arg, flags=re.DOTALL)
     if match is None:
         raise ConfigError(
             f"{file_with_arg!r} is not a Python file; for example configs/quickstart.py"
         )
     path, arg = Path(match[1]), match[2]
-    found = _run_get_config(path, _read_source(path), arg)
-    defaults = {name: key.default for name, key in keys().items()}
-    try:
-        return defaults | _checked(_nested(found))
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    return path, _run_function(path, _read_source(path), arg, function)
 
 
 def _read_source(path: Path) -> str:
@@ -111,7 +120,7 @@ def _read_source(path: Path) -> str:
         raise ConfigError(f"config file {path} cannot be read: {error}") from None
 
 
-def _run_get_config(path: Path, source: str, arg: str | None) -> Any:
+def _run_function(path: Path, source: str, arg: str | None, name: str) -> Any:
     """Runs the file like a script: its folder is importable, no bytecode is written next to it."""
     module = types.ModuleType(path.stem)
     module.__file__ = str(path)
@@ -119,15 +128,15 @@ def _run_get_config(path: Path, source: str, arg: str | None) -> Any:
     sys.path.append(str(folder))
     try:
         exec(compile(source, str(path), "exec"), module.__dict__)  # noqa: S102 - the user's
-        if not callable(get_config := getattr(module, "get_config", None)):
-            raise ConfigError(f"{path} does not define get_config(arg)")
-        if inspect.signature(get_config).parameters:
-            return get_config(arg)
+        if not callable(function := getattr(module, name, None)):
+            raise ConfigError(f"{path} does not define {name}(arg)")
+        if inspect.signature(function).parameters:
+            return function(arg)
         if arg is not None:
             raise ConfigError(
-                f"get_config() of {path} takes no argument, and {arg!r} was given; use {path} alone"
+                f"{name}() of {path} takes no argument, and {arg!r} was given; use {path} alone"
             )
-        return get_config()
+        return function()
     except (Exception, SystemExit) as error:  # whatever goes wrong in the user's file is bad input
         raise _error_in_file(path, error) from error
     finally:

@@ -147,7 +147,7 @@ def supervise(start: Callable[[], Group], workdir: Path | None, retries: Retries
         the exit code of the last try, or CRASH_LOOP.
     """
     ends: list[tuple[int, int | None]] = []  # of the tries since the newest checkpoint
-    newest = _newest(workdir)
+    newest = newest_checkpoint(workdir)
     with Forwarding() as signals:
         while True:
             group = start()
@@ -156,7 +156,7 @@ def supervise(start: Callable[[], Group], workdir: Path | None, retries: Retries
             final = code in FINAL or (code == PREEMPTED and retries.end_when_preempted)
             if signals.asked is not None or final or retries.restarts == 0:
                 return code
-            if (step := _newest(workdir)) > newest:
+            if (step := newest_checkpoint(workdir)) > newest:
                 ends = []
             newest = step  # lower after a fallback, from where the run gets on too
             ends.append((code, None if workdir is None else last_step(workdir)))
@@ -190,7 +190,7 @@ def _listed(values: Sequence) -> str:
     return ", ".join("none" if value is None else str(value) for value in values)
 
 
-def _newest(workdir: Path | None) -> int:
+def newest_checkpoint(workdir: Path | None) -> int:
     """Returns the last step that has a finished checkpoint, also on the local disk; 0 without."""
     if workdir is None:
         return 0

@@ -169,7 +169,7 @@ def test_help_of_each_verb_has_an_example_its_options_and_its_keys(verb, capsys)
     assert f"\n  moejax {verb} " in text
     assert max(map(len, text.splitlines())) <= 100
     shown = {name for name in keys() if f"    {name}=" in text}
-    if verb in ("train", "verify", "describe", "plan", "config"):
+    if verb in ("train", "verify", "describe", "plan", "config", "sweep"):
         assert shown == set(keys())
     elif verb in ("eval", "generate"):
         assert {"mesh.expert", "model.dtype"} <= shown

@@ -33,6 +33,7 @@ ORDER = [
     *("loss", "contract", "optim", "watch", "state", "traffic", "step", "replicas"),
     *("checkpoint", "replay"),
     *("evaluate", "generate", "describe", "plan", "plan_report", "search", "verify", "loop"),
+    *("sweep_space", "sweep_study", "sweep_worker", "sweep_report", "sweep"),
     *("cli", "__main__"),
 ]
 SOURCES = {

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from moejax.metrics import read_metrics
+from moejax.overrides import read_overrides
+from moejax.sweep_study import open_study
 
 ROOT = Path(__file__).parents[1]
 CONFIG = str(ROOT / "configs/quickstart.py")
@@ -334,6 +336,49 @@ def test_a_job_that_is_stopped_midway_goes_on_to_the_same_losses(slurm, tmp_path
     steps, losses = zip(*_records(tmp_path / "stopped"), strict=True)
     assert list(steps) == list(range(1, 41))
     np.testing.assert_allclose(losses, [r[1] for r in _records(tmp_path / "alone")], rtol=1e-5)
+
+
+def test_copies_are_an_array_of_the_same(execute):
+    script = render("--nodes", "1", "--copies", "2", "--", "sweep_worker", "--workdir", "my sweep")
+    assert "#SBATCH --array=0-1\n" in script
+    for task in (0, 1):
+        (line,) = execute(script, 75, task=task)[:1]
+        assert line.rstrip("|").split("|")[-3:] == ["sweep_worker", "--workdir", "my sweep"]
+    assert "scontrol requeue 5" in execute(script, 75, task=1), "a worker that was stopped"
+    done = run("--nodes", "1", "--copies", "2", "--array", "x", *TRAIN)
+    assert done.returncode == 2
+    assert "--array and --copies both make an array" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_workers_of_a_sweep(slurm, tmp_path):
+    """A task on each node takes a trial; the study is one."""
+    words = dict(word.split("=") for word in SMALL)
+    fixed = {**words, "train.steps": "6", "mesh.expert": "1", "checkpoint.every": "6"}
+    shown = {name: read_overrides([f"{name}={value}"])[name] for name, value in fixed.items()}
+    (tmp_path / "x.py").write_text(
+        "from moejax.sweep_space import Grid, Sweep\n\n\ndef get_sweep():\n"
+        f"    space = Grid({{'optim.learning_rate': [1e-3, 1e-2]}})\n"
+        f"    return Sweep({os.path.relpath(CONFIG, tmp_path)!r}, space, {shown!r})\n"
+    )
+    workdir = tmp_path / "s"
+    asked = ["--launcher", "slurm", "--workers", "2", "--slurm=--time 0:20:00"]
+    line = ["sweep", str(tmp_path / "x.py"), "--workdir", str(workdir), "--cpu_devices", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "moejax", *line, *asked],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=slurm,
+    )
+    logs = "\n".join(file.read_text() for file in sorted((workdir / "logs").glob("*.log")))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert "of 2 workers" in done.stdout
+    with contextlib.closing(open_study(workdir, None)) as study:
+        trials = study.optuna.get_trials()
+        assert [record.state for record in study.records()] == ["complete", "complete"]
+    assert len({trial.user_attrs["worker"] for trial in trials}) == 2, "each took one"
+    assert (workdir / "report.md").exists()
 
 
 def _records(workdir: Path) -> list[tuple[int, float]]:

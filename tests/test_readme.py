@@ -9,6 +9,7 @@ import pytest
 
 from moejax.cli import MAY_CHANGE_AFTER_TRAINING, VERBS
 from moejax.overrides import load_config, read_overrides
+from moejax.sweep_space import load_sweep
 from moejax.workdir import matches
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,9 @@ def test_commands_parse(page, command, monkeypatch):
     end = next((i for i, word in enumerate(words) if word in ("|", "&&", ">")), len(words))
     verb = VERBS[words[1]]
     line = verb.read(words[2:end])
-    if line.config is not None:
+    if line.config is not None and verb.name == "sweep":
+        load_sweep(line.config, read_overrides(line.overrides))
+    elif line.config is not None:
         load_config(line.config, line.overrides)
     for key in read_overrides(line.overrides):
         assert line.config is not None or matches(key, MAY_CHANGE_AFTER_TRAINING)

@@ -1,0 +1,480 @@
+"""Sweeps: which trial is next, what a killed one leaves, the ranking, and real trainings."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from moejax.cli import main
+from moejax.config import ConfigError
+from moejax.errors import BAD_INPUT
+from moejax.lock import RunLock
+from moejax.metrics import read_metrics
+from moejax.overrides import load_config
+from moejax.sweep import table
+from moejax.sweep_report import estimate, ranking, verdict, write_report
+from moejax.sweep_space import Adaptive, Between, Grid, Objective, Sweep, prepare
+from moejax.sweep_study import Job, Study, TrialRecord, create, open_study, shown_url, storage_url
+from moejax.sweep_worker import core_share, describe_failure, gpu_share, wait_until_free
+from moejax.workdir import read_config
+
+ROOT = Path(__file__).parents[1]
+K, RATE = "moe.top_k", "optim.learning_rate"
+
+
+def made(space, **fields):
+    return prepare(Sweep("quickstart.py", space, **fields), ROOT / "configs", {})
+
+
+@pytest.fixture
+def study_of(tmp_path) -> Iterator[Callable]:
+    """Returns `(space, **fields) -> Study` in `tmp_path`; nothing is trained."""
+    with contextlib.ExitStack() as stack:
+
+        def study_of(space, **fields) -> Study:
+            study = create(tmp_path / "s", made(space, **fields), None)
+            return stack.enter_context(contextlib.closing(study))
+
+        yield study_of
+
+
+def take(study: Study) -> Job:
+    job = study.take()
+    assert isinstance(job, Job)
+    return job
+
+
+def finish(study: Study, value: Callable[[Job], float]) -> list[Job]:
+    """Completes trials until there is none left."""
+    jobs = []
+    while isinstance(job := study.take(), Job):
+        study.complete(job.trial, [value(job)])
+        os.close(job.claim)
+        jobs.append(job)
+    assert job == "done"
+    return jobs
+
+
+# Which trial is next
+
+
+def test_a_list_is_tried_seed_by_seed(study_of):
+    study = study_of(Grid({K: [2, 4, 8]}), seeds=(5, 6))
+    jobs = finish(study, lambda job: 1.0)
+    tried = [(job.run.config.moe.top_k, job.run.config.seed) for job in jobs]
+    assert tried == [(2, 5), (4, 5), (8, 5), (2, 6), (4, 6), (8, 6)]
+    assert [job.number for job in jobs] == list(range(6))
+
+
+def test_a_claimed_trial_is_nobody_elses_until_its_owner_dies(study_of):
+    study = study_of(Grid({K: [2, 4]}))
+    first, second = take(study), take(study)
+    assert study.take() == "wait"
+    os.close(first.claim)  # what the kernel does for a process that dies
+    again = take(study)
+    assert again.number == first.number == 0
+    assert again.run == first.run
+    study.complete(again.trial, [1.0])
+    study.fail(second.trial, "exit code 2: bad")
+    assert study.take() == "done"
+    states = [(r.state, r.values, r.error) for r in study.records()]
+    assert states == [("complete", (1.0,), None), ("failed", (), "exit code 2: bad")]
+
+
+def test_a_trial_whose_workers_die_is_given_up(study_of):
+    study = study_of(Grid({K: [2]}))
+    for _ in range(5):
+        os.close(take(study).claim)
+    assert study.take() in ("wait", "done")
+    (record,) = study.records()
+    assert record.state == "failed"
+    assert "died 5 times without a newer checkpoint" in record.error
+
+
+def test_what_was_tried_is_found_again_and_the_rest_added(study_of, tmp_path):
+    study = study_of(Grid({K: [2, 4]}))
+    job = take(study)
+    study.complete(job.trial, [1.5])
+    space = made(Grid({K: [2, 4]}))
+    with contextlib.closing(open_study(tmp_path / "s", None, space)) as again:
+        assert [(r.state, r.values) for r in again.records()] == [
+            ("complete", (1.5,)),
+            ("waiting", ()),
+        ]
+
+
+def test_a_search_learns_and_its_finalists_meet_the_base_on_other_seeds(study_of):
+    """The loss is least at a rate of 0.01; the base has 0.003."""
+    space = Adaptive({RATE: Between(1e-5, 1.0, log=True)}, 16, startup=6)
+    study = study_of(space, seeds=(0, 1, 2), finalists=2)
+
+    def loss(job: Job) -> float:
+        config = job.run.config
+        return abs(np.log10(config.optim.learning_rate) + 2) + 0.001 * config.seed
+
+    jobs = finish(study, loss)
+    records = study.records()
+    searched = [r for r in records if r.stage == "search"]
+    assert len(searched) == 16
+    assert {r.seed for r in searched} == {0}
+    random, late = [r.values[0] for r in searched[:6]], [r.values[0] for r in searched[-6:]]
+    assert np.median(late) < 0.6 * np.median(random), "it learns"
+    rest = [(r.stage, r.seed) for r in records if r.stage != "search"]
+    assert rest == [("base", 1), ("base", 2)] + 2 * [("final", 1)] + 2 * [("final", 2)]
+    best = sorted(searched, key=lambda r: r.values)[:2]
+    assert [r.point for r in records if r.stage == "final"][:2] == [r.point for r in best]
+    assert jobs[-1].run.config.train.steps == 600, "nothing else changed"
+
+    rows = ranking(records, study.sweep)
+    assert rows[-1].name == "base"
+    assert "beats the base config" in verdict(rows, study.sweep)
+
+
+def test_a_search_ends_when_all_points_were_tried(study_of):
+    study = study_of(Adaptive({K: [2, 4]}, 10, startup=1))
+    assert sorted(job.run.config.moe.top_k for job in finish(study, lambda job: 1.0)) == [2, 4]
+
+
+def test_a_pruner_stops_what_is_behind(study_of):
+    study = study_of(Adaptive({RATE: Between(0.1, 0.2)}, 8, pruner="halving"))
+    kept = []
+    for value in (1.0, 2.0, 3.0, 4.0, 0.5):
+        job = take(study)
+        job.trial.report(value, 150)
+        kept.append(not job.trial.should_prune())
+        if kept[-1]:
+            study.complete(job.trial, [value])
+        else:
+            study.prune(job.trial)
+    assert kept[0]
+    assert kept[-1], "the best so far"
+    assert not all(kept)
+    assert [r.state for r in study.records()].count("pruned") == kept.count(False)
+
+
+def test_the_table_shows_what_a_terminal_cannot_be_steered_by(study_of):
+    study = study_of(Grid({K: [2, 4]}))
+    job = take(study)
+    study.fail(job.trial, "exit code 1: [/bold] \x1b[2J")
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(table(study, study.records()))
+    text = console.export_text()
+    assert "1 failed, 1 waiting" in text
+    assert "000" in text
+    assert "[/bold] \\x1b[2J" in text
+
+
+# Errors
+
+
+def test_a_workdir_has_one_sweep(study_of, tmp_path):
+    study_of(Grid({K: [2]}))
+    other = made(Grid({K: [2, 4]}), fixed={"train.steps": 9})
+    with pytest.raises(ConfigError, match=r"another sweep \(train.steps 600 -> 9, space, fixed\)"):
+        open_study(tmp_path / "s", None, other)
+    with pytest.raises(ConfigError, match="give the workdir of a `moejax sweep`"):
+        open_study(tmp_path, None)
+
+
+def test_a_storage_that_cannot_be_reached_is_named_without_its_password(tmp_path):
+    space = made(Grid({K: [2]}))
+    with pytest.raises(ConfigError, match=r"cannot be reached: unable to open database file; "):
+        create(tmp_path / "a", space, f"sqlite:///{tmp_path}/none/x.db")
+    with pytest.raises(ConfigError, match=r"mysql\+nothing://me:\*\*\*@h/x cannot be"):
+        create(tmp_path / "b", space, "mysql+nothing://me:secret@h/x")
+    with pytest.raises(ConfigError, match=r"cannot be reached: .*check the URL"):
+        create(tmp_path / "c", space, "nonsense")
+    assert shown_url("postgresql://me:a@b@h:5/x") == "postgresql://me:***@h:5/x"
+
+
+def test_no_server_at_a_port(tmp_path):
+    pytest.importorskip("psycopg", reason="no psycopg; get it: pip install 'moejax[postgres]'")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    with pytest.raises(ConfigError, match=r"me:\*\*\*@127.0.0.1.*cannot be reached: .*refused"):
+        create(tmp_path, made(Grid({K: [2]})), f"postgresql://me:secret@127.0.0.1:{port}/x")
+
+
+def test_the_storage_of_a_sweep_elsewhere_is_asked_for_again(study_of, tmp_path, monkeypatch):
+    url = f"sqlite:///{tmp_path}/elsewhere.db"
+    create(tmp_path / "s", made(Grid({K: [2]})), url).close()
+    assert "elsewhere" in json.loads((tmp_path / "s/sweep.json").read_text())["storage"]
+    with pytest.raises(ConfigError, match="give it by --storage or MOEJAX_SWEEP_STORAGE"):
+        open_study(tmp_path / "s", None)
+    monkeypatch.setenv("MOEJAX_SWEEP_STORAGE", url)
+    with contextlib.closing(open_study(tmp_path / "s", None)) as study:
+        assert len(study.records()) == 1
+    assert storage_url(tmp_path, "postgres://h/x") == "postgresql+psycopg://h/x"
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["configs/sweeps/capacity.py:small", "seed=3"], "seed is given on the command line"),
+        (["configs/sweeps/capacity.py:small", "moe.topk=3"], "did you mean moe.top_k?"),
+        (["configs/sweeps/capacty.py"], "capacty.py does not exist; did you mean"),
+        (["configs/sweeps/capacity.py", "--slurm=--time 1"], "is for --launcher slurm"),
+        (["configs/sweeps/capacity.py", "--cpu_devices=3"], "not divisible by the expert axis (3)"),
+    ],
+)
+def test_the_command_line_refuses(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert main(["sweep", *words, "--workdir", str(tmp_path / "s")]) == BAD_INPUT
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "s").exists()
+
+
+# Sharing the machine, and how a training ended
+
+
+def test_workers_share_cores_and_gpus():
+    assert [core_share(i, 2, [0, 1, 2, 3, 4]) for i in (0, 1)] == [[0, 1], [2, 3]]
+    assert core_share(1, 4, [0, 1]) == [0, 1], "too few: all share all"
+    assert gpu_share(1, 2, {}, ["0", "1", "2", "3"]) == {"CUDA_VISIBLE_DEVICES": "2,3"}
+    assert gpu_share(0, 2, {"CUDA_VISIBLE_DEVICES": "5,7"}, []) == {"CUDA_VISIBLE_DEVICES": "5"}
+    assert gpu_share(0, 1, {}, ["0"]) == {}
+    with pytest.raises(ConfigError, match=r"--workers 3 cannot share the 4 GPUs .* a divisor of 4"):
+        gpu_share(0, 3, {}, ["0", "1", "2", "3"])
+
+
+def test_a_failure_is_told_by_its_error(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("step 1\nmoejax train: error: no\nmore\n\n")
+    assert describe_failure(2, log) == "exit code 2: moejax train: error: no"
+    log.write_text("step 1\n")
+    assert describe_failure(-9, log) == "killed by SIGKILL: step 1"
+
+
+def test_a_workdir_that_stays_in_use_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("moejax.sweep_worker.LEAVE_SECONDS", 0.1)
+    wait_until_free(tmp_path)
+    with RunLock(tmp_path) as lock:
+        lock.take()
+        with pytest.raises(ConfigError, match=r"is in use by a process .*resume the sweep"):
+            wait_until_free(tmp_path)
+
+
+# The ranking
+
+
+def record(number: int, point: dict, seed: int, *values: float, stage="list") -> TrialRecord:
+    return TrialRecord(number, "complete", stage, point, seed, {}, {}, values, None)
+
+
+def test_intervals_are_students():
+    """Of 1, 2, 3: the mean 2, the error 1 / sqrt(3), and 4.303 of them at 2 degrees of freedom."""
+    assert estimate([1.0, 2.0, 3.0]) == pytest.approx((2.0, 4.3027 / 3**0.5), rel=1e-4)
+    assert estimate([1.5]) == (1.5, None)
+
+
+def test_points_rank_by_their_mean_and_differ_by_pairs():
+    """a is better than b by 0.2 on each seed, though seeds differ by 1; c has no seed 1."""
+    rows = [({K: 2}, 0, 1.2), ({K: 2}, 1, 2.2), ({K: 4}, 0, 1.0), ({K: 4}, 1, 2.0), ({K: 8}, 0, 3)]
+    records = [record(i, *row) for i, row in enumerate(rows)]
+    best, second, third = ranking(records, Sweep("", Grid({K: [2, 4, 8]})))
+    assert [row.name for row in (best, second, third)] == [f"{K}=4", f"{K}=2", f"{K}=8"]
+    assert best.difference is None
+    assert second.difference == pytest.approx((0.2, 0.0), abs=1e-9)
+    assert (second.better, second.pairs, third.pairs) == (0, 2, 1)
+    most = Sweep("", Grid({K: [2, 4, 8]}), objectives=(Objective("loss", "max"),))
+    assert ranking(records, most)[0].name == f"{K}=8"
+
+
+def test_several_objectives_have_a_front():
+    """2 is fast, 4 is good, 8 is neither."""
+    both = (Objective("loss"), Objective("tokens_per_second", "max"))
+    records = [record(0, {K: 2}, 0, 2.0, 90.0), record(1, {K: 4}, 0, 1.0, 50.0)]
+    records.append(record(2, {K: 8}, 0, 2.5, 40.0))
+    rows = ranking(records, Sweep("", Grid({K: [2, 4, 8]}), objectives=both))
+    assert [(row.name, row.best) for row in rows] == [
+        (f"{K}=4", True),
+        (f"{K}=2", True),
+        (f"{K}=8", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([0.90, 0.91, 0.89], "`moe.top_k=4` beats the base config**: loss -0.1000"),
+        ([0.99, 0.60, 0.98], "is better than the base config on every seed**, by less than"),
+        ([1.05, 0.90, 0.95], "did not beat the base config.** Its best, `moe.top_k=4`"),
+        ([1.10, 1.20, 1.05], "did not beat the base config.** Its best, `moe.top_k=4`"),
+    ],
+)
+def test_a_verdict_says_whether_the_search_won(losses, said):
+    space = Sweep("", Adaptive({K: [4]}, 1), seeds=(0, 1, 2, 3), finalists=1)
+    records = [record(9, {K: 4}, 0, 0.1, stage="search")]  # what it was chosen by does not count
+    for seed, loss in enumerate(losses, start=1):
+        records.append(record(seed, {}, seed, 1.0, stage="base"))
+        records.append(record(seed + 3, {K: 4}, seed, loss, stage="final"))
+    assert said in verdict(ranking(records, space), space)
+
+
+def test_a_report_has_tables_and_pictures(study_of):
+    study = study_of(Grid({K: [2, 4, 8], RATE: [1e-3, 1e-2]}))
+    finish(study, lambda job: 1 / job.run.config.moe.top_k + job.run.config.optim.learning_rate)
+    text = write_report(study).read_text()
+    assert "| 1 | moe.top_k=8 optim.learning_rate=0.001 | 1 | 0.1260 |" in text
+    for name in ("parallel.png", "importance.png"):
+        assert f"({name})" in text
+        assert (study.workdir / name).read_bytes().startswith(b"\x89PNG")
+    with open(study.workdir / "trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 6
+    assert rows[0]["flops_per_token"] == "4577280"
+    assert (rows[1][K], rows[1][RATE], rows[1]["loss"]) == ("2", "0.01", "0.51")
+
+
+# Real trainings
+
+
+SMALL = {
+    "model.num_layers": 1,
+    "model.d_model": 16,
+    "model.num_heads": 2,
+    "model.num_kv_heads": 1,
+    "model.head_dim": 8,
+    "moe.num_experts": 4,
+    "moe.expert_hidden": 16,
+    "data.sequence_length": 32,
+    "train.batch_size": 4,
+    "train.steps": 6,
+    "eval.batches": 1,
+    "logging.every": 1,
+}
+
+
+def write_sweep(folder: Path, space: str, **fields) -> str:
+    folder.mkdir(parents=True, exist_ok=True)
+    base = os.path.relpath(ROOT / "configs/quickstart.py", folder)
+    (folder / "x.py").write_text(
+        "from moejax.sweep_space import *\n\n\ndef get_sweep():\n"
+        f"    return Sweep({base!r}, {space}, **{fields!r})\n"
+    )
+    return str(folder / "x.py")
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "moejax", "sweep", *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def records_of(workdir: Path) -> list[TrialRecord]:
+    with contextlib.closing(open_study(workdir, None)) as study:
+        return study.records()
+
+
+def test_a_failed_trial_does_not_stop_the_others(tmp_path):
+    """One training, and one that ends at once: its mesh needs more devices than there are."""
+    file = write_sweep(tmp_path, "Grid({'mesh.data': [3, 1]})", fixed=SMALL)
+    workdir = tmp_path / "s"
+    result = run(file, "--workdir", str(workdir), "--workers", "2")
+    assert result.returncode == 0, result.stderr
+    failed, done = records_of(workdir)
+    assert (failed.state, done.state) == ("failed", "complete")
+    assert "exit code 2: moejax train: error: mesh" in (failed.error or "")
+    assert "needs 3 devices and 1 are there" in (failed.error or "")
+    trial = workdir / "trials/001"
+    (last,) = [r for r in read_metrics(trial) if r["split"] == "eval"][-1:]
+    assert done.values == (last["loss"],)
+    words = [f"{name}={value}" for name, value in SMALL.items()]
+    alone = load_config(str(ROOT / "configs/quickstart.py"), [*words, "mesh.data=1", "seed=0"])
+    assert read_config(trial) == alone
+    assert "000 failed seed=0 mesh.data=3 exit code 2" in result.stdout
+    assert "1. mesh.data=1: " in result.stdout
+    assert "needs 3 devices" in (workdir / "report.md").read_text()
+    again = run(file, "--workdir", str(workdir))
+    assert again.returncode == BAD_INPUT
+    assert "has a sweep; go on with it by --resume" in again.stderr
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not in {seconds} s"
+        time.sleep(0.1)
+
+
+def steps_of(trial: Path) -> list[int]:
+    return [r["step"] for r in read_metrics(trial) if r["split"] == "train"]
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_where_it_was(tmp_path):
+    """kill -9 of the sweep in its second trial: the first is kept, the second resumed."""
+    fixed = {**SMALL, "train.steps": 400, "checkpoint.every": 10}
+    file = write_sweep(tmp_path, "Grid({'optim.learning_rate': [1e-3, 1e-2]})", fixed=fixed)
+    workdir = tmp_path / "s"
+    words = [file, "--workdir", str(workdir), "--resume", "--cpu_devices", "1"]
+    sweep = subprocess.Popen([sys.executable, "-m", "moejax", "sweep", *words], cwd=ROOT)
+    first, second = workdir / "trials/000", workdir / "trials/001"
+    until(lambda: len(steps_of(second)) >= 30, 300, "30 steps of the second trial")
+    sweep.send_signal(signal.SIGKILL)
+    sweep.wait()
+    (step,) = steps_of(second)[-1:]
+    assert step < 400, "it was killed too late to show anything"
+    before = {f: f.stat().st_mtime_ns for f in first.rglob("*") if f.is_file()}
+    assert [r.state for r in records_of(workdir)] == ["complete", "running"]
+
+    result = run(*words)
+    assert result.returncode == 0, result.stderr
+    assert {f: f.stat().st_mtime_ns for f in first.rglob("*") if f.is_file()} == before
+    assert [r.state for r in records_of(workdir)] == ["complete", "complete"]
+    assert steps_of(second) == list(range(1, 401))
+    log = (workdir / "logs/001.log").read_text()
+    assert "resuming after step" in log
+    assert (workdir / "report.md").exists()
+
+
+@pytest.fixture
+def postgres() -> Iterator[str]:
+    """Starts a PostgreSQL server; gives its URL."""
+    pytest.importorskip("psycopg", reason="no psycopg; get it: pip install 'moejax[postgres]'")
+    if shutil.which("initdb") is None or shutil.which("pg_ctl") is None:
+        pytest.skip("no initdb on the PATH; get it: apt-get install -y postgresql")
+    root = os.geteuid() == 0
+    become = ["runuser", "-u", "postgres", "--"] if root else []  # it refuses to be root's
+    folder = Path(tempfile.mkdtemp(prefix="moejax-postgres-"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    if root:
+        shutil.chown(folder, "postgres")
+    run = [*become, "initdb", "-D", f"{folder}/data", "-U", "me", "--auth=trust"]
+    options = f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
+    server = [*become, "pg_ctl", "-D", f"{folder}/data", "-w", "-l", f"{folder}/log"]
+    try:
+        subprocess.run(run, check=True, capture_output=True, cwd=folder)
+        subprocess.run([*server, "-o", options, "start"], check=True, cwd=folder)
+        yield f"postgresql://me:secret@127.0.0.1:{port}/postgres"
+    finally:
+        subprocess.run([*server, "-m", "fast", "stop"], check=False, cwd=folder)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.slow
+def test_trials_in_postgresql(postgres, tmp_path, monkeypatch):
+    """Two workers and a server; the password is in no file."""
+    file = write_sweep(tmp_path, "Grid({'optim.learning_rate': [1e-3, 1e-2]})", fixed=SMALL)
+    workdir = tmp_path / "s"
+    monkeypatch.setenv("MOEJAX_SWEEP_STORAGE", postgres)
+    result = run(file, "--workdir", str(workdir), "--workers", "2")
+    assert result.returncode == 0, result.stderr
+    assert [r.state for r in records_of(workdir)] == ["complete", "complete"]
+    assert not (workdir / "sweep.db").exists()
+    texts = [f.read_bytes() for f in workdir.rglob("*") if f.is_file()]
+    assert not any(b"secret" in text for text in texts)
