@@ -72,10 +72,11 @@ def sweep(file: str, overrides: dict[str, Any], options: Options) -> int:
     with contextlib.ExitStack() as stack:
         study = stack.enter_context(contextlib.closing(_study(prepared, options)))
         held = claim(options.workdir / CLAIMS / "sweep")
-        require(
-            held is not None,
-            f"workdir {options.workdir} is in use by another `moejax sweep`; end that one first",
-        )
+        if held is None:
+            raise ConfigError(
+                f"workdir {options.workdir} is in use by another `moejax sweep`; end that one first"
+            )
+        stack.callback(os.close, held)
         _show_plan(study)
         code = _run(study, options)
         unfinished = [r for r in study.records() if r.state not in ENDED]
@@ -95,6 +96,7 @@ def _check_devices(prepared: Prepared, options: Options) -> None:
     )
     if options.launcher == "slurm":
         _slurm_script()
+        _slurm_words(options)
     devices, space = options.cpu_devices, prepared.sweep
     if devices is None:
         _shares(options)
@@ -202,11 +204,10 @@ def _worker_command(study: Study, options: Options) -> list[str]:
 class SlurmWorkers:
     """The tasks of an array, which `launch/slurm.py` submits."""
 
-    def __init__(self, study: Study, options: Options, signals: Forwarding):
-        del signals  # jobs are nobody's children
+    def __init__(self, study: Study, options: Options):
         words = _worker_command(study, options)[3:]
         logs = ["--logs", str(study.workdir / LOGS), "--name", f"sweep-{study.workdir.name}"]
-        asked = ["--nodes", "1", "--copies", str(options.workers), *shlex.split(options.slurm)]
+        asked = ["--nodes", "1", "--copies", str(options.workers), *_slurm_words(options)]
         url = storage_url(study.workdir, options.storage)
         done = subprocess.run(
             [sys.executable, str(_slurm_script()), *logs, *asked, "--", *words],
@@ -233,6 +234,13 @@ class SlurmWorkers:
         subprocess.run(["scancel", self.job], capture_output=True)
 
 
+def _slurm_words(options: Options) -> list[str]:
+    try:
+        return shlex.split(options.slurm)
+    except ValueError as error:
+        raise ConfigError(f"--slurm={options.slurm!r}: {error}; close the quotation") from None
+
+
 def _slurm_script() -> Path:
     script = Path(__file__).parents[1] / "launch" / "slurm.py"
     require(
@@ -245,9 +253,11 @@ def _slurm_script() -> Path:
 
 def _run(study: Study, options: Options) -> int:
     """Starts the workers and shows what they do until they end."""
-    kind = SlurmWorkers if options.launcher == "slurm" else LocalWorkers
     with Forwarding() as signals, _Display(study) as display:
-        workers: Workers = kind(study, options, signals)
+        if options.launcher == "slurm":
+            workers: Workers = SlurmWorkers(study, options)
+        else:
+            workers = LocalWorkers(study, options, signals)
         told = False
         while workers.left():
             display.update()

@@ -385,6 +385,7 @@ def plot_parallel(records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> b
     axes.set_xticks(range(len(names) + 1), [*names, sweep.objectives[0].name], fontsize=8)
     axes.set_xlim(-0.2, len(names) + 0.5)
     axes.set_yticks([])
+    axes.spines[:].set_visible(False)
     figure.savefig(path, dpi=150)
     return True
 

@@ -148,7 +148,7 @@ def test_replication_is_checked_in_every_shard_map():
 
 
 NO_JAX = ["config", "moe_config", "parameters", "topology", "flops", "overrides", "metrics", "cli"]
-NO_JAX += ["supervisor"]
+NO_JAX += ["supervisor", "sweep"]
 
 
 @pytest.mark.parametrize("module", ["moejax", *(f"moejax.{name}" for name in NO_JAX)])

@@ -25,10 +25,27 @@ from moejax.errors import BAD_INPUT
 from moejax.lock import RunLock
 from moejax.metrics import read_metrics
 from moejax.overrides import load_config
-from moejax.sweep import table
+from moejax.sweep import Options, SlurmWorkers, table
 from moejax.sweep_report import estimate, ranking, verdict, write_report
-from moejax.sweep_space import Adaptive, Between, Grid, Objective, Sweep, prepare
-from moejax.sweep_study import Job, Study, TrialRecord, create, open_study, shown_url, storage_url
+from moejax.sweep_space import (
+    Adaptive,
+    Between,
+    Grid,
+    Objective,
+    Sweep,
+    prepare,
+    sweep_from_json,
+)
+from moejax.sweep_study import (
+    Job,
+    Study,
+    TrialRecord,
+    claim,
+    create,
+    open_study,
+    shown_url,
+    storage_url,
+)
 from moejax.sweep_worker import core_share, describe_failure, gpu_share, wait_until_free
 from moejax.workdir import read_config
 
@@ -201,6 +218,53 @@ def test_a_storage_that_cannot_be_reached_is_named_without_its_password(tmp_path
     assert shown_url("postgresql://me:a@b@h:5/x") == "postgresql://me:***@h:5/x"
 
 
+def test_a_workdir_that_cannot_be_used_is_named(tmp_path):
+    space = made(Grid({K: [2]}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"cannot be written: .*; give another --workdir"):
+        create(tmp_path / "file", space, None)
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"sweep.json cannot be read: "):
+        open_study(tmp_path, None)
+
+
+def test_one_sweep_at_a_time(study_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    study_of(Grid({"moe.capacity_factor": [1.0, None]}))
+    held = claim(tmp_path / "s/claims/sweep")
+    assert held is not None
+    monkeypatch.setattr("moejax.sweep.load_sweep", lambda *_: read_sweep(tmp_path / "s"))
+    line = ["sweep", "configs/sweeps/capacity.py", "--workdir", str(tmp_path / "s"), "--resume"]
+    assert main(line) == BAD_INPUT
+    assert "is in use by another `moejax sweep`" in capsys.readouterr().err
+    os.close(held)
+
+
+def read_sweep(workdir: Path):
+    return sweep_from_json(json.loads((workdir / "sweep.json").read_text()))
+
+
+def test_without_optuna_the_remedy_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    for name in ("sweep", "sweep_report", "sweep_study", "sweep_worker"):
+        monkeypatch.delitem(sys.modules, f"moejax.{name}")
+    line = ["sweep", "configs/sweeps/capacity.py", "--workdir", str(tmp_path / "s")]
+    assert main(line) == BAD_INPUT
+    assert "pip install 'moejax[sweep]'" in capsys.readouterr().err
+
+
+def test_slurm_without_its_programs_or_its_script(study_of, tmp_path, monkeypatch):
+    study = study_of(Grid({K: [2]}))
+    options = Options(study.workdir, launcher="slurm")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="there is no sbatch here"):
+        SlurmWorkers(study, options)
+    monkeypatch.setattr("moejax.sweep.__file__", str(tmp_path / "site/moejax/sweep.py"))
+    with pytest.raises(ConfigError, match="in the repository and not in the package"):
+        SlurmWorkers(study, options)
+
+
 def test_no_server_at_a_port(tmp_path):
     pytest.importorskip("psycopg", reason="no psycopg; get it: pip install 'moejax[postgres]'")
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -228,6 +292,10 @@ def test_the_storage_of_a_sweep_elsewhere_is_asked_for_again(study_of, tmp_path,
         (["configs/sweeps/capacity.py:small", "moe.topk=3"], "did you mean moe.top_k?"),
         (["configs/sweeps/capacty.py"], "capacty.py does not exist; did you mean"),
         (["configs/sweeps/capacity.py", "--slurm=--time 1"], "is for --launcher slurm"),
+        (
+            ["configs/sweeps/capacity.py", "--launcher=slurm", "--slurm='"],
+            "No closing quotation; close the quotation",
+        ),
         (["configs/sweeps/capacity.py", "--cpu_devices=3"], "not divisible by the expert axis (3)"),
     ],
 )

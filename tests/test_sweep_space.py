@@ -185,6 +185,20 @@ BAD = [
     ),
     (Adaptive({K: [2]}, 2, pruner="median"), {"fixed": {"eval.every": None}}, "set eval.every"),
     (Adaptive({K: [98, 99]}, 3), {}, "none of 1000 random points of the search can be"),
+    (Grid({K: [2]}), {"objectives": ()}, "objectives is empty; give one"),
+    (
+        Grid({K: [2]}),
+        {"objectives": (Objective("loss", "least"),)},
+        "direction='least' of loss; use min or max",
+    ),
+    (Adaptive({K: [2]}, 2, startup=0), {}, "startup=0 is below 1"),
+    (
+        Chain([Grid({"a": Cases({"b": {}})}), Grid({"a": Cases({"c": {}})})]),
+        {},
+        "a has different Cases in the parts of the space",
+    ),
+    (Random({RATE: Between(0.1, 0.2)}, 200_000), {}, "the sweep has more than 100000 points"),
+    (Grid({K: [2]}), {"equal": (Equal("flops_per_token", multiple=0),)}, "multiple is at least 1"),
     (Grid({K: [2]}), {"objectives": (Objective("los"),)}, "unknown objective 'los'; did you mean"),
     (Grid({K: [2]}), {"conditions": {EXPERTS: {K: [2]}}}, "which is not varied"),
     (Grid({K: [2]}), {"fixed": {"train.stepps": 1}}, "unknown key 'train.stepps'; did you mean"),
@@ -237,6 +251,11 @@ def test_words_give_the_settings_back():
         "data.tokenizer": "a=b, c",
     }
     assert read_overrides(override_words(settings)) == settings
+
+
+def test_a_sweep_of_another_format_is_refused():
+    with pytest.raises(ConfigError, match="not a sweep of format 1 but of 0"):
+        sweep_from_json({"format": 0})
 
 
 @pytest.mark.parametrize("arg", ["", ":small"])
