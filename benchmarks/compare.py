@@ -10,41 +10,40 @@ docs/quickstart.png.
 
 import dataclasses
 import datetime
-import itertools
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
 
 from common import Row, arguments, report
 
+from moejax.compare import Arm, Run, load_run, relative_cost
+from moejax.compare_report import SIZES, plot_curves
 from moejax.config import Config
-from moejax.flops import active_parameters, flops_per_token, total_parameters
 from moejax.metrics import read_metrics
 from moejax.overrides import load_config
 from moejax.workdir import read_config
 
 ROOT = Path(__file__).resolve().parents[1]
 ARMS = {"moe": "configs/quickstart.py", "dense": "configs/quickstart_dense.py"}
+NAMES = {"moe": "MoE", "dense": "dense"}
 LEARNING_RATES = (3e-3, 6e-3)  # to start with; while the best is at an edge, its neighbour is tried
 EXTENSIONS = 2
 SEEDS = (0, 1, 2)
-Records = list[dict]
 
 
 @dataclasses.dataclass
-class Arm:
-    """What one arm did: loss by learning rate at seed 0, the best rate, and its records by seed."""
+class Result:
+    """What one arm did: loss by learning rate at seed 0, and with the best rate a run a seed."""
 
     losses: dict[float, float]
     best: float
-    runs: dict[int, Records]
+    arm: Arm
 
 
-def train(folder: Path, arm: str, rate: float, seed: int, overrides: list[str]) -> Records:
-    """Trains one arm, if it has not been trained, and returns its records."""
+def train(folder: Path, arm: str, rate: float, seed: int, overrides: list[str]) -> Run:
+    """Trains one arm, if it has not been trained, and returns its run."""
     workdir = folder / f"{arm}_lr{rate:g}_seed{seed}"
     words = [f"optim.learning_rate={rate}", f"seed={seed}", "mesh.expert=1", "mesh.data=1"]
     words += ["logging.every=10", "eval.every=225", "eval.batches=16", "checkpoint.every=100000"]
@@ -57,30 +56,25 @@ def train(folder: Path, arm: str, rate: float, seed: int, overrides: list[str]) 
     if not any(r["step"] == steps and r["split"] == "eval" for r in read_metrics(workdir)):
         print(f"training {workdir.name}", flush=True)
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return read_metrics(workdir)
+    return load_run(workdir)
 
 
-def final_loss(records: Records) -> float:
-    """Returns the validation loss at the last step, nats a token."""
-    return [r["loss"] for r in records if r["split"] == "eval"][-1]
-
-
-def best_rate(sweep: dict[float, dict[str, Records]], arm: str) -> float:
+def best_rate(sweep: dict[float, dict[str, Run]], arm: str) -> float:
     """Returns the learning rate with the lowest loss of this arm."""
-    return min(sweep, key=lambda rate: final_loss(sweep[rate][arm]))
+    return min(sweep, key=lambda rate: sweep[rate][arm].loss)
 
 
-def neighbour(sweep: dict[float, dict[str, Records]], arm: str) -> float:
+def neighbour(sweep: dict[float, dict[str, Run]], arm: str) -> float:
     """Returns the rate to try next to the arm's best: beyond it if it is an edge, else itself."""
     best = best_rate(sweep, arm)
     return best * {max(sweep): 2.0, min(sweep): 0.5}.get(best, 1.0)
 
 
-def run_arms(folder: Path, overrides: list[str]) -> dict[str, Arm]:
+def run_arms(folder: Path, overrides: list[str]) -> dict[str, Result]:
     """Runs the arms side by side: a core each, and a drift of the machine hits both."""
     with ThreadPoolExecutor(len(ARMS)) as pool:
 
-        def side_by_side(rates: dict[str, float], seed: int) -> dict[str, Records]:
+        def side_by_side(rates: dict[str, float], seed: int) -> dict[str, Run]:
             found = pool.map(lambda arm: train(folder, arm, rates[arm], seed, overrides), ARMS)
             return dict(zip(ARMS, found, strict=True))
 
@@ -90,100 +84,26 @@ def run_arms(folder: Path, overrides: list[str]) -> dict[str, Arm]:
                 sweep[rate] = side_by_side(dict.fromkeys(ARMS, rate), SEEDS[0])
         results = {}
         for arm in ARMS:
-            losses = {rate: final_loss(sweep[rate][arm]) for rate in sorted(sweep)}
+            losses = {rate: sweep[rate][arm].loss for rate in sorted(sweep)}
             best = best_rate(sweep, arm)
-            results[arm] = Arm(losses, best, {SEEDS[0]: sweep[best][arm]})
+            results[arm] = Result(losses, best, Arm(NAMES[arm], (sweep[best][arm],)))
         best_rates = {arm: result.best for arm, result in results.items()}
         for seed in SEEDS[1:]:
-            for arm, records in side_by_side(best_rates, seed).items():
-                results[arm].runs[seed] = records
+            for arm, run in side_by_side(best_rates, seed).items():
+                known = results[arm].arm
+                results[arm].arm = known._replace(runs=(*known.runs, run))
     return results
-
-
-def seconds_of(records: Records) -> dict[int, float]:
-    """Returns training seconds by step: the sum of `step_seconds`, interpolated between lines."""
-    total, last, seconds = 0.0, 0, {}
-    for record in records:
-        if record["split"] == "train":
-            total += (record["step_seconds"] or 0.0) * (record["step"] - last)
-            last = record["step"]
-        seconds[record["step"]] = total
-    return seconds
-
-
-def plot(results: dict[str, Arm], path: Path) -> None:
-    """Draws validation loss against tokens and against seconds, a line a seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), sharey=True)
-    for arm, colour in (("moe", "tab:blue"), ("dense", "tab:orange")):
-        for seed, records in results[arm].runs.items():
-            evals = [r for r in records if r["split"] == "eval"]
-            seconds = seconds_of(records)
-            label = {"moe": "MoE", "dense": "dense"}[arm] if seed == SEEDS[0] else None
-            loss = [r["loss"] for r in evals]
-            tokens = [r["tokens_seen"] / 1e6 for r in evals]
-            axes[0].plot(tokens, loss, color=colour, label=label, alpha=0.8)
-            axes[1].plot([seconds[r["step"]] for r in evals], loss, color=colour, alpha=0.8)
-    axes[0].set(xlabel="tokens seen, millions", ylabel="validation loss, nats per token")
-    axes[1].set(xlabel="seconds in training steps, both arms at once on 2 CPU cores")
-    for axis in axes:
-        axis.grid(alpha=0.3, which="both")
-    axes[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-
-
-def cost_to_reach(costs: dict[int, float], records: Records, loss: float) -> float | None:
-    """Returns the cost at which validation loss first was `loss`, interpolated, or None.
-
-    Args:
-        costs: by step, for example tokens or seconds.
-    """
-    evals = [(costs[r["step"]], r["loss"]) for r in records if r["split"] == "eval"]
-    for (c0, l0), (c1, l1) in itertools.pairwise(evals):
-        if l1 <= loss < l0:
-            return c0 + (c1 - c0) * (l0 - loss) / (l0 - l1)
-    return None
-
-
-def tokens_of(records: Records) -> dict[int, float]:
-    """Returns tokens seen, by step."""
-    return {r["step"]: r["tokens_seen"] for r in records}
-
-
-def relative_cost(results: dict[str, Arm], costs_of: Callable[[Records], dict]) -> float | None:
-    """Returns the MoE's cost over the dense model's at the dense model's final loss, or None.
-
-    A mean over seeds; None when the MoE of one seed never gets there.
-    """
-    ratios = []
-    for seed in SEEDS:
-        moe, dense = results["moe"].runs[seed], results["dense"].runs[seed]
-        reached = cost_to_reach(costs_of(moe), moe, final_loss(dense))
-        if reached is None:
-            return None
-        ratios.append(reached / costs_of(dense)[dense[-1]["step"]])
-    return mean(ratios)
 
 
 def size_rows(configs: dict[str, Config]) -> list[str]:
     """Returns the table rows on parameters and FLOPs."""
-    counts = {
-        "parameters, total": total_parameters,
-        "parameters, active": active_parameters,
-        "FLOPs per token": flops_per_token,
-    }
     return [
         f"| {name} | {count(configs['moe']):,} | {count(configs['dense']):,} |"
-        for name, count in counts.items()
+        for name, count in SIZES.items()
     ]
 
 
-def loss_rows(results: dict[str, Arm]) -> list[str]:
+def loss_rows(results: dict[str, Result]) -> list[str]:
     """Returns the table rows on losses and seconds."""
     moe, dense = results["moe"], results["dense"]
     rows = [
@@ -191,20 +111,17 @@ def loss_rows(results: dict[str, Arm]) -> list[str]:
         for rate, loss in dense.losses.items()
     ]
     rows.append(f"| learning rate chosen | {moe.best:g} | {dense.best:g} |")
-    for seed in SEEDS:
-        cells = (f"{final_loss(arm.runs[seed]):.4f}" for arm in (moe, dense))
-        rows.append(f"| loss, seed {seed} | {' | '.join(cells)} |")
-    means = (mean(map(final_loss, arm.runs.values())) for arm in (moe, dense))
+    for seed, losses in zip(SEEDS, zip(moe.arm.losses, dense.arm.losses, strict=True), strict=True):
+        rows.append(f"| loss, seed {seed} | {' | '.join(f'{loss:.4f}' for loss in losses)} |")
+    means = (result.arm.loss for result in (moe, dense))
     rows.append(f"| loss, mean of seeds | {' | '.join(f'**{m:.4f}**' for m in means)} |")
-    seconds = (
-        mean(list(seconds_of(r).values())[-1] for r in arm.runs.values()) for arm in (moe, dense)
-    )
+    seconds = (result.arm.cost("seconds") for result in (moe, dense))
     return [*rows, f"| seconds in steps, mean | {' | '.join(f'{s:.0f}' for s in seconds)} |"]
 
 
-def verdict(results: dict[str, Arm]) -> list[str]:
+def verdict(results: dict[str, Result]) -> list[str]:
     """Returns the sentences that say who won, by how much, and at what cost."""
-    losses = {arm: [final_loss(r) for r in results[arm].runs.values()] for arm in ARMS}
+    losses = {arm: results[arm].arm.losses for arm in ARMS}
     spread = max(max(v) - min(v) for v in losses.values())
     pairs = [d - m for d, m in zip(losses["dense"], losses["moe"], strict=True)]
     larger = "larger" if mean(pairs) > spread else "not larger"
@@ -213,8 +130,8 @@ def verdict(results: dict[str, Arm]) -> list[str]:
         f"largest spread over seeds of either arm ({spread:.4f}); seed by seed it is lower by "
         f"{', '.join(f'{pair:.4f}' for pair in pairs)}."
     ]
-    costs = {"tokens": tokens_of, "seconds": seconds_of}
-    ratios = {name: relative_cost(results, costs_of) for name, costs_of in costs.items()}
+    moe, dense = results["moe"].arm, results["dense"].arm
+    ratios = {axis: relative_cost(moe, dense, axis).value for axis in ("tokens", "seconds")}
     told = [f"{ratio:.2f} of its {name}" for name, ratio in ratios.items() if ratio]
     if told:
         lines.append(
@@ -225,7 +142,7 @@ def verdict(results: dict[str, Arm]) -> list[str]:
 
 
 def write_page(
-    path: Path, results: dict[str, Arm], configs: dict[str, Config], overrides: list[str]
+    path: Path, results: dict[str, Result], configs: dict[str, Config], overrides: list[str]
 ) -> None:
     """Writes the page with the numbers of this run."""
     train, data = configs["moe"].train, configs["moe"].data
@@ -261,11 +178,12 @@ def main() -> None:
     options = parser.parse_args()
     configs = {arm: load_config(str(ROOT / file), options.overrides) for arm, file in ARMS.items()}
     results = run_arms(options.workdir, options.overrides)
-    plot(results, options.docs / "quickstart.png")
+    found = [results[arm].arm for arm in ARMS]
+    plot_curves(found, options.docs / "quickstart.png", axes=("tokens", "seconds"))
     write_page(options.docs / "quickstart.md", results, configs, options.overrides)
     rows = []
     for arm in ("dense", "moe"):
-        loss = mean(final_loss(r) for r in results[arm].runs.values())
+        loss = results[arm].arm.loss
         base = None if arm == "dense" else rows[0].value
         baseline = None if arm == "dense" else "dense"
         ratio = None if base is None else loss / base

@@ -373,6 +373,36 @@ def _fsck(line: Line) -> int:
     return CHECK_FAILED if any(finding.bad for finding in findings) else DONE
 
 
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    from moejax.compare import AXES, METRICS
+
+    help = "what is equal where runs are compared (default: tokens)"
+    _option(parser, "--by", help, choices=tuple(AXES), default="tokens")
+    help = "of evaluation, less is better (default: loss)"
+    _option(parser, "--metric", help, choices=METRICS, default="loss")
+    help = "also tell what each arm paid until it had this loss"
+    _option(parser, "--reach", help, type=_between(0, 1e6, open_low=True), metavar="LOSS")
+    help = "fit a scaling law: loss against active parameters, tokens and expansion"
+    parser.add_argument("--scaling", action="store_true", help=help)
+    _option(parser, "--csv", "write a row a run to FILE", type=_output_file, metavar="FILE")
+    _option(parser, "--markdown", "write the tables to FILE", type=_output_file, metavar="FILE")
+    help = "folder to write: page, CSV, pictures, and what TensorBoard shows as hparams"
+    _option(parser, "--output", help, type=Path, metavar="DIR")
+
+
+def _compare(line: Line) -> int:
+    if not line.words:
+        raise ConfigError(
+            "no run to compare; give workdirs or sweeps: moejax compare runs/a runs/b"
+        )
+    from moejax.compare_report import Output, run_compare
+
+    options = line.options
+    output = Output(options.csv, options.markdown, options.output)
+    run_compare(line.words, options.by, options.metric, options.reach, options.scaling, output)
+    return DONE
+
+
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     _workdir(parser, "folder that `moejax train` wrote")
     parser.add_argument(
@@ -714,6 +744,20 @@ something is damaged.""",
         _fsck,
         config=False,
         required=("workdir",),
+    ),
+    Verb(
+        "compare",
+        "compare runs: loss at equal cost, significance over seeds, cost to reach a loss",
+        "moejax compare DIR [DIR ...] [--by tokens|seconds|flops] [--scaling] [options]",
+        """
+  moejax compare runs/dense runs/moe sweeps/capacity --by seconds --output runs/compared
+
+DIR is a workdir, a sweep, or a folder of workdirs; runs may still be in training. Those that differ
+only in their seed are one arm. The first DIR is what the others are held against; of several arms
+in it, the best. Reads configs, metrics and ledgers alone; changes nothing in them.""",
+        _compare_options,
+        _compare,
+        config=False,
     ),
     Verb(
         "verify",

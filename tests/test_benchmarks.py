@@ -5,6 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_compare import QUICKSTART, recorded_runs
+
+from moejax.compare import Arm, load_run
+from moejax.config import Config
+from moejax.overrides import apply_overrides
+from moejax.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,31 +48,46 @@ def test_rows_reach_the_json(benchmarks, tmp_path, capsys):
     assert "0.500" in capsys.readouterr().out
 
 
-def _records(losses: list[float]) -> list[dict]:
+def _run(folder: Path, seed: int, losses: list[float]):
     """A run of 10 steps of 1 s between evaluations, 100 tokens a step."""
+    workdir = open_workdir(folder / str(seed), apply_overrides(Config(), [f"seed={seed}"]))
     records = []
     for index, loss in enumerate(losses, start=1):
         step = {"step": 10 * index, "tokens_seen": 1000 * index}
         records.append({**step, "split": "train", "loss": loss, "step_seconds": 1.0})
         records.append({**step, "split": "eval", "loss": loss})
-    return records
+    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
+    return load_run(workdir)
 
 
 def test_compare_page_says_what_the_runs_say(benchmarks, tmp_path):
     """Margin 0.3 over a spread of 0.1; the MoE reaches the dense arm's 2.5 half way from 3 to 2."""
     _, compare, _ = benchmarks
-    moe = compare.Arm({3e-3: 2.2, 6e-3: 2.4}, 3e-3, {s: _records([3.0, 2.0]) for s in (0, 1, 2)})
-    dense = compare.Arm({3e-3: 2.6, 6e-3: 2.5}, 6e-3, {s: _records([3.1, 2.5]) for s in (0, 1)})
-    dense.runs[2] = _records([3.1, 2.6])
+    moe = tuple(_run(tmp_path / "moe", seed, [3.0, 2.0]) for seed in (0, 1, 2))
+    ends = (2.5, 2.5, 2.6)
+    dense = tuple(_run(tmp_path / "dense", seed, [3.1, end]) for seed, end in enumerate(ends))
+    results = {
+        "moe": compare.Result({3e-3: 2.2, 6e-3: 2.4}, 3e-3, Arm("MoE", moe)),
+        "dense": compare.Result({3e-3: 2.6, 6e-3: 2.5}, 6e-3, Arm("dense", dense)),
+    }
     configs = {arm: compare.load_config(str(ROOT / file)) for arm, file in compare.ARMS.items()}
-    compare.write_page(tmp_path / "page.md", {"moe": moe, "dense": dense}, configs, [])
+    compare.write_page(tmp_path / "page.md", results, configs, [])
     text = (tmp_path / "page.md").read_text()
     assert "lower by **0.5333** nats on average, larger than" in text
     assert "of either arm (0.1000); seed by seed it is lower by 0.5000, 0.5000, 0.6000." in text
     assert "| learning rate chosen | 0.003 | 0.006 |" in text
     assert "with 0.73 of its tokens and 0.73 of its seconds" in text
-    costs = {10: 1000.0, 20: 2000.0}
-    assert compare.cost_to_reach(costs, _records([3.0, 2.0]), 2.5) == pytest.approx(1500)
-    assert compare.cost_to_reach(costs, _records([3.0, 2.0]), 1.0) is None
-    compare.plot({"moe": moe, "dense": dense}, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 5000
+
+
+def test_compare_page_of_finished_runs(benchmarks, tmp_path, monkeypatch):
+    """What ran is not run again: the page of docs/quickstart.md, from its workdirs alone."""
+    _, compare, _ = benchmarks
+    monkeypatch.setattr(compare, "EXTENSIONS", 0)  # it was made without
+    words = ["train.steps=900", "moe.capacity_factor=2.0"]
+    recorded_runs(tmp_path, compare.ARMS, words)
+    results = compare.run_arms(tmp_path, words)
+    configs = {a: compare.load_config(str(ROOT / f), words) for a, f in compare.ARMS.items()}
+    compare.write_page(tmp_path / "page.md", results, configs, words)
+    text = (tmp_path / "page.md").read_text()
+    for line in QUICKSTART:
+        assert line in text
