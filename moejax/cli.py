@@ -316,6 +316,8 @@ def _train_options(parser: argparse.ArgumentParser) -> None:
         "folder of the run: config, checkpoints, metrics, plots; one with checkpoints is resumed",
     )
     _cpu_devices(parser)
+    help = "also log to Weights & Biases; WANDB_MODE=offline keeps it in the workdir"
+    parser.add_argument("--wandb", action="store_true", help=help)
 
 
 def _train(line: Line) -> int:
@@ -324,7 +326,7 @@ def _train(line: Line) -> int:
     _start_jax(line.options.cpu_devices, preemptible=True)
     from moejax.loop import train
 
-    return train(config, workdir)
+    return train(config, workdir, line.options.wandb)
 
 
 def _eval_options(parser: argparse.ArgumentParser) -> None:
@@ -687,7 +689,7 @@ _VERBS = [
     Verb(
         "train",
         "train a model, or resume the training of a workdir",
-        "moejax train CONFIG[:ARG] --workdir DIR [--cpu_devices N] [key=value ...]",
+        "moejax train CONFIG[:ARG] --workdir DIR [--cpu_devices N] [--wandb] [key=value ...]",
         """
   moejax train configs/quickstart.py --workdir runs/a --cpu_devices 8 train.steps=50 seed=1
 

@@ -5,7 +5,7 @@ import functools
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ from moejax.sharding import place_batch
 from moejax.skip_list import SkipList, resumed_list
 from moejax.state import initial_state
 from moejax.step import StepMetrics, make_train_step
+from moejax.wandb_board import WandbBoard
 from moejax.watch import Finding, findings_of_router, findings_of_step, router_health
 from moejax.watchdog import Watchdog
 from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT, open_workdir
@@ -79,8 +80,11 @@ class RollBack(Exception):
         self.step = step
 
 
-def train(config: Config, workdir: Path) -> int:
+def train(config: Config, workdir: Path, wandb: bool = False) -> int:
     """Trains, or resumes, the run in `workdir` to `config.train.steps`.
+
+    Args:
+        wandb: whether Weights & Biases gets the records too.
 
     Returns:
         0, or 17 when `watch.*` stopped it, or 75 (130) when SIGTERM (Ctrl-C) ended it, saved,
@@ -90,7 +94,7 @@ def train(config: Config, workdir: Path) -> int:
         ConfigError: the config does not fit the devices or the data, or processes differ.
     """
     begun = time.monotonic()
-    check_agreement("config", config_values(config))
+    check_agreement("config", {**config_values(config), "--wandb": wandb})
     with failing_together("inputs"):
         mesh = make_mesh(config.mesh)
         config.check_mesh(mesh_config(mesh))
@@ -106,6 +110,10 @@ def train(config: Config, workdir: Path) -> int:
     with RunLock(workdir) as lock, contextlib.ExitStack() as stack:
         from_first("lock", lock.take)
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
+        boards: list[WandbBoard] = []
+        if wandb:
+            from_first("wandb", lambda: boards.append(WandbBoard(workdir, config)))
+            stack.callback(lambda: [board.close() for board in boards])
         preemption = stack.enter_context(Preemption())
         # They are left in the other order: an error ends this process before the lifeline says
         # goodbye, the watchdog outlives all that can hang, the lock goes last.
@@ -113,7 +121,7 @@ def train(config: Config, workdir: Path) -> int:
         watchdog = stack.enter_context(Watchdog(config.watchdog, Events(workdir), Beats()))
         stack.enter_context(leaving_at_once())
         training = Training(
-            config, workdir, mesh, data, evaluator, checkpoints, watchdog, token_counts
+            config, workdir, mesh, data, evaluator, checkpoints, watchdog, token_counts, boards
         )
         main, start = training.main_process, training.start
         ledger = stack.enter_context(Ledger(workdir, start, begun, enabled=main))
@@ -144,9 +152,11 @@ class Training:
         checkpoints: Checkpoints,
         watchdog: Watchdog,
         token_counts: np.ndarray | None,
+        boards: Sequence[WandbBoard],
     ):
         self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
         self.evaluator, self.checkpoints, self.watchdog = evaluator, checkpoints, watchdog
+        self.boards = boards
         self.environment = environment(config, mesh_config(mesh))
         differing: list[str] = []
         self._choices_to_replay(1)  # refused before anything is compiled
@@ -175,7 +185,7 @@ class Training:
         if self.main_process:
             open_workdir(workdir, config)  # from here on nothing refuses the run
             self._tell_environment(start, differing)
-        self.writer = MetricWriter(workdir, start, enabled=self.main_process)
+        self.writer = MetricWriter(workdir, start, enabled=self.main_process, boards=boards)
         self.events = Events(workdir, enabled=self.main_process)
         self.last_eval: dict[str, Any] | None = None
         self.last_train: dict[str, Any] | None = None
@@ -281,7 +291,10 @@ class Training:
         self._take(resumed)
         self.ledger.rolled_back(step)
         self.writer.close()
-        self.writer = MetricWriter(self.workdir, step, enabled=self.main_process)
+        main, boards = self.main_process, self.boards
+        self.writer = MetricWriter(self.workdir, step, enabled=main, boards=boards)
+        for board in boards:
+            board.restart()
         self.events.write("rollback", back.step, to=step, first=first, last=last)
         self._say(back.step, f"back to step {step}, without batches {first} to {last}")
 

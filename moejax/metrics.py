@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -187,6 +187,18 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def board_scalars(record: Mapping[str, Any]) -> dict[str, float]:
+    """Returns every number of a record by its name on a board: `train/max_violation/layer_03`."""
+    plain = json.loads(encode_record(record))
+    return {f"{plain['split']}/{tag}": value for tag, value in _scalars(plain)}
+
+
+class Board(Protocol):
+    """Shows records somewhere else, and raises nothing."""
+
+    def write(self, record: Mapping[str, Any]) -> None: ...
+
+
 class MetricWriter:
     """Writes records to `workdir/metrics.jsonl` and to TensorBoard events in `workdir/tensorboard`.
 
@@ -204,14 +216,22 @@ class MetricWriter:
         enabled: False on every process but the first: nothing is opened or written.
         image_every: TensorBoard gets an image of the expert load at each evaluation and at each
             n-th train record.
+        boards: that get every record too; they are neither opened nor closed here.
 
     Raises:
         ConfigError: the workdir cannot be written.
     """
 
     def __init__(
-        self, workdir: str | Path, start_step: int, enabled: bool = True, *, image_every: int = 10
+        self,
+        workdir: str | Path,
+        start_step: int,
+        enabled: bool = True,
+        *,
+        image_every: int = 10,
+        boards: Sequence[Board] = (),
     ):
+        self._boards = boards
         self._lines: _LineFile | None = None
         self._board: _TensorBoard | None = None
         if not enabled:
@@ -241,6 +261,8 @@ class MetricWriter:
             self._lines.append(line)
         if self._board is not None:
             self._board.write(json.loads(line))
+        for board in self._boards:
+            board.write(record)
 
     def write_text(self, name: str, text: str) -> None:
         """Shows a text, such as the resolved config, under TensorBoard's Text tab."""

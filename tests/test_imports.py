@@ -16,7 +16,7 @@ ORDER = [
     *("events", "manifest", "store", "lock", "ledger", "supervisor"),
     *("tokenizer", "token_file", "corpus", "data", "prepare"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots", "fsck"),
-    *("compare", "scaling", "compare_report"),
+    *("compare", "scaling", "compare_report", "wandb_board"),
     *("cluster", "lifeline", "preemption", "environment", "watchdog"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
     *("router_stats", "router_state", "assign", "exchange", "rounds", "experts", "free_experts"),
