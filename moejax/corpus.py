@@ -249,7 +249,7 @@ def _python_names(root: Path) -> Iterator[str]:
 
 
 def _load_prepared(folder: Path, split: Split, config: DataConfig, tokenizer: Tokenizer) -> Corpus:
-    meta, name = _read_meta(folder), config.tokenizer
+    meta, name = read_meta(folder), config.tokenizer
     if meta["tokenizer_fingerprint"] != tokenizer.fingerprint:
         raise ConfigError(
             f"{folder} was prepared with the tokenizer {meta['tokenizer']!r} (fingerprint "
@@ -347,7 +347,8 @@ def check_ids(corpus: Corpus, token_n: np.ndarray, start: int) -> None:
         )
 
 
-def _read_meta(folder: Path) -> dict:
+def read_meta(folder: Path) -> dict:
+    """Returns what `moejax prepare` says of a folder; raises ConfigError where it says nothing."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_bytes())

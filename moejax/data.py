@@ -152,12 +152,13 @@ class ValidationBatches:
         total = len(self._sequences)
         if total == 0:
             raise ConfigError(
-                f"the validation split has {corpus.num_tokens} tokens and no token to predict; "
+                f"the text to evaluate has {corpus.num_tokens} tokens and no token to predict; "
                 "use more text"
             )
         self.batch_size = batch_size
         chosen = total if batches is None else min(total, batches * batch_size)
         self._chosen = (2 * np.arange(chosen, dtype=np.int64) + 1) * total // (2 * chosen)
+        self.whole = chosen == total  # whether every target of the split is in them
 
     def __len__(self) -> int:
         return -(-len(self._chosen) // self.batch_size)

@@ -1,4 +1,5 @@
-"""Evaluation on the validation split: dropless and, named apart, at `moe.eval_capacity_factor`.
+"""Evaluation on the validation split or any other data: dropless and, named apart, at
+`moe.eval_capacity_factor`.
 
 Sums are taken on the devices in float32, a batch at a time, and over batches on the host in
 float64, so the result is the same on every mesh to rounding.
@@ -7,6 +8,8 @@ float64, so the result is the same on every mesh to rounding.
 import dataclasses
 import logging
 import math
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +25,9 @@ from moejax.checkpoint import Checkpoints
 from moejax.config import Config, MoEConfig
 from moejax.corpus import load_corpus
 from moejax.data import Batch, ValidationBatches, check_vocabulary
+from moejax.eval_data import VALIDATION, EvalData
 from moejax.loss import Totals, totals, whole_losses
-from moejax.mesh import Device, make_mesh, mesh_config
+from moejax.mesh import Device, make_mesh, mesh_config, peak_memory_bytes
 from moejax.metrics import loss_record, routing_record
 from moejax.optim import make_optimizer
 from moejax.router_stats import RouterStats
@@ -91,34 +95,65 @@ def make_eval_step(config: Config, mesh: Mesh, bytes_v: np.ndarray, num_domains:
     return step
 
 
+def eval_steps(config: Config, mesh: Mesh, num_domains: int) -> dict[str, Callable]:
+    """Returns the steps of an evaluation by how they route: "dropless", "capacity" if it has one.
+
+    Args:
+        num_domains: of the data with most domains.
+    """
+    bytes_v = load_tokenizer(config.data.tokenizer).bytes_v
+    modes = {"dropless": dropless(config.moe)}
+    if config.num_moe_layers and config.moe.takes_capacity:
+        modes["capacity"] = at_eval_capacity(config.moe)
+    return {
+        name: make_eval_step(with_moe(config, moe), mesh, bytes_v, num_domains)
+        for name, moe in modes.items()
+    }
+
+
 class Evaluator:
-    """Evaluates parameters on the validation split, the same sequences every time.
+    """Evaluates parameters on one data set, the same sequences every time.
 
     Args:
         config: of the run; `eval.batches` batches of `train.batch_size` sequences.
         mesh: where to run.
+        data: what on; None: the validation split of the run's data.
+        steps: of `eval_steps`, to share what was compiled with other evaluators; None: one's own.
     """
 
-    def __init__(self, config: Config, mesh: Mesh):
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        data: EvalData | None = None,
+        steps: dict[str, Callable] | None = None,
+    ):
         self._config, self._mesh = config, mesh
-        self._corpus = corpus = load_corpus(config.data, "validation")
+        self._data = data or EvalData(VALIDATION, load_corpus(config.data, "validation"))
+        self._corpus = corpus = self._data.corpus
         check_vocabulary(corpus, config.model.vocab_size)
-        bytes_v = load_tokenizer(config.data.tokenizer).bytes_v
-        data = config.data
+        length = config.data.sequence_length
         self._batches = ValidationBatches(
-            corpus, data.sequence_length, config.train.batch_size, config.eval.batches
+            corpus, length, config.train.batch_size, config.eval.batches
         )
-        modes = {"dropless": dropless(config.moe)}
-        if config.num_moe_layers and config.moe.takes_capacity:
-            modes["capacity"] = at_eval_capacity(config.moe)
-        self._steps = {
-            name: make_eval_step(with_moe(config, moe), mesh, bytes_v, len(corpus.domains))
-            for name, moe in modes.items()
-        }
+        self.steps = steps or eval_steps(config, mesh, len(corpus.domains))
+
+    def compile(self, params: Any, router_state: dict[str, jax.Array]) -> float:
+        """Compiles the steps ahead of their first call; returns the seconds that it took."""
+        begun = time.monotonic()
+        batch = self._place(0)
+        for name, step in self.steps.items():
+            self.steps[name] = step.lower(params, router_state, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
+        return time.monotonic() - begun
+
+    @property
+    def name(self) -> str:
+        """Of the data."""
+        return self._data.name
 
     @property
     def fingerprint(self) -> str:
-        """Of the validation text."""
+        """Of the text."""
         return self._corpus.fingerprint
 
     def _place(self, index: int) -> Batch:
@@ -132,24 +167,42 @@ class Evaluator:
 
     def __call__(self, params: Any, router_state: dict[str, jax.Array]) -> dict[str, Any]:
         """Returns the fields of an evaluation record (see docs/metrics.md)."""
-        sums: dict[str, Any] = dict.fromkeys(self._steps)
+        sums: dict[str, Any] = dict.fromkeys(self.steps)
         for index in range(len(self._batches)):
             batch = self._place(index)
-            for name, step in self._steps.items():
+            for name, step in self.steps.items():
                 new = jax.tree.map(_wide, jax.device_get(step(params, router_state, batch)))
                 old = sums[name]
                 sums[name] = new if old is None else jax.tree.map(np.add, old, new)
-        record = _loss_fields(
-            sums["dropless"], self._corpus.domains, self._config.moe, router_state.get("l1")
-        )
-        if sums.get("capacity") is not None:
-            at_capacity = _loss_fields(
-                sums["capacity"], self._corpus.domains, self._config.moe, router_state.get("l1")
-            )
+        sums = {name: self._with_bytes(found) for name, found in sums.items()}
+        domains, moe, l1_l = self._corpus.domains, self._config.moe, router_state.get("l1")
+        record = _loss_fields(sums["dropless"], domains, moe, l1_l)
+        if "capacity" in sums:
+            at_capacity = _loss_fields(sums["capacity"], domains, moe, l1_l)
             record["loss_at_capacity"] = at_capacity["loss"]
             record["drop_fraction_at_capacity"] = at_capacity["drop_fraction"]
             record["capacity_factor"] = self._config.moe.eval_capacity_factor
         return record
+
+    def measure(self, params: Any, router_state: dict[str, jax.Array]) -> dict[str, Any]:
+        """Returns the record, with the seconds and memory that it took; `compile` comes before."""
+        begun = time.monotonic()
+        record = self(params, router_state)
+        seconds = time.monotonic() - begun
+        return record | {
+            "seconds": seconds,
+            "tokens_per_second": record["tokens"] / seconds,
+            "peak_memory_bytes": peak_memory_bytes(),
+        }
+
+    def _with_bytes(self, sums: Any) -> Any:
+        """Takes the bytes from the text, where they were counted there and all of it was read."""
+        domains = len(self._corpus.domains)
+        by_domain = {name: getattr(sums, name)[:domains] for name in ("nats_n", "targets_n")}
+        bytes_n = sums.bytes_n[:domains]
+        if self._data.bytes_n is not None and self._batches.whole:
+            bytes_n = self._data.bytes_n
+        return sums._replace(**by_domain, bytes_n=bytes_n)
 
 
 def _wide(leaf: np.ndarray) -> np.ndarray:
@@ -160,10 +213,15 @@ def _loss_fields(
     sums: Any, domains: tuple[str, ...], moe: MoEConfig, l1_l: jax.Array | None
 ) -> dict[str, Any]:
     def fields(nats, targets, size):
+        loss = float(nats / max(targets, 1))
+        with np.errstate(over="ignore"):
+            perplexity = float(np.exp(loss))
         return {
-            "loss": float(nats / max(targets, 1)),
+            "loss": loss,
+            "perplexity": perplexity,
             "bits_per_byte": float(nats / math.log(2) / max(size, 1)),
             "tokens": int(targets),
+            "bytes": int(size),
         }
 
     record = fields(sums.nats_n.sum(), sums.targets_n.sum(), sums.bytes_n.sum())
@@ -214,8 +272,18 @@ def restore_for_use(
     Raises:
         ConfigError: no such checkpoint, or the mesh does not fit the devices or the model.
     """
+    return load_for_use(config, workdir, step, mesh_for_use(config, devices))
+
+
+def mesh_for_use(config: Config, devices: list[Device] | None = None) -> Mesh:
+    """Returns `config.mesh`; raises ConfigError where it fits not the devices or the model."""
     mesh = make_mesh(config.mesh, devices)
     config.check_model_fits(mesh_config(mesh))
+    return mesh
+
+
+def load_for_use(config: Config, workdir: Path, step: int | None, mesh: Mesh) -> Restored:
+    """Returns a run's checkpoint on `mesh`; raises ConfigError if there is no sound one."""
     abstract = abstract_state(config, mesh, make_optimizer(config.optim, config.train.steps))
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         return Restored(mesh, *checkpoints.load_model(abstract, step))
@@ -233,10 +301,17 @@ def evaluate_workdir(
     """
     restored = restore_for_use(config, workdir, step, devices)
     evaluator = Evaluator(config, restored.mesh)
-    if evaluator.fingerprint != restored.meta["validation"]:
+    compile_seconds = evaluator.compile(restored.params, restored.router_state)
+    return {**evaluate_restored(evaluator, restored), "compile_seconds": compile_seconds}
+
+
+def evaluate_restored(evaluator: Evaluator, restored: Restored) -> dict[str, Any]:
+    """Returns the record of a checkpoint, with `step`, `split`, counters, seconds and memory."""
+    name, meta = evaluator.name, restored.meta
+    if name == VALIDATION and evaluator.fingerprint != meta["validation"]:
         log.warning(
             "the validation text is not that of the training (the embedded Python text is that of "
             "the running interpreter): compare this loss with its metrics.jsonl with care"
         )
-    record = evaluator(restored.params, restored.router_state)
-    return {"step": restored.step, "split": "eval", **restored.meta["counters"], **record}
+    record = evaluator.measure(restored.params, restored.router_state)
+    return {"step": restored.step, "split": "eval", **meta["counters"], **record}

@@ -3,6 +3,9 @@
 import ctypes
 import itertools
 import os
+import re
+import resource
+from pathlib import Path
 from typing import TypeAlias
 
 import jax
@@ -133,3 +136,18 @@ def mesh_config(mesh: Mesh) -> MeshConfig:
 def single_device_mesh(device: Device | None = None) -> Mesh:
     """Returns a mesh of one device, for tests, oracles and use of `MoE` alone."""
     return make_mesh(MeshConfig(data=1), [device or jax.local_devices()[0]])
+
+
+def peak_memory_bytes() -> int:
+    """Returns the most memory in use at once so far: of the fullest local device of an accelerator,
+    else of this process.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]
+    if peaks:
+        return max(peaks)
+    try:  # the kernel's other count, of getrusage, begins with the process that started this one
+        status = Path("/proc/self/status").read_text()
+        return int(re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)[0]) * 1024
+    except (OSError, IndexError):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

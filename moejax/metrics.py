@@ -80,6 +80,11 @@ FIELDS = {
         Field("router_threshold", "score", "layers x experts", _TRAIN),
         Field("l1_coefficient", "1", "scalar", _TRAIN),
         Field("bits_per_byte", "bits per byte", "scalar", _EVAL),
+        Field("perplexity", "1", "scalar", _EVAL),
+        Field("bytes", "bytes", "scalar", _EVAL),
+        Field("seconds", "seconds", "scalar", _EVAL),
+        Field("compile_seconds", "seconds", "scalar", _EVAL),
+        Field("peak_memory_bytes", "bytes", "scalar", _EVAL),
         Field("capacity_factor", "1", "scalar", _EVAL),
         Field("loss_at_capacity", "nats per token", "scalar", _EVAL),
         Field("drop_fraction_at_capacity", "fraction", "scalar", _EVAL),
@@ -87,7 +92,7 @@ FIELDS = {
         Field("nonfinite", "see below", "names"),
     )
 }
-DOMAIN_FIELDS = ("loss", "bits_per_byte", "tokens")
+DOMAIN_FIELDS = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
 
 
 def layer_summary(counts_le: np.ndarray) -> dict[str, list]:
@@ -155,12 +160,17 @@ def encode_record(record: Mapping[str, Any]) -> str:
     Raises:
         ValueError: a field is not in `FIELDS`, or `step` or `split` is missing or wrong.
     """
+    return json.dumps(plain_record(record), allow_nan=False)
+
+
+def plain_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what `encode_record` writes, as JSON's own kinds; raises as it does."""
     _check_record(record)
     nonfinite: dict[str, str] = {}
     plain = {name: _plain(value, name, nonfinite) for name, value in record.items()}
     if nonfinite:
         plain["nonfinite"] = nonfinite
-    return json.dumps(plain, allow_nan=False)
+    return plain
 
 
 def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:

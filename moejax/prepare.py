@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moejax.config import ConfigError
-from moejax.corpus import PREPARED_VERSION, fingerprint, token_dtype
+from moejax.corpus import PREPARED_VERSION, Corpus, fingerprint, make_corpus, token_dtype
 from moejax.token_file import chunk_checksums
 from moejax.tokenizer import Tokenizer, load_tokenizer
 
@@ -135,6 +135,47 @@ def _progress(size: int, show: bool) -> Iterator[Callable[[Documents], Documents
             return documents
 
         yield count
+
+
+def text_corpus(pattern: str, tokenizer: Tokenizer, field: str) -> tuple[Corpus, np.ndarray]:
+    """Returns all documents of text files, in memory, and how many bytes of text are to predict.
+
+    Args:
+        pattern: a file, a folder or a glob pattern, perhaps as `domain=pattern`.
+        field: the text in .jsonl and .parquet.
+
+    Returns:
+        The corpus, and int64 [domains]: UTF-8 bytes of its documents without those of their first
+        tokens, which nothing predicts. They are counted in the text: ids need not tell them, where
+        a tokenizer changes a text before it cuts it.
+
+    Raises:
+        ConfigError: nothing to read, or text that cannot be read.
+    """
+    files, domains = find_files([pattern])
+    bytes_n = np.zeros(len(domains), np.int64)
+
+    def documents() -> Iterator[tuple[int, np.ndarray]]:
+        for piece in (piece for path, domain in files for piece in _cut(path, domain, field)):
+            for text in _read_texts(piece, field):
+                if text.strip():
+                    ids = tokenizer.encode(text)
+                    size = len(text.encode("utf-8"))
+                    bytes_n[piece.domain] += size - _first_bytes(text, ids, tokenizer)
+                    yield piece.domain, ids
+
+    corpus = make_corpus(documents(), domains, tokenizer)
+    if corpus.num_documents == 0:
+        raise ConfigError(f"{pattern!r} holds no text, only empty documents; give files with some")
+    return corpus, bytes_n
+
+
+def _first_bytes(text: str, ids: np.ndarray, tokenizer: Tokenizer) -> int:
+    """Returns the bytes of `text` that its first id stands for."""
+    first = tokenizer.decode(ids[:1])
+    if first and text.startswith(first):  # not with a space that the tokenizer put before it
+        return len(first.encode("utf-8"))
+    return int(tokenizer.bytes_v[ids[:1]].sum())
 
 
 # Which files

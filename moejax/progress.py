@@ -236,16 +236,78 @@ def _time_facts(spent: Totals) -> list[tuple[str, str]]:
     return facts
 
 
-def show_evaluation(record: Record, console: Console | None = None) -> None:
-    """Shows an eval record: loss by domain, loss and drops at capacity, balance of the experts."""
+def show_evaluation(
+    record: Record, console: Console | None = None, name: str = "validation"
+) -> None:
+    """Shows an eval record: loss by domain, loss and drops at capacity, balance of the experts.
+
+    Args:
+        name: of the data set.
+    """
     console = console or Console(highlight=False)
-    _show(console, _evaluation(record, [], console))
+    _show(console, _evaluation(record, _cost_facts(record), console, name))
 
 
-def _evaluation(record: Record, facts: list[tuple[str, str]], console: Console) -> Group:
-    losses = Table(title=f"validation at step {record['step']:,}", title_justify="left")
+def _cost_facts(record: Record) -> list[tuple[str, str]]:
+    """What an evaluation took, where that was measured."""
+    if record.get("seconds") is None:
+        return []
+    memory = record["peak_memory_bytes"] / 2**20
+    return [
+        ("seconds", f"{record['seconds']:.2f}"),
+        ("compiling before it, seconds", f"{record['compile_seconds']:.2f}"),
+        ("tokens per second", _number(record.get("tokens_per_second"), ",.0f")),
+        ("peak memory, MiB", f"{memory:,.0f}"),
+    ]
+
+
+def show_spread(spread: Mapping[str, Record], console: Console | None = None) -> None:
+    """Shows how quantities differ over data sets: `mean`, `deviation`, `worst`, `worst_data`."""
+    console = console or Console(highlight=False)
+    table = Table(title="over the data sets", title_justify="left")
+    table.add_column("")
+    for column in ("mean", "standard deviation", "worst"):
+        table.add_column(column, justify="right")
+    for name, row in spread.items():
+        where = f"{_number(row['worst'], '.4f')} ({printable(row['worst_data'])})"
+        cells = [_number(row[column], ".4f") for column in ("mean", "deviation")]
+        table.add_row(name, *cells, Text(_encodable(where, console)))
+    _show(console, table)
+
+
+def show_tasks(step: int, tasks: Mapping[str, Record], console: Console | None = None) -> None:
+    """Shows the metrics of tasks, with their standard errors, and under "cost" what they took."""
+    console = console or Console(highlight=False)
+    table = Table(title=f"tasks at step {step:,}", title_justify="left")
+    table.add_column("task")
+    table.add_column("metric")
+    for column in ("value", "standard error", "samples"):
+        table.add_column(column, justify="right")
+    for task, row in tasks.items():
+        metrics = [name for name in row if name != "samples" and "_stderr" not in name]
+        for metric in metrics if task != "cost" else ():
+            name, comma, used = metric.partition(",")
+            error = _number(row.get(f"{name}_stderr{comma}{used}"), ".4f")
+            labels = [Text(_encodable(printable(text), console)) for text in (task, metric)]
+            samples = _number(row.get("samples"), ",d")
+            table.add_row(*labels, _number(row[metric], ".4f"), error, samples)
+    _show(console, table)
+    cost = tasks["cost"]
+    memory = cost["peak_memory_bytes"] / 2**20
+    _print_line(
+        console, f"{cost['seconds']:.1f} s, compiling included; peak memory {memory:,.0f} MiB"
+    )
+    if cost["cut_contexts"]:
+        _print_line(console, f"{cost['cut_contexts']} contexts were too long: their ends were used")
+
+
+def _evaluation(
+    record: Record, facts: list[tuple[str, str]], console: Console, name: str = "validation"
+) -> Group:
+    title = Text(_encodable(f"{printable(name)} at step {record['step']:,}", console))
+    losses = Table(title=title, title_justify="left")
     losses.add_column("domain")
-    for unit in ("tokens", "nats per token", "bits per byte"):
+    for unit in ("tokens", "nats per token", "perplexity", "bits per byte"):
         losses.add_column(unit, justify="right")
     for name, fields in (record.get("domains") or {}).items():
         losses.add_row(Text(_encodable(printable(name), console)), *_loss_cells(fields))
@@ -264,6 +326,7 @@ def _loss_cells(fields: Record) -> list[str]:
     return [
         _number(fields.get("tokens"), ",d"),
         _number(fields.get("loss"), ".4f"),
+        _number(fields.get("perplexity"), ",.2f"),
         _number(fields.get("bits_per_byte"), ".4f"),
     ]
 

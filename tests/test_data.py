@@ -304,7 +304,7 @@ def test_a_part_of_the_validation_split_is_spread_over_it():
 
 def test_a_validation_split_without_a_target():
     with pytest.raises(
-        ConfigError, match=r"the validation split has 1 tokens and no token to predict"
+        ConfigError, match=r"the text to evaluate has 1 tokens and no token to predict"
     ):
         ValidationBatches(_corpus((0, [])), 8, 4, batches=None)
 

@@ -14,7 +14,7 @@ PACKAGE = Path(moejax.__file__).parent
 ORDER = [
     *("errors", "moe_config", "skip_list", "watch_config", "config", "overrides", "workdir"),
     *("events", "manifest", "store", "lock", "ledger", "supervisor"),
-    *("tokenizer", "token_file", "corpus", "data", "prepare"),
+    *("tokenizer", "token_file", "corpus", "data", "prepare", "eval_data"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots", "fsck"),
     *("compare", "scaling", "compare_report", "wandb_board"),
     *("cluster", "lifeline", "preemption", "environment", "watchdog"),

@@ -12,7 +12,9 @@ from moejax.progress import (
     TrainProgress,
     printable,
     show_evaluation,
+    show_spread,
     show_summary,
+    show_tasks,
     status_line,
     worst_layer,
 )
@@ -21,11 +23,12 @@ EVAL = {
     "step": 1000,
     "split": "eval",
     "loss": 1.2345,
+    "perplexity": 3.4367,
     "bits_per_byte": 1.781,
     "tokens": 123_456,
     "domains": {
-        "english": {"loss": 1.25, "bits_per_byte": 1.75, "tokens": 50_000},
-        "[red]x[/red]": {"loss": None, "bits_per_byte": None, "tokens": 0},
+        "english": {"loss": 1.25, "perplexity": 3.49, "bits_per_byte": 1.75, "tokens": 50_000},
+        "[red]x[/red]": {"loss": None, "perplexity": None, "bits_per_byte": None, "tokens": 0},
     },
     "capacity_factor": 2.0,
     "loss_at_capacity": 1.3,
@@ -149,9 +152,9 @@ def test_summary_has_every_number(tmp_path):
     shown = _summary(_pipe(), record_train=_train(1000), files=[tmp_path, tmp_path / "a.png"])
     rows = [re.split(r"\s*[│|]\s*", line.strip()) for line in shown.splitlines()]
     cells = {row[1]: row[2:-1] for row in rows if len(row) > 2}
-    assert cells["english"] == ["50,000", "1.2500", "1.7500"]
-    assert cells["[red]x[/red]"] == ["0", "n/a", "n/a"]
-    assert cells["overall"] == ["123,456", "1.2345", "1.7810"]
+    assert cells["english"] == ["50,000", "1.2500", "3.49", "1.7500"]
+    assert cells["[red]x[/red]"] == ["0", "n/a", "n/a", "n/a"]
+    assert cells["overall"] == ["123,456", "1.2345", "3.44", "1.7810"]
     assert cells["training speed"] == ["12,346 tokens per second"]
     assert cells["drop fraction in training"] == ["3.10%"]  # of the whole training
     assert cells["loss at capacity factor 2"] == ["1.3000"]
@@ -214,3 +217,28 @@ def test_evaluation_has_the_numbers_at_capacity():
     console = _pipe()
     show_evaluation(EVAL, console)
     assert "drop fraction at capacity factor 2" in console.file.getvalue()
+
+
+def test_what_an_evaluation_of_other_data_took():
+    cost = {"seconds": 2.5, "compile_seconds": 10.0, "peak_memory_bytes": 3 << 30}
+    console = _pipe()
+    show_evaluation(EVAL | cost | {"tokens_per_second": 4000.0}, console, "[b]law[/b]")
+    shown = console.file.getvalue()
+    assert "[b]law[/b] at step 1,000" in shown
+    for name, value in [("seconds", "2.50"), ("tokens per second", "4,000"), ("MiB", "3,072")]:
+        assert re.search(rf"{name} .*{value}", shown)
+
+
+def test_the_spread_over_data_sets_and_tasks_are_tables():
+    console = _pipe()
+    row = {"mean": 2.0, "deviation": None, "worst": 3.0, "worst_data": "[red]x"}
+    show_spread({"loss": row}, console)
+    shown = console.file.getvalue()
+    assert re.search(r"loss .*2\.0000 .*n/a .*3\.0000 \(\[red\]x\)", shown)
+    cost = {"seconds": 1.0, "peak_memory_bytes": 1 << 20, "cut_contexts": 2}
+    task = {"acc": 0.5, "acc_stderr": 0.25, "exact_match,strict": None, "samples": 1000}
+    show_tasks(40, {"mine": task, "cost": cost}, console)
+    shown = console.file.getvalue()
+    assert re.search(r"mine .*acc .*0\.5000 .*0\.2500 .*1,000", shown)
+    assert re.search(r"mine .*exact_match,strict .*n/a .*n/a .*1,000", shown)
+    assert shown.endswith("memory 1 MiB\n2 contexts were too long: their ends were used\n")
