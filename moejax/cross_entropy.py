@@ -48,6 +48,42 @@ def token_losses(
     return run(x_btd, w_dv, target_bt)
 
 
+def best_tokens(
+    x_btd: jax.Array,
+    w_dv: jax.Array,
+    target_bt: jax.Array,
+    known: int,
+    chunk: int | None,
+    mesh: AnyMesh,
+) -> jax.Array:
+    """Returns bool [B, T]: whether no id below `known` has a larger logit than the target.
+
+    Args:
+        known: ids that a tokenizer has; those behind them, where the vocabulary was rounded up,
+            are never generated. The rest as in `token_losses`.
+    """
+
+    def local(x_btd, w_dv, target_bt):
+        w_dv = exchange.gather_weights(w_dv, 0, x_btd.dtype)
+        chunks = _split((*vary_like(x_btd, w_dv)[:1], target_bt), chunk)
+        best_nc = jax.lax.map(lambda part: _best(part[0], w_dv, part[1], known), chunks)
+        return _joined(best_nc, target_bt)
+
+    weights, tokens = _specs(mesh)
+    run = jax.shard_map(local, mesh=mesh, in_specs=(tokens, weights, tokens), out_specs=tokens)
+    return run(x_btd, w_dv, target_bt)
+
+
+def _best(x_cd: jax.Array, w_dv: jax.Array, target_c: jax.Array, known: int) -> jax.Array:
+    logit_cv = jnp.einsum("cd,dv->cv", x_cd, w_dv, preferred_element_type=jnp.float32)
+    size = w_dv.shape[1]
+    id_cv = jax.lax.broadcasted_iota(jnp.int32, logit_cv.shape, 1)
+    first = exchange.tensor_index() * size
+    most_c = exchange.most_over_tensor(jnp.where(id_cv < known - first, logit_cv, -jnp.inf).max(1))
+    hit_cv = id_cv == (target_c.astype(jnp.int32) - first)[:, None]
+    return exchange.sum_tensor(jnp.where(hit_cv, logit_cv, 0).sum(1)) >= most_c
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def summed_loss(
     x_btd: jax.Array,

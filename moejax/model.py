@@ -16,7 +16,7 @@ from flax import nnx
 
 from moejax.attention import Attention, Cache, RMSNorm, Tokens, normal, output_scale
 from moejax.config import Config
-from moejax.cross_entropy import summed_loss, token_losses
+from moejax.cross_entropy import best_tokens, summed_loss, token_losses
 from moejax.embedding import embed
 from moejax.experts import feed_forward
 from moejax.latent import LatentAttention
@@ -336,6 +336,11 @@ class Decoder(nnx.Module):
         """Returns float32 [B, T]: the cross-entropy of each target, nats."""
         chunk = self.config.model.loss_chunk
         return token_losses(hidden_btd, self._unembedding(), target_bt, chunk, self.mesh)
+
+    def best_tokens(self, hidden_btd: jax.Array, target_bt: jax.Array, known: int) -> jax.Array:
+        """Returns bool [B, T]: whether greedy decoding with `known` ids gives the target."""
+        w_dv, chunk = self._unembedding(), self.config.model.loss_chunk
+        return best_tokens(hidden_btd, w_dv, target_bt, known, chunk, self.mesh)
 
     def summed_loss(
         self, hidden_btd: jax.Array, target_bt: jax.Array, mask_bt: jax.Array

@@ -33,7 +33,8 @@ ORDER = [
     ),
     *("loss", "contract", "optim", "watch", "state", "traffic", "step", "replicas"),
     *("checkpoint", "replay"),
-    *("evaluate", "generate", "describe", "plan", "plan_report", "search", "verify", "loop"),
+    *("evaluate", "generate", "score", "lm_eval_adapter"),
+    *("describe", "plan", "plan_report", "search", "verify", "loop"),
     *("sweep_space", "sweep_study", "sweep_worker", "sweep_report", "sweep"),
     *("cli", "__main__"),
 ]
