@@ -332,6 +332,24 @@ def _train(line: Line) -> int:
 def _eval_options(parser: argparse.ArgumentParser) -> None:
     _workdir(parser, "folder that `moejax train` wrote")
     _step(parser)
+    help = (
+        "data to evaluate on, in place of the validation split: `validation`, a folder of `moejax "
+        "prepare`, a split of one (DIR/train), or text; NAME= before it names it; repeatable"
+    )
+    parser.add_argument("--data", action="append", default=[], metavar="PATH", help=help)
+    help = "of a .jsonl or .parquet row of --data that holds the text (default: text)"
+    _option(parser, "--field", help, default="text")
+    help = "tasks of lm-eval, NAME or NAME,NAME: multiple choice, generation, perplexity"
+    _option(parser, "--tasks", help, metavar="NAMES")
+    help = "folder of the tasks' YAML files (default: the tasks that lm-eval ships)"
+    _option(parser, "--tasks_path", help, type=Path, metavar="DIR")
+    _option(parser, "--limit", "examples of each task (default: all)", type=_whole(1), metavar="N")
+    help = "evaluate each checkpoint as it comes, until the run is done, into its eval.jsonl"
+    parser.add_argument("--watch", action="store_true", help=help)
+    help = "with --watch: between two looks (default: 10)"
+    _option(parser, "--poll_seconds", help, type=_between(0, 1e6), metavar="X")
+    help = "with --watch: seconds without a sign of life after which to give up (default: 3600)"
+    _option(parser, "--patience", help, type=_between(0, 1e9), metavar="X")
     _cpu_devices(parser)
     _json(parser)
 
@@ -346,13 +364,25 @@ def _stored_config(line: Line, verb: str) -> Config:
 
 
 def _eval(line: Line) -> int:
+    from moejax.eval_command import evaluate_request, read_request, wait_for_run
+
+    request = read_request(line.options)
+    wait_for_run(request)
     config = _stored_config(line, "eval")
+    if request.data and "eval.batches" not in read_overrides(line.overrides):
+        config = apply_overrides(config, ["eval.batches=None"])
     _start_jax(line.options.cpu_devices)
+    if not request.plain:
+        report = evaluate_request(config, request)
+        if line.options.json:
+            text = json.dumps(report, allow_nan=False)
+            line.options.json.write_text(text + "\n", encoding="utf-8")
+        return DONE
     from moejax.evaluate import evaluate_workdir
     from moejax.metrics import encode_record
     from moejax.progress import show_evaluation
 
-    record = evaluate_workdir(config, Path(line.options.workdir), line.options.step)
+    record = evaluate_workdir(config, request.workdir, request.step)
     show_evaluation(record)
     if line.options.json:
         line.options.json.write_text(encode_record(record) + "\n", encoding="utf-8")
@@ -706,12 +736,17 @@ steps, the cadence of logging, checkpoints and evaluation, the mesh and the accu
     ),
     Verb(
         "eval",
-        "measure a checkpoint on the validation split",
-        "moejax eval --workdir DIR [--step N] [--cpu_devices N] [--json FILE] [key=value ...]",
+        "measure a checkpoint on the validation split, on other data, or on tasks",
+        "moejax eval --workdir DIR [--step N | --watch] [--data PATH] [--tasks NAMES] [key=value]",
         """
   moejax eval --workdir runs/a --step 40 --cpu_devices 1 mesh.expert=1 --json out.json
+  moejax eval --workdir runs/a --data validation --data data/mine --data 'law=text/law/*.txt'
+  moejax eval --workdir runs/a --tasks my_choices,my_answers --tasks_path tasks
+  moejax eval --workdir runs/a --watch
 
-The config comes from the workdir. The result is the same on every mesh.""",
+The config comes from the workdir. The result is the same on every mesh. Data other than the
+validation split are read whole, unless eval.batches=N says otherwise. Tasks need pip install
+'moejax[lm-eval]'. A watch that ended goes on with what is new.""",
         _eval_options,
         _eval,
         MAY_CHANGE_AFTER_TRAINING,

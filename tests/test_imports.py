@@ -14,7 +14,7 @@ PACKAGE = Path(moejax.__file__).parent
 ORDER = [
     *("errors", "moe_config", "skip_list", "watch_config", "config", "overrides", "workdir"),
     *("events", "manifest", "store", "lock", "ledger", "supervisor"),
-    *("tokenizer", "token_file", "corpus", "data", "prepare", "eval_data"),
+    *("tokenizer", "token_file", "corpus", "data", "prepare", "eval_data", "eval_series"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots", "fsck"),
     *("compare", "scaling", "compare_report", "wandb_board"),
     *("cluster", "lifeline", "preemption", "environment", "watchdog"),
@@ -33,7 +33,7 @@ ORDER = [
     ),
     *("loss", "contract", "optim", "watch", "state", "traffic", "step", "replicas"),
     *("checkpoint", "replay"),
-    *("evaluate", "generate", "score", "lm_eval_adapter"),
+    *("evaluate", "generate", "score", "lm_eval_adapter", "eval_command"),
     *("describe", "plan", "plan_report", "search", "verify", "loop"),
     *("sweep_space", "sweep_study", "sweep_worker", "sweep_report", "sweep"),
     *("cli", "__main__"),
