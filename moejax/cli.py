@@ -69,7 +69,7 @@ def _without_verb(words: list[str]) -> int:
     if not words:
         raise ConfigError(f"no verb; give one of {verbs}, or --help")
     if words[0] in ("-h", "--help"):
-        rows = "\n".join(f"  {name:10} {verb.summary}" for name, verb in VERBS.items())
+        rows = "\n".join(f"  {name:12} {verb.summary}" for name, verb in VERBS.items())
         codes = "\n".join(f"  {row.code:>3}  {row.meaning}" for row in EXIT_CODES)
         print(f"{HELP}\nverbs:\n{rows}\n\nexit codes:\n{codes}")
         print("\nmoejax VERB --help tells more about each verb.")

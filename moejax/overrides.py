@@ -149,7 +149,7 @@ def _forget_modules_of(folder: Path) -> None:
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if file and Path(file).parent == folder:
-            del sys.modules[name]
+            sys.modules.pop(name, None)  # another thread may have run the same file
 
 
 def _error_in_file(path: Path, error: BaseException) -> ConfigError:

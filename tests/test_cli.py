@@ -78,7 +78,7 @@ def test_all_spellings_of_a_line_mean_the_same(line, tmp_path, calls):
     assert expected.seed == 2
     for words in ([*first, *second, *line], [*first, *line, *second], [*line, *first, *second]):
         assert main(["train", *words]) == 0
-        assert calls == [("start_jax", 8, True), ("train", expected, tmp_path / "run")]
+        assert calls == [("start_jax", 8, True), ("train", expected, tmp_path / "run", False)]
         calls.clear()
 
 
@@ -190,7 +190,7 @@ def test_help_and_version(capsys):
 
 TRAIN = f"train {QUICKSTART} --workdir W"
 ERRORS = [
-    ("", "moejax: error: no verb; give one of train, eval, generate, fsck, verify, claims, descri"),
+    ("", "moejax: error: no verb; give one of train, eval, generate, fsck, compare, "),
     ("trian", "moejax: error: unknown verb 'trian'; did you mean train?"),
     ("zzz", "moejax: error: unknown verb 'zzz'; give one of train, eval, "),
     ("train", "moejax train: error: --workdir is missing; see moejax train --help"),
