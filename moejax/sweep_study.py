@@ -359,7 +359,7 @@ class Study:
 
     def fail(self, trial: optuna.Trial, error: str, counts: bool = True) -> None:
         """Records the error of a trial; `counts=False`: it was a proposal that never ran."""
-        trial.set_user_attr("error", error[-500:])
+        trial.set_user_attr("error", error if len(error) <= 1000 else f"{error[:1000]} ...")
         if not counts:
             trial.set_user_attr("no_trial", True)
         self.optuna.tell(trial, state=State.FAIL)

@@ -106,10 +106,11 @@ def test_a_claimed_trial_is_nobody_elses_until_its_owner_dies(study_of):
     assert again.number == first.number == 0
     assert again.run == first.run
     study.complete(again.trial, [1.0])
-    study.fail(second.trial, "exit code 2: bad")
+    study.fail(second.trial, "exit code 2: bad" + 2000 * "!")
     assert study.take() == "done"
     states = [(r.state, r.values, r.error) for r in study.records()]
-    assert states == [("complete", (1.0,), None), ("failed", (), "exit code 2: bad")]
+    said = "exit code 2: bad" + 984 * "!" + " ..."  # the reason stands at the beginning
+    assert states == [("complete", (1.0,), None), ("failed", (), said)]
 
 
 def test_a_trial_whose_workers_die_is_given_up(study_of):
