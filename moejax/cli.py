@@ -783,20 +783,6 @@ something is damaged.""",
         required=("workdir",),
     ),
     Verb(
-        "compare",
-        "compare runs: loss at equal cost, significance over seeds, cost to reach a loss",
-        "moejax compare DIR [DIR ...] [--by tokens|seconds|flops] [--scaling] [options]",
-        """
-  moejax compare runs/dense runs/moe sweeps/capacity --by seconds --output runs/compared
-
-DIR is a workdir, a sweep, or a folder of workdirs; runs may still be in training. Those that differ
-only in their seed are one arm. The first DIR is what the others are held against; of several arms
-in it, the best. Reads configs, metrics and ledgers alone; changes nothing in them.""",
-        _compare_options,
-        _compare,
-        config=False,
-    ),
-    Verb(
         "verify",
         "check that every layout computes the same losses and gradients",
         "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all [--page FILE]] [--json FILE] "
@@ -874,6 +860,20 @@ en='books/*.txt'. Without one, the domain is the name of the folder.""",
         _prepare,
         config=False,
         required=("output",),
+    ),
+    Verb(
+        "compare",
+        "compare runs: loss at equal cost, significance over seeds, cost to reach a loss",
+        "moejax compare DIR [DIR ...] [--by tokens|seconds|flops] [--scaling] [options]",
+        """
+  moejax compare runs/dense runs/moe sweeps/capacity --by seconds --output runs/compared
+
+DIR is a workdir, a sweep, or a folder of workdirs; runs may still be in training. Those that differ
+only in their seed are one arm. The first DIR is what the others are held against; of several arms
+in it, the best. Reads configs, metrics and ledgers alone; changes nothing in them.""",
+        _compare_options,
+        _compare,
+        config=False,
     ),
     Verb(
         "supervise",

@@ -112,8 +112,9 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
         boards: list[WandbBoard] = []
         if wandb:
-            from_first("wandb", lambda: boards.append(WandbBoard(workdir, config)))
-            stack.callback(lambda: [board.close() for board in boards])
+            from_first(
+                "wandb", lambda: boards.append(stack.enter_context(WandbBoard(workdir, config)))
+            )
         preemption = stack.enter_context(Preemption())
         # They are left in the other order: an error ends this process before the lifeline says
         # goodbye, the watchdog outlives all that can hang, the lock goes last.

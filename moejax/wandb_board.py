@@ -86,10 +86,16 @@ class WandbBoard:
         self._run.finish()
         self._run = self._start()
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         """Sends what is left. Closing twice is harmless."""
-        self._attempt(lambda: self._run.finish())
+        self._attempt(lambda: self._run.finish(exit_code=int(failed)))
         self._run = None
+
+    def __enter__(self) -> "WandbBoard":
+        return self
+
+    def __exit__(self, kind: object, *_) -> None:
+        self.close(failed=kind is not None)
 
     def _attempt(self, act: Any) -> None:
         if self._run is None:
