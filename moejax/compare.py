@@ -177,8 +177,9 @@ def compare(
     """
     runs, notes = load_runs(paths, metric)
     if len(runs) < 2:
+        others = f" ({'; '.join(notes[:3])})" if notes else ""
         raise ConfigError(
-            f"only one run to compare, {runs[0].workdir}; give another workdir, or a sweep"
+            f"only one run to compare, {runs[0].workdir}{others}; give another workdir, or a sweep"
         )
     notes += check_comparable(runs, metric)
     found = arms(runs)

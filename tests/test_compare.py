@@ -326,6 +326,13 @@ def test_a_run_without_metrics_is_refused_where_it_is_named(tmp_path):
     message = "not evaluated up to step 7, with eval.every=100 and train.steps=1000; wait for it"
     with pytest.raises(ConfigError, match=message):
         c.compare([a, new])
+    (tmp_path / "two").mkdir()
+    for workdir in (a, new):
+        (tmp_path / "two" / workdir.name).symlink_to(workdir)
+    with pytest.raises(
+        ConfigError, match=r"only one run to compare, .*two/a \(left out: .*new was"
+    ):
+        c.compare([tmp_path / "two"])
     found = c.compare([tmp_path])  # in a folder it may be a trial that failed
     assert len(found.runs) == 2
     assert any(note.startswith(f"left out: {new} was not evaluated") for note in found.notes)
