@@ -337,6 +337,28 @@ def test_a_workdir_that_stays_in_use_is_named(tmp_path, monkeypatch):
             wait_until_free(tmp_path)
 
 
+WORKER = """
+import functools, os, subprocess, sys, time
+from moejax.sweep_worker import end_with_parent
+training = "import signal, sys; signal.signal(15, lambda *_: sys.exit(print('saved', flush=True)))"
+training += "; print('begun', flush=True); signal.pause()"
+subprocess.Popen(
+    [sys.executable, "-c", training], preexec_fn=functools.partial(end_with_parent, os.getpid())
+)
+time.sleep(600)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_a_training_saves_when_its_worker_is_killed():
+    command = [sys.executable, "-c", WORKER]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == "begun\n"
+        worker.kill()
+        assert worker.stdout.read() == "saved\n"  # it ends when the training has
+
+
 # The ranking
 
 
