@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from moejax.config import ConfigError, DataConfig
+from moejax.foreign import MIB, open_file, read_file
 from moejax.token_file import CHUNK_BYTES, CorruptData, TokenFile
 from moejax.tokenizer import Tokenizer, load_tokenizer
 
@@ -96,7 +97,7 @@ def load_corpus(config: DataConfig, split: Split) -> Corpus:
     tokenizer = load_tokenizer(config.tokenizer)
     if config.source == "prepared":
         assert config.path is not None  # DataConfig checked
-        return _load_prepared(Path(config.path).expanduser(), split, config, tokenizer)
+        return _load_prepared(Path(os.path.expanduser(config.path)), split, config, tokenizer)
     documents = [d for d in embedded_documents() if _split(d.key) == split]
     return make_corpus(
         [(d.domain, tokenizer.encode(d.text)) for d in documents], _DOMAINS, tokenizer
@@ -288,7 +289,10 @@ def _read_documents(
     """Returns where documents start, their domains, and the checksums of the tokens' chunks."""
     _check_size(path, about["documents_bytes"])
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_file(path, links=True) as file, np.load(file, allow_pickle=False) as arrays:
+            # they are stored as they are: a file that unpacks to more was not written by us
+            if sum(entry.file_size for entry in arrays.zip.infolist()) > about["documents_bytes"]:
+                raise ValueError("it is larger inside than outside")
             start_d, domain_d, checksum_c = (
                 arrays[name] for name in ("start_d", "domain_d", "checksum_c")
             )
@@ -351,13 +355,13 @@ def read_meta(folder: Path) -> dict:
     """Returns what `moejax prepare` says of a folder; raises ConfigError where it says nothing."""
     path = folder / "meta.json"
     try:
-        meta = json.loads(path.read_bytes())
+        meta = json.loads(read_file(path, 16 * MIB, links=True))
     except OSError as error:
         raise ConfigError(
             f"no prepared data at data.path={str(folder)!r} (looked for {path}: "
             f"{error.strerror}); write it with moejax prepare 'text/*.txt' --output {folder}"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON ({error}); prepare the text again") from error
     if (
         not isinstance(meta, dict)

@@ -1,11 +1,15 @@
 """events.jsonl: what happened to a run besides its steps, one JSON object a line. No JAX."""
 
+import contextlib
 import json
 import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from moejax.errors import ConfigError
+from moejax.foreign import MIB, read_file
 
 EVENTS = "events.jsonl"  # in a workdir
 
@@ -89,15 +93,15 @@ def append_line(file: Path, line: str) -> None:
 def read_events(workdir: Path) -> list[dict[str, Any]]:
     """Returns the events of a run, oldest first; lines that a crash cut off are left out."""
     try:
-        text = (workdir / EVENTS).read_text(encoding="utf-8", errors="replace")
+        text = read_file(workdir / EVENTS, 1024 * MIB).decode(errors="replace")
     except FileNotFoundError:
         return []
     events = []
     for line in text.splitlines():
-        try:
-            events.append(json.loads(line))
-        except (ValueError, RecursionError):
-            continue
+        with contextlib.suppress(ValueError, RecursionError):
+            event = json.loads(line)
+            if isinstance(event, dict):
+                events.append(event)
     return events
 
 
@@ -106,11 +110,21 @@ def rollbacks_to(events: list[dict[str, Any]], step: int) -> list[tuple[int, int
 
     It knows nothing of them itself: it was saved before. Those to one that had the step before it
     do not count.
+
+    Raises:
+        ConfigError: one does not say which.
     """
     found: list[tuple[int, int]] = []
     for event in events:
         if event.get("kind") == "checkpoint_saved" and event.get("step") == step:
             found = []
         elif event.get("kind") == "rollback" and event.get("to") == step:
-            found.append((int(event["first"]), int(event["last"])))
+            first, last = event.get("first"), event.get("last")
+            if not (isinstance(first, int) and isinstance(last, int) and 0 <= first <= last):
+                raise ConfigError(
+                    f"{EVENTS} has a rollback without the batches that it left out: "
+                    f"{json.dumps(event)[:200]}; mend the line, with `first` and `last` as whole "
+                    "numbers"
+                )
+            found.append((first, last))
     return found

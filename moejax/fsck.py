@@ -12,6 +12,7 @@ from rich.table import Table
 
 from moejax.config import ConfigError
 from moejax.events import EVENTS
+from moejax.foreign import MIB, open_file
 from moejax.manifest import Unsound, list_files
 from moejax.progress import printable
 from moejax.store import Store, find_run
@@ -23,9 +24,11 @@ from moejax.workdir import (
     checkpoint_roots,
     read_config,
     read_run,
+    require_own,
 )
 
 SOUND = "sound"
+_LINE_BYTES = 64 * MIB  # that a line of metrics or events may have
 
 
 class Finding(NamedTuple):
@@ -54,6 +57,7 @@ def fsck(workdir: Path, console: Console | None = None) -> list[Finding]:
     Raises:
         ConfigError: `workdir` is no folder of a run.
     """
+    require_own(workdir)
     if not (workdir / CHECKPOINTS).is_dir() and not (workdir / CONFIG).is_file():
         raise ConfigError(f"{workdir} is not a workdir; give one that `moejax train` wrote")
     findings = [_config(workdir), *_json_lines(workdir)]
@@ -130,8 +134,11 @@ def _first_bad_line(file: Path) -> str:
     """Returns which line is no JSON object; one that a crash cut off, the last one or an event, is
     none."""
     try:
-        with open(file, "rb") as stream:
-            for number, line in enumerate(stream, start=1):
+        with open_file(file) as stream:
+            lines = iter(lambda: stream.readline(_LINE_BYTES), b"")
+            for number, line in enumerate(lines, start=1):
+                if len(line) == _LINE_BYTES:
+                    return f"line {number} is longer than {_LINE_BYTES >> 20} MiB"
                 try:
                     if line.endswith(b"\n") and not isinstance(json.loads(line), dict):
                         return f"line {number} is not a JSON object"

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moejax.events import append_line
+from moejax.foreign import MIB, read_file
 
 LEDGER = "ledger.jsonl"  # in a workdir
 
@@ -54,12 +55,13 @@ class Totals(NamedTuple):
 def read_ledger(workdir: Path) -> list[dict[str, Any]]:
     """Returns the lines of a ledger, oldest first, but for those that a crash or a disk spoilt."""
     try:
-        text = (workdir / LEDGER).read_text(encoding="utf-8", errors="replace")
+        text = read_file(workdir / LEDGER, 1024 * MIB).decode(errors="replace")
     except OSError:
         return []
     lines = []
     for line in text.splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError, RecursionError):
+        wrong = (ValueError, TypeError, KeyError, OverflowError, RecursionError)
+        with contextlib.suppress(*wrong):
             entry = json.loads(line)
             seconds = {kind: float(entry["seconds"][kind]) for kind in KINDS}
             numbers = {"time": float(entry["time"]), "step": int(entry["step"])}

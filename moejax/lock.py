@@ -15,6 +15,7 @@ from typing import Any
 
 from moejax.errors import ConfigError
 from moejax.events import Events
+from moejax.foreign import printable
 
 LOCK = "lock.json"  # in a workdir
 _UNSUPPORTED = (38, 95)  # ENOSYS, EOPNOTSUPP: of file systems without locks
@@ -68,11 +69,11 @@ class RunLock:
         if not owner:  # it let go
             return
         known = {name: owner.get(name) for name in ("host", "pid", "start")}
-        print(
+        said = (
             f"moejax train: process {known['pid']} on {known['host']}, which had "
-            f"{self._workdir} since {known['start']}, ended without a word; taken over",
-            file=sys.stderr,
+            f"{self._workdir} since {known['start']}, ended without a word; taken over"
         )
+        print(printable(said), file=sys.stderr)
         Events(self._workdir).write("lock_taken_over", 0, owner=known)
 
     def _write(self, text: str) -> None:

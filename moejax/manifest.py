@@ -161,6 +161,8 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
                 yield name, entry.stat(follow_symlinks=False).st_size
     except OSError as error:
         raise Unsound(f"{folder} cannot be listed: {error.strerror or error}") from None
+    except RecursionError:
+        raise Unsound("its folders are nested without end") from None
 
 
 def _hashed(

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moejax.config import ConfigError
+from moejax.foreign import no_links
 from moejax.moe_config import FORCED, MoEConfig
 from moejax.workdir import METRICS, TENSORBOARD
 
@@ -332,7 +333,7 @@ def _decode_line(line: bytes) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     if isinstance(record, dict) and isinstance(record.get("step"), int):
         return record
@@ -360,7 +361,7 @@ def _drop_lines_after(path: Path, step: int) -> None:
 
 def _replace_atomically(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.new")
-    with open(temporary, "wb") as file:
+    with open(temporary, "wb", opener=no_links) as file:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())

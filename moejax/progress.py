@@ -6,7 +6,6 @@ without control codes and flushed at once. Numbers come from the records of `moe
 
 import sys
 import time
-import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,28 +16,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from moejax.foreign import printable as printable  # where callers look for it
 from moejax.ledger import Totals
 
 Record = Mapping[str, Any]
-
-
-def printable(text: str) -> str:
-    """Returns `text` with everything that could steer a terminal spelled out, such as `\\x1b`.
-
-    Newlines stay, tabs and odd spaces become spaces. Generated text is any bytes that a model comes
-    up with.
-    """
-
-    def safe(char: str) -> str:
-        if char == "\n" or char.isprintable():
-            return char
-        if char == "\t":
-            return "    "
-        if unicodedata.category(char) == "Zs":
-            return " "
-        return char.encode("unicode_escape").decode("ascii")
-
-    return "".join(safe(char) for char in text)
 
 
 def worst_layer(record: Record) -> tuple[int, float] | None:

@@ -5,6 +5,7 @@ reads those of another run. Weights are computed anew from the router's scores, 
 the router state stays as it is.
 """
 
+import math
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from moejax.config import Config
 from moejax.errors import ConfigError
+from moejax.foreign import no_links, open_file
 from moejax.sharding import BATCH_AXES, CONTEXT_AXIS
 
 FOLDER = "choices"
@@ -33,7 +35,7 @@ def save_choices(workdir: Path, step: int, choice_albts: np.ndarray) -> None:
     file = _file(workdir, step)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}")
-    with open(partial, "wb") as stream:
+    with open(partial, "wb", opener=no_links) as stream:
         np.savez_compressed(stream, choice_lbts=choice_lbts.astype(np.int16))
     partial.replace(file)
 
@@ -48,13 +50,6 @@ def load_choices(config: Config, mesh: Mesh, step: int) -> jax.Array:
     assert config.train.replay is not None
     run = Path(config.train.replay)
     file = _file(run, step)
-    try:
-        choice_lbts = np.load(file)["choice_lbts"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"train.replay={run} has no readable choices of step {step} ({error}); record them "
-            "with logging.choices=True in a run of at least as many steps"
-        ) from None
     train, moe = config.train, config.moe
     wanted = (
         config.num_moe_layers,
@@ -62,6 +57,13 @@ def load_choices(config: Config, mesh: Mesh, step: int) -> jax.Array:
         config.data.sequence_length,
         moe.slots_per_token,
     )
+    try:
+        choice_lbts = _read_choices(file, (1 << 20) + 32 * math.prod(wanted))
+    except Exception as error:  # NumPy and zipfile raise a dozen kinds, by where the damage is
+        raise ConfigError(
+            f"train.replay={run} has no readable choices of step {step} ({error}); record them "
+            "with logging.choices=True in a run of at least as many steps"
+        ) from None
     if choice_lbts.shape != wanted:
         raise ConfigError(
             f"train.replay={run} has choices of shape {choice_lbts.shape} at step {step} and this "
@@ -75,6 +77,18 @@ def load_choices(config: Config, mesh: Mesh, step: int) -> jax.Array:
     choices = np.ascontiguousarray(split.swapaxes(0, 1))
     sharding = NamedSharding(mesh, P(None, None, BATCH_AXES, CONTEXT_AXIS))
     return jax.make_array_from_callback(shape, sharding, lambda index: choices[index])
+
+
+def _read_choices(file: Path, most: int) -> np.ndarray:
+    """Returns the choices in a file that unpacks to at most so many bytes."""
+    with open_file(file) as stream, np.load(stream, allow_pickle=False) as arrays:
+        (entry,) = arrays.zip.infolist()
+        if entry.file_size > most:
+            raise ValueError(f"it unpacks to {entry.file_size} bytes")
+        choice_lbts = arrays["choice_lbts"]
+    if choice_lbts.dtype != np.int16 or choice_lbts.min(initial=0) < 0:
+        raise ValueError(f"{choice_lbts.dtype} from {choice_lbts.min(initial=0)}, not experts")
+    return choice_lbts
 
 
 def _check_experts(config: Config, choice_lbts: np.ndarray) -> None:

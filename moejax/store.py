@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import ConfigError
+from moejax.foreign import has_link, read_file
 from moejax.manifest import (
     Manifest,
     Table,
@@ -104,6 +105,11 @@ class Store:
                 f"checkpoints cannot be written to {self.root}: {error.strerror or error}; give a "
                 "folder that this process may write, by --workdir or checkpoint.local"
             ) from None
+        if has_link(self.root, (UNFINISHED,), folders=True):
+            raise ConfigError(
+                f"{self.root / UNFINISHED} is a link or no folder: a run writes nothing outside of "
+                "its folder; remove it"
+            )
 
     # What is there
 
@@ -200,7 +206,7 @@ class Store:
         found = []
         for note in (self.root / UNFINISHED).glob("*"):
             with contextlib.suppress(OSError, ValueError):
-                if note.name.isdecimal() and note.read_text(encoding="utf-8") == self._run:
+                if note.name.isdecimal() and read_file(note, 100).decode() == self._run:
                     found.append(int(note.name))
         return sorted(found)
 

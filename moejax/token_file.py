@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from moejax.errors import ConfigError
+from moejax.foreign import open_file
 
 CHUNK_BYTES = 1 << 20
 
@@ -62,7 +63,8 @@ class TokenFile:
         self._length, self._checksum_c = length, checksum_c
         self._sound = np.zeros(len(checksum_c), bool)
         try:
-            self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            with open_file(path, links=True) as file:
+                self._file = os.dup(file.fileno())
         except OSError as error:
             raise ConfigError(
                 f"{path} is missing ({error.strerror}); prepare the text again"

@@ -10,6 +10,7 @@ import tempfile
 from pathlib import Path
 
 from moejax.config import Config, ConfigError
+from moejax.foreign import MIB, has_link, no_links, read_file
 from moejax.overrides import config_difference, config_from_json, config_to_json
 
 CONFIG = "config.json"  # the resolved config
@@ -21,6 +22,12 @@ COMMITTED = "commit_success.txt"  # Orbax writes it into a step's folder when th
 MANIFEST = "MANIFEST.json"  # in a step's folder, written when all else in it is on the disk
 LOSS_PLOT = "loss.png"
 EXPERT_LOAD_PLOT = "expert_load.png"
+# What a run reads and writes by name; tests hold the modules that name them to it.
+FILES = (
+    *(CONFIG, RUN, METRICS, "events.jsonl", "ledger.jsonl", "lock.json"),
+    *(LOSS_PLOT, EXPERT_LOAD_PLOT),
+)
+FOLDERS = (CHECKPOINTS, TENSORBOARD, "choices")
 
 # What may differ on resume: how long, how often to look and save, and how the same mathematics is
 # laid out over devices. Everything else decides what a step computes: another training.
@@ -51,7 +58,7 @@ RUN_ID = re.compile(r"[0-9a-f]{16}")
 def read_run(workdir: Path) -> str | None:
     """Returns the id of a workdir's run; None where there is none that can be read."""
     with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        run = json.loads((workdir / RUN).read_text(encoding="utf-8"))["run"]
+        run = json.loads(read_file(workdir / RUN, MIB))["run"]
         if RUN_ID.fullmatch(run):
             return run
     return None
@@ -62,11 +69,11 @@ def checkpoint_roots(workdir: Path, local: str | None, run: str | None) -> list[
 
     The local folder is that of run and workdir: a copy of the workdir goes its own way.
     """
-    durable = workdir.resolve() / CHECKPOINTS
+    durable = Path(os.path.realpath(workdir)) / CHECKPOINTS
     if not (local and run):
         return [durable]
-    place = hashlib.sha256(os.fsencode(workdir.resolve())).hexdigest()[:8]
-    return [durable, Path(local).resolve() / f"{run}-{place}"]
+    place = hashlib.sha256(os.fsencode(os.path.realpath(workdir))).hexdigest()[:8]
+    return [durable, Path(os.path.realpath(local)) / f"{run}-{place}"]
 
 
 def checkpoint_steps(workdir: Path, local: str | None = None) -> list[int]:
@@ -89,6 +96,22 @@ def committed_steps(root: Path) -> list[int]:
     return sorted(found)
 
 
+def require_own(workdir: Path) -> None:
+    """Checks that what a run reads and writes is in its folder; by a link it would be elsewhere.
+
+    Raises:
+        ConfigError: which name is a link, or something else than a file or a folder.
+    """
+    name = has_link(workdir, FILES) or has_link(workdir, FOLDERS, folders=True)
+    if name is not None:
+        kind = "not a folder" if name in FOLDERS else "not a file"
+        kind = "a link" if (workdir / name).is_symlink() else kind
+        raise ConfigError(
+            f"{workdir / name} is {kind}: a run reads and writes nothing outside of its folder; "
+            "move it away, or the run's files to it, or make the workdir itself a link"
+        )
+
+
 def check_workdir(path: str | os.PathLike, config: Config) -> Path:
     """Checks that `path` can take a training with `config`; makes the folder, and changes nothing.
 
@@ -102,6 +125,7 @@ def check_workdir(path: str | os.PathLike, config: Config) -> Path:
         raise ConfigError(
             f"workdir {workdir} is a file; give a folder, for example --workdir runs/a"
         )
+    require_own(workdir)
     steps = checkpoint_steps(workdir, config.checkpoint.local)
     if steps:
         _check_same_run(workdir, config, steps[-1])
@@ -139,10 +163,11 @@ def read_config(path: str | os.PathLike) -> Config:
     Raises:
         ConfigError: `path` is not a workdir of `moejax train`, or its config is damaged.
     """
+    require_own(Path(path))
     file = Path(path) / CONFIG
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+        text = read_file(file, 16 * MIB).decode()
+    except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(
             f"{file} does not exist; give a workdir that `moejax train` wrote"
         ) from None
@@ -173,7 +198,7 @@ def write_atomically(file: Path, text: str) -> None:
     """Writes and syncs a file: a reader sees the old one or the new one, also after a crash."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with open(temporary, "w", encoding="utf-8") as stream:
+        with open(temporary, "w", encoding="utf-8", opener=no_links) as stream:
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())

@@ -3,6 +3,8 @@
 import hashlib
 import importlib.util
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -368,3 +370,26 @@ def test_cleaning_markup():
         '<transChange type="added">lo</transChange>,<lb/>\\nd  fin\u00b6.'
     )
     assert script.clean(osis) == "Y es el SE&ÑOR , guárdalo, fin ."
+
+
+def test_documents_that_unpack_to_more_than_they_are(folder):
+    """A bomb: a file of the size that meta.json says, which would fill the memory."""
+    file, meta = folder / "train" / "documents.npz", folder / "meta.json"
+    with np.load(file) as arrays:
+        np.savez_compressed(file, **arrays, more=np.zeros(1 << 20))
+    about = json.loads(meta.read_text())
+    about["splits"]["train"]["documents_bytes"] = file.stat().st_size
+    meta.write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match=r"documents.npz is damaged .*larger inside than outside"):
+        load_corpus(_config(folder), "train")
+
+
+@pytest.mark.parametrize("name", ["meta.json", "train/tokens.bin", "train/documents.npz"])
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(folder, name):
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    meta = folder / "meta.json"
+    if name.endswith("npz"):  # of the size that a pipe has
+        meta.write_text(re.sub(r'"documents_bytes": \d+', '"documents_bytes": 0', meta.read_text()))
+    with pytest.raises(ConfigError, match="it is no file"):
+        load_corpus(_config(folder), "train")

@@ -1,6 +1,9 @@
 from pathlib import Path
 
+import pytest
+
 from moejax import events
+from moejax.errors import ConfigError
 from moejax.events import EVENTS, KINDS, Events, read_events, rollbacks_to
 
 
@@ -51,3 +54,17 @@ def test_every_kind_is_documented_as_it_says():
     section = page.partition("## Events\n")[2].partition("\n## ")[0]
     rows = [line[2:-2].split(" | ") for line in section.splitlines() if line.startswith("| `")]
     assert {kind.strip("`"): meaning for kind, meaning in rows} == KINDS
+
+
+def test_lines_that_are_no_events_are_left_out(tmp_path):
+    (tmp_path / EVENTS).write_text('[1]\n3\n{"kind": "epoch"}\n' + "[" * 100_000 + "\n")
+    assert read_events(tmp_path) == [{"kind": "epoch"}]
+
+
+@pytest.mark.parametrize(
+    "line", [{}, {"first": 8}, {"first": "8", "last": 9}, {"first": 9, "last": 8}]
+)
+def test_a_rollback_that_does_not_say_which_batches_is_refused(line):
+    """It cannot be guessed what the run has left out."""
+    with pytest.raises(ConfigError, match=r"events\.jsonl has a rollback without the batches"):
+        rollbacks_to([{"kind": "rollback", "to": 8, **line}], 8)

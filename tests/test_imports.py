@@ -12,7 +12,16 @@ import moejax
 PACKAGE = Path(moejax.__file__).parent
 # A module imports only from its left.
 ORDER = [
-    *("errors", "moe_config", "skip_list", "watch_config", "config", "overrides", "workdir"),
+    *(
+        "errors",
+        "foreign",
+        "moe_config",
+        "skip_list",
+        "watch_config",
+        "config",
+        "overrides",
+        "workdir",
+    ),
     *("events", "manifest", "store", "lock", "ledger", "supervisor"),
     *("tokenizer", "token_file", "corpus", "data", "prepare", "eval_data", "eval_series"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots", "fsck"),

@@ -94,3 +94,10 @@ def test_a_lock_that_cannot_be_had_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", broken)
     with pytest.raises(ConfigError, match="cannot be locked: Input/output error"):
         RunLock(tmp_path).take()
+
+
+def test_what_a_lock_says_cannot_steer_the_terminal(tmp_path, capsys):
+    (tmp_path / LOCK).write_text(json.dumps({"host": "\x1b[2J", "pid": 1, "start": "\r"}))
+    with RunLock(tmp_path) as lock:
+        lock.take()
+    assert "process 1 on \\x1b[2J, which had" in capsys.readouterr().err

@@ -162,3 +162,17 @@ def test_a_disk_that_is_full_leaves_no_manifest(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         write_manifest(folder, RUN, 40, {}, {}, {})
     assert [path.name for path in folder.iterdir()] == ["one"]
+
+
+def test_folders_without_end_are_no_checkpoint(folder):
+    """By their full name they are too long for the system, so that they come piece by piece."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        for _ in range(1500):
+            os.mkdir("d")
+            os.chdir("d")
+    finally:
+        os.chdir(before)
+    with pytest.raises(Unsound, match="nested without end"):
+        module.list_files(folder)

@@ -503,3 +503,9 @@ def test_every_field_is_documented_with_its_unit():
         assert rows[name][1] == field.unit, name
         assert rows[name][2] == field.shape, name
         assert rows[name][3] == ", ".join(field.splits), name
+
+
+def test_a_line_that_is_nested_without_end_is_no_record(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n' + "[" * 100_000 + "\n")
+    with pytest.raises(ValueError, match="line 2 is not a record"):
+        read_metrics(tmp_path)

@@ -89,3 +89,40 @@ def _train_on(config: Config, devices: int, workdir) -> None:
         found = jax.devices()[:devices]
         patch.setattr("moejax.loop.make_mesh", lambda sizes: make_mesh(sizes, found))
         assert train(config, workdir) == 0
+
+
+def test_choices_that_are_damaged_hostile_or_elsewhere_are_refused(config, tmp_path, mesh):
+    replaying = dataclasses.replace(
+        config, train=dataclasses.replace(config.train, replay=str(tmp_path))
+    )
+    save_choices(tmp_path, 1, np.zeros((1, 2, 4, 32, 2), np.int32))
+    file = tmp_path / "choices" / "step_00000001.npz"
+    sound = file.read_bytes()
+    assert load_choices(replaying, mesh, 1).shape == (1, 2, 4, 32, 2)
+
+    def negative():
+        np.savez_compressed(file, choice_lbts=np.full((2, 4, 32, 2), -1, np.int16))
+
+    def pickled():
+        np.savez_compressed(file, choice_lbts=np.array([print], object))
+
+    def bomb():
+        np.savez_compressed(file, choice_lbts=np.zeros(1 << 24, np.int16))
+        assert file.stat().st_size < 1 << 18
+
+    def cut():
+        file.write_bytes(sound[:-30])
+
+    def one_array():
+        np.save(file.with_suffix(".npy"), [1])
+        file.with_suffix(".npy").replace(file)
+
+    def link():
+        file.unlink()
+        (tmp_path / "other.npz").write_bytes(sound)
+        file.symlink_to(tmp_path / "other.npz")
+
+    for harm in (negative, pickled, bomb, cut, one_array, link):
+        harm()
+        with pytest.raises(ConfigError, match=r"no readable choices of step 1 .*logging\.choices"):
+            load_choices(replaying, mesh, 1)

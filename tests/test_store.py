@@ -203,3 +203,18 @@ def test_a_folder_without_manifest_is_a_checkpoint_that_is_unsound(tmp_path):
     assert store.retain(1) == [], "it is not deleted either"
     with pytest.raises(Unsound, match="has no MANIFEST"):
         store.check(40)
+
+
+def test_a_link_or_a_pipe_among_the_notes_is_not_followed(tmp_path):
+    """Notes are written and removed by name: through a link that would be elsewhere."""
+    store = Store(tmp_path / "checkpoints", OURS)
+    store.open()
+    (store.root / UNFINISHED).mkdir()
+    os.mkfifo(store.root / UNFINISHED / "7")
+    assert store.unfinished() == []
+    shutil.rmtree(store.root / UNFINISHED)
+    (tmp_path / "outside").mkdir()
+    (store.root / UNFINISHED).symlink_to(tmp_path / "outside")
+    with pytest.raises(ConfigError, match=r"\.unfinished is a link or no folder: .* remove it"):
+        store.open()
+    assert list((tmp_path / "outside").iterdir()) == []

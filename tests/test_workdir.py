@@ -2,17 +2,31 @@
 
 import dataclasses
 import os
+import re
 import stat
 
 import pytest
 
 from moejax.config import Config, ConfigError
+from moejax.events import EVENTS
+from moejax.ledger import LEDGER
+from moejax.lock import LOCK
 from moejax.overrides import apply_overrides, keys
+from moejax.replay import FOLDER as CHOICES
 from moejax.workdir import (
+    CHECKPOINTS,
     COMMITTED,
     CONFIG,
+    EXPERT_LOAD_PLOT,
+    FILES,
+    FOLDERS,
+    LOSS_PLOT,
     MANIFEST,
     MAY_CHANGE,
+    METRICS,
+    RUN,
+    TENSORBOARD,
+    check_workdir,
     checkpoint_roots,
     checkpoint_steps,
     matches,
@@ -163,3 +177,50 @@ def test_a_crash_while_writing_keeps_the_old_config(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="Input/output error"):
         open_workdir(tmp_path, dataclasses.replace(Config(), seed=1))
     assert read_config(tmp_path) == Config()
+
+
+@pytest.mark.parametrize("name", [*FILES, *FOLDERS])
+def test_a_name_of_the_run_that_is_a_link_is_refused_before_anything_is_written(tmp_path, name):
+    """Else `train` would append to, rename or delete what lies elsewhere."""
+    workdir, outside = tmp_path / "run", tmp_path / "outside"
+    workdir.mkdir()
+    outside.write_text("precious") if name in FILES else outside.mkdir()
+    (workdir / name).symlink_to(outside)
+    for use in (check_workdir, open_workdir):
+        with pytest.raises(ConfigError, match=rf"{re.escape(name)} is a link: .* move it away"):
+            use(workdir, Config())
+    with pytest.raises(ConfigError, match="is a link"):
+        read_config(workdir)
+    assert outside.is_dir() or outside.read_text() == "precious"
+
+
+def test_a_pipe_is_not_waited_for_and_a_workdir_may_itself_be_a_link(tmp_path):
+    (tmp_path / "run").mkdir()
+    os.mkfifo(tmp_path / "run" / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json is not a file"):
+        read_config(tmp_path / "run")
+    (tmp_path / "run" / "config.json").unlink()
+    (tmp_path / "link").symlink_to("run")
+    open_workdir(tmp_path / "link", Config(seed=3))
+    assert read_config(tmp_path / "run").seed == 3
+
+
+def test_every_name_that_a_module_gives_a_file_of_the_run_is_known():
+    known = {*FILES, *FOLDERS}
+    assert {EVENTS, LEDGER, LOCK, CONFIG, RUN, METRICS, LOSS_PLOT, EXPERT_LOAD_PLOT} <= known
+    assert {CHECKPOINTS, TENSORBOARD, CHOICES} <= known
+
+
+def test_the_config_is_not_written_through_a_link_of_the_temporary_name(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / f".config.json.{os.getpid()}").symlink_to("precious")
+    with pytest.raises(ConfigError, match="cannot be written: Too many levels of symbolic links"):
+        open_workdir(tmp_path, Config())
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_a_config_without_end_is_not_read(tmp_path):
+    open_workdir(tmp_path, Config())
+    os.truncate(tmp_path / "config.json", 1 << 42)
+    with pytest.raises(ConfigError, match=r"cannot be read: .*larger than 16 MiB"):
+        read_config(tmp_path)

@@ -536,7 +536,7 @@ def _final_state(arm: Arm, folder: Path) -> tuple[Any, Any]:
     run_arm(arm, folder)
     params: dict[str, Any] = {}
     router_state: dict[str, Any] = {}
-    with np.load(arm_file(folder, arm).with_suffix(".npz")) as arrays:
+    with np.load(arm_file(folder, arm).with_suffix(".npz"), allow_pickle=False) as arrays:
         for name in arrays.files:
             *parts, last = name.split("/")
             node = {"params": params, "router_state": router_state}[parts[0]]
