@@ -32,6 +32,7 @@ from moejax.tokenizer import Tokenizer, load_tokenizer
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _PIECE_BYTES = 1 << 22
+_DOCUMENT_BYTES = 1 << 30  # of a .txt, or of a line; it is in memory some times over
 _BOM = b"\xef\xbb\xbf"
 _MAX_DOMAINS = 256  # uint8
 
@@ -83,7 +84,7 @@ def prepare(
     loaded = load_tokenizer(tokenizer)
     files, domains = find_files(inputs)
     groups = _group([piece for path, domain in files for piece in _cut(path, domain, field)])
-    target = Path(output).expanduser().absolute()
+    target = Path(os.path.expanduser(output)).absolute()
     meta = _describe(tokenizer, loaded) | {"domains": list(domains), "num_files": len(files)}
     partial = _make_partial(target)
     try:
@@ -98,6 +99,11 @@ def prepare(
             meta["splits"] = {"train": train.finish(), "validation": validation.finish()}
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
         os.replace(partial, target)
+    except OSError as error:
+        raise ConfigError(
+            f"the text did not get to --output {target} ({error}); see whether a disk is full or "
+            "fails"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return meta
@@ -246,6 +252,11 @@ def _cut(path: str, domain: int, field: str) -> Iterator[Piece]:
         groups = _open_parquet(path, field).num_row_groups
         for group in range(groups):
             yield Piece(path, domain, group, group + 1, size // groups)
+    elif size > _DOCUMENT_BYTES:
+        raise ConfigError(
+            f"{path} has {size:,} bytes, and a .txt is one document of at most "
+            f"{_DOCUMENT_BYTES:,}; cut it, or make it lines of a .jsonl"
+        )
     else:
         yield Piece(path, domain, 0, size, size)
 
@@ -289,7 +300,9 @@ def _read_jsonl(piece: Piece, field: str) -> Iterator[str]:
             file.seek(piece.start - 1)
             file.readline()
         offset = file.tell()
-        while offset < piece.stop and (line := file.readline()):
+        while offset < piece.stop and (line := file.readline(_DOCUMENT_BYTES)):
+            if len(line) == _DOCUMENT_BYTES:
+                raise _bad_line(piece.path, offset, f"has {len(line):,} bytes or more", field)
             if line.strip() not in (b"", _BOM):
                 yield _parse_line(line, offset, piece.path, field)
             offset += len(line)
@@ -305,7 +318,7 @@ def _parse_line(line: bytes, offset: int, path: str, field: str) -> str:
     if not isinstance(record, dict):
         raise _bad_line(path, offset, f"is a {type(record).__name__}, not an object", field)
     if field not in record:
-        names = ", ".join(map(repr, record)) or "none"
+        names = ", ".join(map(repr, record))[:300] or "none"
         raise _bad_line(path, offset, f"has no field {field!r} but {names}", field)
     value = record[field]
     if value is None:
@@ -344,12 +357,9 @@ def _open_parquet(path: str, field: str) -> Any:
         ) from error
     try:
         file = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(
-            f"{path} cannot be read as Parquet ({reason}); remove it from the inputs"
-        ) from error
-    schema = file.schema_arrow
+        schema = file.schema_arrow
+    except Exception as error:  # by where the damage is, not only its own
+        raise _bad_parquet(path, error) from error
     if field not in schema.names:
         raise ConfigError(
             f"{path} has no column {field!r}, only {', '.join(map(repr, schema.names))}; name the "
@@ -368,9 +378,17 @@ def _open_parquet(path: str, field: str) -> Any:
 def _read_parquet(piece: Piece, field: str) -> Iterator[str]:
     groups = list(range(piece.start, piece.stop))
     with _open_parquet(piece.path, field) as file:
-        for batch in file.iter_batches(row_groups=groups, columns=[field]):
-            for value in batch.column(0):
-                yield value.as_py() or ""
+        try:
+            for batch in file.iter_batches(row_groups=groups, columns=[field]):
+                for value in batch.column(0):
+                    yield value.as_py() or ""
+        except Exception as error:  # as in _open_parquet
+            raise _bad_parquet(piece.path, error) from error
+
+
+def _bad_parquet(path: str, error: Exception) -> ConfigError:
+    reason = " ".join(str(error).split())[:300]
+    return ConfigError(f"{path} cannot be read as Parquet ({reason}); remove it from the inputs")
 
 
 # Tokens out of text

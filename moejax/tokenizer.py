@@ -1,7 +1,10 @@
 """Text to ids and back: bytes, or a tokenizer of Hugging Face or SentencePiece. No JAX here."""
 
+import contextlib
 import hashlib
 import json
+import os
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -9,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from moejax.config import ConfigError
+from moejax.foreign import MIB, read_file
 
+_MOST_IDS = 1 << 24  # of a vocabulary; a table of all its ids is made
 _END_NAMES = (
     "</s>",
     "<|endoftext|>",
@@ -50,9 +55,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     """
     if name == "bytes":
         return ByteTokenizer()
-    path = Path(name).expanduser()
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "is not a file"
+    path = Path(os.path.expanduser(name))
+    if not os.path.isfile(path):
+        kind = "is a folder" if os.path.isdir(path) else "is not a file"
         raise ConfigError(
             f"data.tokenizer={name!r} {kind}; use 'bytes', or the path of a Hugging Face "
             "tokenizer.json or of a SentencePiece model"
@@ -92,16 +97,15 @@ class HuggingFaceTokenizer:
 
     def __init__(self, path: Path):
         tokenizers = _import_extra("tokenizers", path)
-        data = path.read_bytes()
-        try:
+        data, kind = _read(path), "Hugging Face tokenizer.json"
+        with _explained(lambda error: _not_a_tokenizer(path, kind, error)):
             self._tokenizer = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
-        except Exception as error:  # the library raises bare Exception
-            raise _not_a_tokenizer(path, "Hugging Face tokenizer.json", error) from error
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         vocabulary: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
-        self._size = max(vocabulary.values()) + 1
+        self._size = max(vocabulary.values(), default=-1) + 1
+        _check_size(path, kind, self._size)
         special = {
             token.content: number
             for number, token in self._tokenizer.get_added_tokens_decoder().items()
@@ -117,10 +121,11 @@ class HuggingFaceTokenizer:
                 # One character of a byte-level piece is one byte.
                 one_each = byte_level and piece not in added
                 self.bytes_v[number] = len(piece) if one_each else _piece_bytes(piece)
-        self.fingerprint = hashlib.sha256(data).hexdigest()
+        self.fingerprint, self._path = hashlib.sha256(data).hexdigest(), path
 
     def encode(self, text: str) -> np.ndarray:
-        return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+        with _explained(lambda error: _cannot_encode(self._path, text, error)):
+            return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
 
     def decode(self, ids) -> str:
         kept = [int(i) for i in ids if 0 <= i < self._size]
@@ -136,13 +141,12 @@ class SentencePieceTokenizer:
 
     def __init__(self, path: Path):
         sentencepiece = _import_extra("sentencepiece", path)
-        data = path.read_bytes()
+        data, kind = _read(path), "SentencePiece model"
         self._model = sentencepiece.SentencePieceProcessor()
-        try:
+        with _explained(lambda error: _not_a_tokenizer(path, kind, error)):
             self._model.LoadFromSerializedProto(data)
-        except Exception as error:  # RuntimeError today; the bindings promise nothing
-            raise _not_a_tokenizer(path, "SentencePiece model", error) from error
         self._size: int = self._model.vocab_size()
+        _check_size(path, kind, self._size)
         end = self._model.eos_id()
         self.end_of_document: int = end if end >= 0 else self._size
         self.vocab_size = max(self._size, self.end_of_document + 1)
@@ -166,6 +170,42 @@ def _piece_bytes(piece: str) -> int:
     return len(piece.removeprefix("##").replace("\u2581", " ").encode("utf-8"))
 
 
+def _read(path: Path) -> bytes:
+    try:
+        return read_file(path, 1024 * MIB, links=True)
+    except OSError as error:
+        raise ConfigError(
+            f"data.tokenizer={str(path)!r} cannot be read: {error.strerror}; use 'bytes', or "
+            "another file"
+        ) from None
+
+
+@contextlib.contextmanager
+def _explained(explain: Callable[[BaseException], ConfigError]) -> Iterator[None]:
+    """Has whatever a library raises of a file that is not sound become an error of ours."""
+    try:
+        yield
+    except BaseException as error:
+        # the bindings promise no class; that of a panic in Rust is no Exception
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise explain(error) from error
+        raise
+
+
+def _check_size(path: Path, kind: str, size: int) -> None:
+    if not 0 < size <= _MOST_IDS:
+        error = ValueError(f"it has {size} ids, not 1 to {_MOST_IDS}")
+        raise _not_a_tokenizer(path, kind, error)
+
+
+def _cannot_encode(path: Path, text: str, error: BaseException) -> ConfigError:
+    reason = " ".join(str(error).split())
+    return ConfigError(
+        f"data.tokenizer={str(path)!r} cannot encode {text[:40]!r} ({reason}); give one that has "
+        "ids for any text"
+    )
+
+
 def _import_extra(package: str, path: Path) -> Any:
     try:
         return import_module(package)
@@ -176,7 +216,7 @@ def _import_extra(package: str, path: Path) -> Any:
         ) from error
 
 
-def _not_a_tokenizer(path: Path, kind: str, error: Exception) -> ConfigError:
+def _not_a_tokenizer(path: Path, kind: str, error: BaseException) -> ConfigError:
     reason = " ".join(str(error).split())
     return ConfigError(
         f"data.tokenizer={str(path)!r} is not a {kind} ({reason}); a name that ends in .json is "

@@ -1,10 +1,8 @@
 """What is broken on purpose, what a run then does, and the harm where nobody would have looked."""
 
-import contextlib
 import gc
 import json
 import random
-import resource
 import shutil
 import subprocess
 import sys
@@ -17,6 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore
+from hostile import file_limit
 from test_checkpoint import abstract, make_state
 
 from moejax import checkpoint
@@ -337,17 +336,6 @@ def test_a_checkpoint_of_another_run_is_left_alone_and_its_step_cannot_be_saved(
         read_manifest(workdir / "checkpoints" / "60").run
         != json.loads((workdir / "run.json").read_text())["run"]
     )
-
-
-@contextlib.contextmanager
-def file_limit(size: int):
-    """No file of this process may become larger: the disk is full for a while."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # A write that fails has TensorStore call an event loop that Orbax has closed

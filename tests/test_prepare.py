@@ -2,10 +2,12 @@
 
 import importlib
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hostile import file_limit
 
 from moejax import prepare as prepare_module
 from moejax.config import ConfigError, DataConfig
@@ -318,3 +320,46 @@ def test_options_out_of_range(options, message):
     _write("a.txt", "text")
     with pytest.raises(ConfigError, match=message):
         _prepare("a.txt", **options)
+
+
+def test_a_parquet_file_that_is_damaged_inside():
+    """Its footer is sound, its pages are not."""
+    _write_parquet("a.parquet", [f"row {i} " * 9 for i in range(200)], compression="none")
+    data = bytearray(Path("a.parquet").read_bytes())
+    data[4:2000] = bytes(1996)
+    _write("a.parquet", bytes(data))
+    with pytest.raises(ConfigError, match=r"a\.parquet cannot be read as Parquet \("):
+        _prepare("a.parquet")
+    assert not Path("out").exists()
+
+
+def test_a_disk_that_is_full_leaves_nothing():
+    _write("a.txt", "text " * 20_000)
+    with file_limit(1000), pytest.raises(ConfigError, match=r"did not get to --output .*out \("):
+        _prepare("a.txt")
+    assert sorted(path.name for path in Path().iterdir()) == ["a.txt"]
+
+
+def test_an_unknown_home_is_a_name_like_any_other():
+    _write("a.txt", "text")
+    _prepare("a.txt", output="~no_such_user")
+    assert Path("~no_such_user/meta.json").is_file()
+
+
+def test_an_object_with_many_fields_is_not_printed_whole():
+    _write("a.jsonl", json.dumps({f"field {i}": 1 for i in range(10_000)}))
+    with pytest.raises(ConfigError, match="has no field 'text' but 'field 0'") as error:
+        _prepare("a.jsonl")
+    assert len(str(error.value)) < 600
+
+
+def test_a_document_without_end_is_refused(monkeypatch):
+    """Reading it would fill the memory; a sparse file of terabytes costs nobody anything."""
+    _write("a.txt", "text")
+    os.truncate("a.txt", 1 << 42)
+    with pytest.raises(ConfigError, match=r"a\.txt has 4,398,046,511,104 bytes, and a \.txt"):
+        _prepare("a.txt")
+    monkeypatch.setattr(prepare_module, "_DOCUMENT_BYTES", 50)
+    _write("b.jsonl", json.dumps({"text": "x"}) + "\n" + json.dumps({"text": "x" * 60}))
+    with pytest.raises(ConfigError, match=r"b\.jsonl line 2 has 50 bytes or more"):
+        _prepare("b.jsonl")

@@ -3,6 +3,7 @@
 import importlib
 import importlib.metadata
 import json
+import os
 
 import numpy as np
 import pytest
@@ -122,3 +123,31 @@ def test_a_package_that_is_missing(request, monkeypatch, fixture, package):
         ConfigError, match=rf"{package}, which is not installed; .*moejax\[tokenizers\]"
     ):
         load_tokenizer(request.getfixturevalue(fixture))
+
+
+def _word_level(path, vocabulary: dict, unknown: str | None = None) -> str:
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": unknown or "[UNK]"}
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    return str(path)
+
+
+@pytest.mark.parametrize(("vocabulary", "size"), [({}, "0"), ({"a": 2**31}, "2147483649")])
+def test_a_vocabulary_without_ids_or_with_absurd_ones(tmp_path, vocabulary, size):
+    with pytest.raises(ConfigError, match=rf"it has {size} ids, not 1 to 16777216"):
+        load_tokenizer(_word_level(tmp_path / "x.json", vocabulary))
+
+
+def test_a_text_that_a_tokenizer_has_no_ids_for(tmp_path):
+    tokenizer = load_tokenizer(_word_level(tmp_path / "x.json", {"a": 0}))
+    with pytest.raises(ConfigError, match=r"x\.json' cannot encode 'b' \(.*\); give one that has"):
+        tokenizer.encode("b")
+
+
+def test_a_file_without_end_and_an_unknown_home(tmp_path):
+    path = tmp_path / "x.json"
+    path.touch()
+    os.truncate(path, 1 << 42)
+    with pytest.raises(ConfigError, match="cannot be read: it is larger than 1024 MiB"):
+        load_tokenizer(str(path))
+    with pytest.raises(ConfigError, match="is not a file"):
+        load_tokenizer("~no_such_user/x.json")
