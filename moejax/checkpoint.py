@@ -29,13 +29,17 @@ from moejax.cluster import any_complains, appears, check_shared, from_first, ref
 from moejax.config import CheckpointConfig, ConfigError
 from moejax.errors import NO_SPACE, NoSpaceError, StorageError
 from moejax.events import Events
+from moejax.foreign import printable
 from moejax.manifest import MANIFEST, Newer, Table, Unsound, fingerprint, read_manifest
+from moejax.metrics import FIELDS
 from moejax.sharding import path_name, replicated
 from moejax.state import TrainState
 from moejax.store import Store, find_run, start_run
 from moejax.workdir import CHECKPOINTS, checkpoint_roots
 
 ITEMS = ("model", "training", "meta")
+# What a run reads of the meta.
+META = {"counters": dict, "watch": dict, "environment": dict, "data": str, "validation": str}
 _SHOWN_ROWS = 20  # of the differences between a checkpoint and a config
 _NO_SPACE = re.compile(r"No space left|Disk quota exceeded|File too large")
 
@@ -130,7 +134,7 @@ class Checkpoints:
         return from_first(f"checkpoint {next(self._count)}", compute)
 
     def _tell(self, text: str) -> None:
-        print(f"moejax: {text}", file=sys.stderr, flush=True)
+        print(f"moejax: {printable(text)}", file=sys.stderr, flush=True)
 
     @property
     def steps(self) -> list[int]:
@@ -437,6 +441,36 @@ class Checkpoints:
 
 
 # What is compared
+
+
+def require_meta(meta: Any, step: int, names: tuple[str, ...] = tuple(META)) -> None:
+    """Checks that a checkpoint says of itself what is needed: its manifest may be anybody's.
+
+    Args:
+        names: of META; a training needs all of them.
+
+    Raises:
+        ConfigError: what is missing or of another kind.
+    """
+    meta = meta if isinstance(meta, dict) else {}
+    sound = {name: isinstance(meta.get(name), kind) for name, kind in META.items()}
+    if sound["counters"]:
+        counters = meta["counters"].items()
+        sound["counters"] = all(name in FIELDS and _is_count(n) for name, n in counters)
+    if sound["watch"]:
+        streaks, skipped = (meta["watch"].get(name) for name in ("streaks", "skip_batches"))
+        steps = isinstance(streaks, dict) and all(map(_is_count, streaks.values()))
+        sound["watch"] = steps and isinstance(skipped, str)
+    wrong = [name for name in names if not sound[name]]
+    if wrong:
+        raise ConfigError(
+            f"the checkpoint of step {step} has no usable {', '.join(wrong)} in its meta: this "
+            "moejax did not write it; move it away, or give another step"
+        )
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def table_of(tree: Any) -> Table:

@@ -5,6 +5,7 @@ What the exit codes say is in `errors.EXIT_CODES`; `moejax --help` lists them.
 
 import argparse
 import dataclasses
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from typing import Any
 import moejax
 from moejax.config import Config, ConfigError
 from moejax.errors import CHECK_FAILED, DONE, EXIT_CODES, INTERRUPTED
+from moejax.foreign import printable, require_path
 from moejax.overrides import (
     apply_overrides,
     build_config,
@@ -45,6 +47,8 @@ MAY_CHANGE_AFTER_TRAINING = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names and texts hold what it has no bytes for
+        sys.stdout.reconfigure(errors="backslashreplace")
     verb = words[0] if words and not words[0].startswith("-") else None
     name = f"moejax {verb}" if verb in VERBS else "moejax"
     try:
@@ -52,9 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except ConfigError as error:
-        print(f"{name}: error: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        line = " ".join(str(error).splitlines())
+        print(f"{name}: error: {printable(line)}", file=sys.stderr)
         if error.details:
-            print(error.details, file=sys.stderr)
+            print(printable(error.details), file=sys.stderr)
         return error.code
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -274,7 +279,17 @@ def _cpu_devices(parser: argparse.ArgumentParser) -> None:
 
 
 def _workdir(parser: argparse.ArgumentParser, help: str) -> None:
-    _option(parser, "--workdir", help, metavar="DIR")
+    _option(parser, "--workdir", help, type=_path, metavar="DIR")
+
+
+def _path(text: str) -> str:
+    try:
+        require_path(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(
+            f"{text[:100]} cannot be used ({error.strerror}); give another path"
+        ) from None
+    return text
 
 
 def _json(parser: argparse.ArgumentParser) -> None:
@@ -285,7 +300,7 @@ def _json(parser: argparse.ArgumentParser) -> None:
 
 def _output_file(text: str) -> Path:
     """Refuses a file that cannot be written before minutes are spent on what should stand in it."""
-    path = Path(text)
+    path = Path(_path(text))
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(
             f"{text} cannot be written; give a file in an existing folder"
@@ -376,7 +391,7 @@ def _eval(line: Line) -> int:
         report = evaluate_request(config, request)
         if line.options.json:
             text = json.dumps(report, allow_nan=False)
-            line.options.json.write_text(text + "\n", encoding="utf-8")
+            _write(line.options.json, text)
         return DONE
     from moejax.evaluate import evaluate_workdir
     from moejax.metrics import encode_record
@@ -385,8 +400,17 @@ def _eval(line: Line) -> int:
     record = evaluate_workdir(config, request.workdir, request.step)
     show_evaluation(record)
     if line.options.json:
-        line.options.json.write_text(encode_record(record) + "\n", encoding="utf-8")
+        _write(line.options.json, encode_record(record))
     return DONE
+
+
+def _write(file: Path, text: str) -> None:
+    try:
+        file.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            f"--json={file} cannot be written: {error.strerror}; give another file"
+        ) from None
 
 
 def _fsck_options(parser: argparse.ArgumentParser) -> None:
@@ -401,7 +425,7 @@ def _fsck(line: Line) -> int:
     show_findings(findings)
     if line.options.json:
         rows = [finding._asdict() for finding in findings]
-        line.options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        _write(line.options.json, json.dumps(rows, indent=1))
     return CHECK_FAILED if any(finding.bad for finding in findings) else DONE
 
 
@@ -447,7 +471,7 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
         parser,
         "--max_tokens",
         "new tokens a prompt (default: 100)",
-        type=_whole(1),
+        type=_whole(1, 2**30),
         default=100,
         metavar="N",
     )
@@ -472,7 +496,6 @@ def _generate(line: Line) -> int:
         raise ConfigError('no prompt; give --prompt "In the beginning" or --prompts FILE')
     _start_jax(options.cpu_devices)
     from moejax.generate import generate_workdir
-    from moejax.progress import printable
 
     texts = generate_workdir(
         config,
@@ -489,13 +512,20 @@ def _generate(line: Line) -> int:
     return DONE
 
 
+_PROMPT_BYTES = 16 << 20
+
+
 def _read_prompts(file: Path | None) -> list[str]:
     if file is None:
         return []
     try:
-        prompts = [text for text in file.read_text(encoding="utf-8").splitlines() if text.strip()]
+        with open(file, "rb") as stream:  # which may be a pipe
+            content = stream.read(_PROMPT_BYTES + 1)
+        prompts = [text for text in content.decode().splitlines() if text.strip()]
     except (OSError, ValueError) as error:
         raise ConfigError(f"--prompts={file} cannot be read: {error}") from None
+    if len(content) > _PROMPT_BYTES:
+        raise ConfigError(f"--prompts={file} is larger than {_PROMPT_BYTES >> 20} MiB; cut it")
     if not prompts:
         raise ConfigError(f"--prompts={file} is empty; write a prompt a line")
     return prompts
@@ -595,7 +625,8 @@ def _config(line: Line) -> int:
             f"#   {key}: {theirs} -> {ours}"
             for key, theirs, ours in value_difference(other, values)
         ]
-        print(f"\n# differs from {than}: {'' if rows else 'nothing'}", *rows, sep="\n")
+        where = printable(f"# differs from {than}")
+        print(f"\n{where}: {'' if rows else 'nothing'}", *rows, sep="\n")
     return DONE
 
 
@@ -640,7 +671,7 @@ def _prepare(line: Line) -> int:
     for name, split in meta["splits"].items():
         print(f"{name}: {split['num_documents']:,} documents, {split['num_tokens']:,} tokens")
     keys = f"data.source=prepared data.path={options.output} data.tokenizer={options.tokenizer}"
-    print(f"train on it with {keys} model.vocab_size={meta['vocab_size']}")
+    print(printable(f"train on it with {keys} model.vocab_size={meta['vocab_size']}"))
     return DONE
 
 
@@ -663,7 +694,7 @@ def _supervise(line: Line) -> int:
     if not command:
         raise ConfigError("no command; give one after --, for example train configs/x.py ...")
     if command[0] in VERBS:
-        command = [sys.executable, "-m", "moejax", *command]
+        command = [sys.executable, *_safe_path(), "-m", "moejax", *command]
     return supervise_command(command, Retries(options.restarts, options.end_when_preempted))
 
 
@@ -709,6 +740,14 @@ def _sweep_worker(line: Line) -> int:
 
     options = line.options
     return work(Path(options.workdir), options.storage, options.cpu_devices)
+
+
+def _safe_path() -> list[str]:
+    """Returns Python's option that keeps -m from looking for modules in the folder we are in.
+
+    Not where Python looks there already: it was told to, or moejax is not installed.
+    """
+    return [] if {"", os.getcwd()} & {*sys.path} else ["-P"]
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:

@@ -168,6 +168,7 @@ class DataConfig:
             f"data.sequence_length={self.sequence_length} is below 2; a sequence needs a token "
             "and a target",
         )
+        require_positive("data", self, "sequence_length")
         require(
             (self.source == "prepared") == (self.path is not None),
             f"data.source={self.source!r} with data.path={self.path!r}: give data.path exactly "

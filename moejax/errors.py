@@ -83,12 +83,16 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(section: str, config: object, *names: str) -> None:
-    """Checks that each named field is None or at least 1."""
+    """Checks that each named field is None or from 1 to 2**31 - 1."""
     for name in names:
         value = getattr(config, name)
         require(
             value is None or value >= 1,
             f"{section}.{name}={value} is below 1; use a whole number of at least 1",
+        )
+        require(
+            value is None or value < 2**31,
+            f"{section}.{name}={value} is above 2**31 - 1, which devices count with; use less",
         )
 
 

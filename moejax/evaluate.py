@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moejax.attention import packed_tokens
-from moejax.checkpoint import Checkpoints
+from moejax.checkpoint import Checkpoints, require_meta
 from moejax.config import Config, MoEConfig
 from moejax.corpus import load_corpus
 from moejax.data import Batch, ValidationBatches, check_vocabulary
@@ -32,7 +32,7 @@ from moejax.metrics import loss_record, routing_record
 from moejax.optim import make_optimizer
 from moejax.router_stats import RouterStats
 from moejax.sharding import place_batch, replicated
-from moejax.state import abstract_state, model_graph
+from moejax.state import abstract_state, model_graph, require_room
 from moejax.tokenizer import load_tokenizer
 
 log = logging.getLogger("moejax")
@@ -279,6 +279,7 @@ def mesh_for_use(config: Config, devices: list[Device] | None = None) -> Mesh:
     """Returns `config.mesh`; raises ConfigError where it fits not the devices or the model."""
     mesh = make_mesh(config.mesh, devices)
     config.check_model_fits(mesh_config(mesh))
+    require_room(config)
     return mesh
 
 
@@ -286,7 +287,9 @@ def load_for_use(config: Config, workdir: Path, step: int | None, mesh: Mesh) ->
     """Returns a run's checkpoint on `mesh`; raises ConfigError if there is no sound one."""
     abstract = abstract_state(config, mesh, make_optimizer(config.optim, config.train.steps))
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
-        return Restored(mesh, *checkpoints.load_model(abstract, step))
+        restored = Restored(mesh, *checkpoints.load_model(abstract, step))
+    require_meta(restored.meta, restored.step, ("counters", "validation"))
+    return restored
 
 
 def evaluate_workdir(

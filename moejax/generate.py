@@ -18,8 +18,9 @@ from jax.sharding import Mesh
 
 from moejax.attention import Cache, Tokens, empty_cache
 from moejax.config import Config, ConfigError
+from moejax.errors import require
 from moejax.evaluate import dropless, restore_for_use, with_moe
-from moejax.mesh import mesh_config
+from moejax.mesh import memory_bytes, mesh_config
 from moejax.model import Decoder
 from moejax.sharding import replicated
 from moejax.state import model_graph
@@ -130,6 +131,9 @@ def generate(
         ConfigError: no prompt, or one without a token.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
+    for number, prompt in enumerate(prompts):
+        if any("\ud800" <= char <= "\udfff" for char in prompt):  # bytes of the command line
+            raise ConfigError(f"prompt {number} is not UTF-8: {prompt[:40]!r}; convert it")
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     for number, tokens in enumerate(ids):
         if len(tokens) == 0:
@@ -140,6 +144,7 @@ def generate(
     width = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     shards = mesh_config(mesh).token_shards
     rows = -(-len(ids) // shards) * shards
+    _check_room(config, rows, width + max_tokens)
     prompt_bt = np.zeros((rows, width), np.int32)
     length_b = np.zeros(rows, np.int32)
     for row, tokens in enumerate(ids):
@@ -148,6 +153,19 @@ def generate(
     run = make_generate(config, mesh, max_tokens, temperature, top_p, tokenizer)
     out_bt = np.asarray(run(params, router_state, prompt_bt, length_b, jax.random.key(seed)))
     return [_decode(tokenizer, row) for row in out_bt[: len(ids)]]
+
+
+def _check_room(config: Config, rows: int, length: int) -> None:
+    """Refuses prompts and continuations whose keys and values the devices could not hold."""
+    cache = jax.eval_shape(lambda: empty_cache(config, rows, 1))
+    needed = length * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    there = memory_bytes()
+    require(
+        needed <= there,
+        f"keys and values of {rows} prompts of up to {length} tokens, those to be generated among "
+        f"them, take {needed / 2**30:,.1f} GiB and the devices have {there / 2**30:,.1f}; give "
+        "fewer or shorter prompts, or a smaller --max_tokens",
+    )
 
 
 def _decode(tokenizer, row: np.ndarray) -> str:

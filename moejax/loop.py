@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from moejax.checkpoint import Checkpoints, Resumed
+from moejax.checkpoint import Checkpoints, Resumed, require_meta
 from moejax.cluster import (
     Beats,
     check_agreement,
@@ -53,7 +53,7 @@ from moejax.replay import load_choices, save_choices
 from moejax.replicas import Comparisons, Mismatch, describe_mismatches
 from moejax.sharding import place_batch
 from moejax.skip_list import SkipList, resumed_list
-from moejax.state import initial_state
+from moejax.state import initial_state, require_room
 from moejax.step import StepMetrics, make_train_step
 from moejax.wandb_board import WandbBoard
 from moejax.watch import Finding, findings_of_router, findings_of_step, router_health
@@ -98,6 +98,7 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
     with failing_together("inputs"):
         mesh = make_mesh(config.mesh)
         config.check_mesh(mesh_config(mesh))
+        require_room(config)
         corpus = load_corpus(config.data, "train")
         check_vocabulary(corpus, config.model.vocab_size)
         length, batch_size = config.data.sequence_length, config.train.batch_size
@@ -176,6 +177,7 @@ class Training:
             self.state = initial_state(config, mesh, optimizer, token_counts)
         else:
             start = resumed.step
+            require_meta(resumed.meta, start)
             before = resumed.meta["environment"]
             differing = environment_difference(before, self.environment)
             self._take(resumed)

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import resource
+import sys
 from pathlib import Path
 from typing import TypeAlias
 
@@ -131,6 +132,18 @@ def _in_order(devices: list[Device], shape: tuple[int, ...]) -> np.ndarray:
 def mesh_config(mesh: Mesh) -> MeshConfig:
     """Returns the sizes of `mesh`, every one known."""
     return MeshConfig(**{axis: mesh.shape[axis] for axis in AXES})
+
+
+def memory_bytes() -> int:
+    """Returns the memory of all devices, as one says of itself; on CPUs that of the machines.
+
+    What is not known is without limit.
+    """
+    device = jax.local_devices()[0]
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * jax.process_count()
+    stats = device.memory_stats() or {}
+    return stats["bytes_limit"] * jax.device_count() if "bytes_limit" in stats else sys.maxsize
 
 
 def single_device_mesh(device: Device | None = None) -> Mesh:

@@ -231,6 +231,8 @@ def suggest(word: str, names: Iterable[str]) -> str:
     A name is near when its last part is the word's last part or has it as initials (`lr` for
     `optim.learning_rate`), or when the two spell alike.
     """
+    if len(word) > 100:  # comparing takes the product of the lengths
+        return ""
     last = word.rpartition(".")[2]
 
     def parts(name: str) -> tuple[str, str]:

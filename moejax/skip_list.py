@@ -22,7 +22,7 @@ class SkipList:
         Raises:
             ConfigError: it is not such a list.
         """
-        found = cls()
+        found = []
         for part in text.split(",") if text else ():
             match = re.fullmatch(r"\s*(\d{1,10})\s*(?:-\s*(\d{1,10})\s*)?", part)
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
@@ -31,8 +31,18 @@ class SkipList:
                     f"{part!r} is no range of batches; give indices and ranges with the lower one "
                     "first, for example 120-180,512"
                 )
-            found = found.add(first, last + 1)
-        return found
+            found.append((first, last + 1))
+        return cls._merged(found)
+
+    @classmethod
+    def _merged(cls, ranges: list[tuple[int, int]]) -> "SkipList":
+        apart: list[tuple[int, int]] = []
+        for first, stop in sorted(ranges):
+            if apart and first <= apart[-1][1]:
+                start, end = apart.pop()
+                first, stop = start, max(end, stop)
+            apart.append((first, stop))
+        return cls(tuple(apart))
 
     def __str__(self) -> str:
         """What `parse` reads."""
@@ -40,20 +50,11 @@ class SkipList:
 
     def add(self, first: int, stop: int) -> "SkipList":
         """Returns the list with the batches first to stop - 1 too."""
-        apart = []
-        for a, b in self.ranges:
-            if b < first or stop < a:
-                apart.append((a, b))
-            else:
-                first, stop = min(a, first), max(b, stop)
-        return SkipList(tuple(sorted([*apart, (first, stop)])))
+        return self._merged([*self.ranges, (first, stop)])
 
     def union(self, other: "SkipList") -> "SkipList":
         """Returns the list of what is in either."""
-        both = self
-        for first, stop in other.ranges:
-            both = both.add(first, stop)
-        return both
+        return self._merged([*self.ranges, *other.ranges])
 
     def before(self, index: int) -> "SkipList":
         """Returns the part of the list below `index`."""

@@ -11,7 +11,9 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from moejax.config import Config
-from moejax.mesh import AnyMesh
+from moejax.errors import require
+from moejax.flops import total_parameters
+from moejax.mesh import AnyMesh, memory_bytes
 from moejax.model import Decoder
 from moejax.router_state import initial_router_state
 from moejax.sharding import tree_shardings
@@ -77,6 +79,24 @@ def _initial_state(
         ),
         rng=jax.random.key_data(rng),
         watch=initial_watch(),
+    )
+
+
+def require_room(config: Config) -> None:
+    """Checks that the parameters alone fit into the memory of all devices together.
+
+    What a program for it would do is an abort of the process, or of others on the machine. It is no
+    promise that a training fits: `moejax plan` says that.
+
+    Raises:
+        ConfigError: they do not.
+    """
+    count, there = total_parameters(config), memory_bytes()
+    needed = count * jnp.dtype(config.model.param_dtype).itemsize
+    require(
+        needed <= there,
+        f"{count:,} parameters take {needed / 2**30:,.0f} GiB and all devices together have "
+        f"{there / 2**30:,.0f}; use a smaller model or more devices (moejax plan says how many)",
     )
 
 

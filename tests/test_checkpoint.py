@@ -10,8 +10,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from moejax.checkpoint import Checkpoints
-from moejax.config import EXPERT_AXES, CheckpointConfig, MeshConfig
+from moejax.checkpoint import Checkpoints, require_meta
+from moejax.config import EXPERT_AXES, CheckpointConfig, ConfigError, MeshConfig
 from moejax.mesh import make_mesh
 from moejax.sharding import tree_shardings
 from moejax.state import TrainState
@@ -122,3 +122,31 @@ def test_a_step_that_is_there_is_not_saved_again_in_silence(tmp_path, wide):
         checkpoints.wait()
         with pytest.raises(RuntimeError, match="step 4 already exists"):
             checkpoints.save(make_state(4, wide), {}, None)
+
+
+META = {
+    "counters": {"tokens_seen": 3},
+    "watch": {"streaks": {}, "skip_batches": ""},
+    "environment": {},
+    "data": "0",
+    "validation": "0",
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "wrong"),
+    [
+        ({"data": None, "environment": []}, "environment, data"),
+        ({"counters": {"loss": 1.5}}, "counters"),
+        ({"counters": {"not_a_field": 1}}, "counters"),
+        ({"watch": {"streaks": {"x": "1"}, "skip_batches": ""}}, "watch"),
+        ({"watch": {"streaks": {}}}, "watch"),
+    ],
+)
+def test_a_meta_that_somebody_else_wrote_is_refused(change, wrong):
+    require_meta(META, 40)
+    require_meta({"counters": {}, "validation": "0"}, 40, ("counters", "validation"))
+    with pytest.raises(ConfigError, match=rf"step 40 has no usable {wrong} in its meta: "):
+        require_meta(META | change, 40)
+    with pytest.raises(ConfigError, match="no usable counters, watch, environment, data"):
+        require_meta([1], 40)

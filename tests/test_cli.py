@@ -50,7 +50,6 @@ def calls(monkeypatch):
     monkeypatch.setattr("moejax.topology.start_compiler", lambda pod: made.append(pod.name))
     split = {"num_documents": 3, "num_tokens": 4000}
     fake("prepare", prepare={"splits": {"train": split}, "vocab_size": 257})
-    sys.modules["moejax.progress"].printable = lambda text: text.replace("\x1b", "?")
     return made
 
 
@@ -107,7 +106,7 @@ def test_generate_prints_each_prompt_with_its_continuation(workdir, calls, tmp_p
     line = ["--prompt", "hello", "--prompts", str(prompts), "--max_tokens", "5", "--seed=9"]
     assert main(["generate", "--workdir", str(workdir), *line, "--temperature", "0"]) == 0
     assert calls[1][2:] == (workdir, None, ["hello", "b"], 5, 0.0, 0.95, 9)
-    assert capsys.readouterr().out == "hello world\n\nb?[2Jb\n"
+    assert capsys.readouterr().out == "hello world\n\nb\\x1b[2Jb\n"
 
 
 def test_verify_describe_and_prepare_pass_on_what_they_are_given(calls, tmp_path, capsys):
@@ -410,3 +409,21 @@ def test_a_closed_pipe_is_not_an_error():
 def test_every_shipped_config_loads():
     for file in sorted(Path("configs").glob("*.py")):
         assert set(config_values(load_config(str(file)))) == set(keys())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["eval", "--workdir", "x" * 5000], "cannot be used (File name too long)"),
+        (["fsck", "--workdir", "W", "--json", "y" * 300], "cannot be used (File name too long)"),
+        (["fsck", "--workdir", "W", "--json", "/dev/full"], "--json=/dev/full cannot be written"),
+        (["generate", "--workdir", "W", "--prompts", "/dev/zero"], "is larger than 16 MiB; cut it"),
+        (["eval", "--workdir", "\x1b[2J"], "error: \\x1b[2J/config.json does not exist"),
+    ],
+)
+def test_odd_paths_are_errors_of_one_line(workdir, words, message, capsys):
+    assert main([str(workdir) if word == "W" else word for word in words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert "\x1b" not in error

@@ -24,6 +24,8 @@ from moejax.overrides import apply_overrides
     ("words", "message"),
     [
         ("model.num_layers=0", "model.num_layers=0 is below 1; use a whole number of at least 1"),
+        ("model.vocab_size=1e10", "model.vocab_size=10000000000 is above 2**31 - 1, which devices"),
+        ("data.sequence_length=1e10", "data.sequence_length=10000000000 is above 2**31 - 1"),
         ("moe.every=0", "moe.every=0 is below 1"),
         ("eval.batches=0", "eval.batches=0 is below 1"),
         ("checkpoint.keep=-1", "checkpoint.keep=-1 is below 1"),

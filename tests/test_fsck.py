@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -11,7 +12,7 @@ from test_store import OTHERS, add
 
 from moejax.cli import main
 from moejax.config import Config
-from moejax.fsck import fsck
+from moejax.fsck import fsck, show_findings
 from moejax.overrides import apply_overrides
 from moejax.store import Store, start_run
 from moejax.workdir import COMMITTED, MANIFEST, checkpoint_roots, open_workdir
@@ -100,3 +101,27 @@ def test_jax_is_not_imported(workdir):
         f"{str(workdir)!r}]) == 0; assert 'jax' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_links_pipes_and_lines_without_end_are_told_at_once(workdir, tmp_path, capsys):
+    (workdir / "metrics.jsonl").unlink()
+    (workdir / "metrics.jsonl").touch()
+    os.truncate(workdir / "metrics.jsonl", 1 << 42)
+    assert verdicts(workdir)["metrics.jsonl"] == "line 1 is longer than 64 MiB"
+    (workdir / "metrics.jsonl").unlink()
+    os.mkfifo(workdir / "metrics.jsonl")
+    assert main(["fsck", "--workdir", str(workdir)]) == 2
+    assert "metrics.jsonl is not a file: " in capsys.readouterr().err
+    (workdir / "metrics.jsonl").unlink()
+    (workdir / "metrics.jsonl").symlink_to(tmp_path / "elsewhere")
+    assert main(["fsck", "--workdir", str(workdir)]) == 2
+    assert "metrics.jsonl is a link: " in capsys.readouterr().err
+
+
+def test_names_in_a_checkpoint_cannot_steer_the_terminal(workdir, capsys):
+    (workdir / "checkpoints" / "20" / "\x1b[2J[red]").write_text("")
+    assert main(["fsck", "--workdir", str(workdir)]) == 1
+    assert "\x1b" not in capsys.readouterr().out
+    out = io.StringIO()
+    show_findings(fsck(workdir, Console(file=io.StringIO())), Console(file=out, width=300))
+    assert "BAD: \\x1b[2J[red] is not its own" in out.getvalue()

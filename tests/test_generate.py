@@ -213,3 +213,12 @@ def test_generation_is_dropless_whatever_the_training():
     oracle = dataclasses.replace(CONFIG.moe, transport="reference")
     assert dropless(oracle).transport == "reference"
     assert load_tokenizer("bytes").end_of_document < V
+
+
+def test_prompts_that_cannot_be_are_refused_before_anything_is_compiled(texts, monkeypatch):
+    run, _ = texts
+    with pytest.raises(ConfigError, match=r"prompt 1 is not UTF-8: 'x\\udcff'; convert it"):
+        run(["a", "x\udcff"])
+    monkeypatch.setattr("moejax.generate.make_generate", None)
+    with pytest.raises(ConfigError, match=r"8 prompts of up to 1073741856 tokens.* take \d.*GiB"):
+        run(["a"], max_tokens=2**30)

@@ -58,3 +58,9 @@ def test_a_batch_that_was_seen_cannot_be_left_out():
         match=r"skip_batches=2-4,8 has batches that the first 6 steps .*from 9 on can still",
     ):
         resumed_list(SkipList.parse("2-4"), SkipList.parse("2-4,8"), 6)
+
+
+def test_a_list_as_long_as_a_command_line_takes_a_moment():
+    text = ",".join(str(2 * i) for i in range(100_000))
+    assert len(SkipList.parse(text).ranges) == 100_000
+    assert SkipList.parse("7,5-6,1,3-8").ranges == ((1, 2), (3, 9))

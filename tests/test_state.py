@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from moejax import loop
-from moejax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig
+from moejax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig
 from moejax.corpus import load_corpus
 from moejax.optim import make_optimizer
 from moejax.router_state import hash_table, initial_router_state
-from moejax.state import abstract_state, initial_state
+from moejax.state import abstract_state, initial_state, require_room
 
 V = 24
 CONFIG = Config(
@@ -104,3 +104,11 @@ def test_shapes_of_the_router_state_are_those_of_the_state(mesh, router):
         n: (s.shape, s.dtype) for n, s in expected.items()
     }
     assert bool(found) == (router != "softmax")
+
+
+def test_a_model_that_no_memory_holds_is_refused():
+    """JAX would abort, or the system would end a process of its choice."""
+    require_room(Config())
+    huge = Config(model=ModelConfig(vocab_size=2**31 - 8, d_model=2**20))
+    with pytest.raises(ConfigError, match=r"parameters take [\d,]+ GiB and all devices together"):
+        require_room(huge)

@@ -314,3 +314,19 @@ def test_a_bad_config_is_not_tried_twice(tmp_path, capfd):
     words = ["train", str(ROOT / "configs/quickstart.py"), "--workdir", str(tmp_path), "lr=3"]
     assert main(["supervise", "--", *words]) == 2
     assert "unknown key 'lr'" in capfd.readouterr().err
+
+
+def test_a_run_is_not_looked_for_in_the_folder_that_supervise_is_started_in(tmp_path, monkeypatch):
+    """-m looks there first, and a run's folder may hold a json.py; the script `moejax` does not."""
+    (tmp_path / "json.py").write_text("print('code from data')")
+    monkeypatch.chdir(tmp_path)
+    code = "import sys; from moejax.cli import _safe_path; print(_safe_path())"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+
+    def python(*words: str) -> str:
+        line = [sys.executable, *words]
+        return subprocess.run(line, capture_output=True, text=True, env=environment).stdout
+
+    assert python("-P", "-c", code) == "['-P']\n"
+    assert python("-P", "-m", "moejax", "--version").startswith("moejax ")
+    assert "code from data" in python("-m", "moejax", "--version"), "the harm"
