@@ -13,7 +13,7 @@ CPU_DEVICES := $(if $(ACCELERATOR),,--cpu_devices 4)
 # Compiled test programs are kept between runs and shared by the test processes.
 TEST_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
 
-.PHONY: help setup train test test-slow lint verify contract claims compare plans bench bench-peers bench-tpu lock clean
+.PHONY: help setup train test test-slow fuzz lint verify contract claims compare plans bench bench-peers bench-tpu lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -34,6 +34,9 @@ lint: setup ## ruff and pyright
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+fuzz: setup ## a thousand malformed configs and inputs of each kind: never a traceback, never a hang
+	MOEJAX_FUZZ_EXAMPLES=1000 $(TEST_ENV) $(BIN)/python -m pytest tests/test_fuzz.py
 
 verify: setup ## check that every layout computes the same
 	$(BIN)/moejax verify configs/quickstart.py --cpu_devices 8
