@@ -282,7 +282,7 @@ def spoilt_json(content: bytes, chosen: random.Random, value: Any) -> bytes:
     index = 0 if whole else chosen.randrange(len(lines))
     try:
         tree = json.loads(content if whole else lines[index])
-    except ValueError:
+    except (ValueError, RecursionError):
         tree = None
     deep = chosen.random() < 0.02
     text = b"[" * 100_000 if deep else json.dumps(_replaced(tree, chosen, value)).encode()

@@ -321,13 +321,17 @@ STEADY = ["optim.learning_rate=0.02", "watch.grad_norm_spike=off"]
 SLOW = pytest.mark.slow
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """Has spikes be judged by 8 to 16 steps, so that the loss before has time to fall."""
+    monkeypatch.setattr(watch, "WINDOW", 16)
+    monkeypatch.setattr(watch, "NEEDED", 8)
+
+
 @pytest.mark.parametrize(
     "policy", ["skip", *(pytest.param(p, marks=SLOW) for p in ("warn", "rollback", "stop", "off"))]
 )
-def test_a_batch_of_noise_is_a_spike(monkeypatch, spoil, tmp_path, capsys, policy):
-    """Judged by 8 to 16 steps, so that the loss before has time to fall."""
-    monkeypatch.setattr(watch, "WINDOW", 16)
-    monkeypatch.setattr(watch, "NEEDED", 8)
+def test_a_batch_of_noise_is_a_spike(soon, spoil, tmp_path, capsys, policy):
     spoil("noise", {37})
     config = _config(*STEADY, "train.steps=40", "checkpoint.every=6", f"watch.loss_spike={policy}")
     code = _train(config, tmp_path)
@@ -355,7 +359,9 @@ def test_a_batch_of_noise_is_a_spike(monkeypatch, spoil, tmp_path, capsys, polic
 # Collapse
 
 
-@pytest.mark.parametrize("policy", ["stop", pytest.param("warn", marks=SLOW)])
+@pytest.mark.parametrize(
+    "policy", ["stop", *(pytest.param(p, marks=SLOW) for p in ("warn", "off"))]
+)
 def test_a_router_that_sends_all_tokens_to_the_same_experts(monkeypatch, tmp_path, capsys, policy):
     """Its weights are 0, so that all logits tie and everybody goes to the first two of 4."""
     initial = loop.initial_state
@@ -370,9 +376,15 @@ def test_a_router_that_sends_all_tokens_to_the_same_experts(monkeypatch, tmp_pat
 
     monkeypatch.setattr(loop, "initial_state", collapsed)
     words = ["moe.router=softmax", "optim.learning_rate=0", "moe.balance_loss_weight=0"]
-    words += ["watch.collapse_steps=3", "watch.max_dead_experts=0.4", "train.steps=7"]
-    config = _config(*words, f"watch.collapse={policy}")
+    words += ["train.steps=7", f"watch.collapse={policy}"]
+    if policy != "off":
+        words += ["watch.collapse_steps=3", "watch.max_dead_experts=0.4"]
+    config = _config(*words)
     assert _train(config, tmp_path) == (DIVERGED if policy == "stop" else DONE)
+    if policy == "off":  # the harm: half of the experts are trained by nothing, and all is well
+        assert (_events(tmp_path), capsys.readouterr().err) == ([], "")
+        assert records(tmp_path)[7, "train"]["dead_experts"] == [2]
+        return
     collapses = [(e["step"], e["quantity"]) for e in _events(tmp_path)]
     assert (3, "dead_experts") in collapses
     assert ((6, "dead_experts") in collapses) == (policy == "warn")
@@ -432,6 +444,48 @@ def test_a_bit_that_flips_on_one_device(monkeypatch, tmp_path, capsys, policy):
     assert "on devices 6; a device computes or keeps wrong" in error
     if policy == "stop":
         assert checkpoint_steps(tmp_path) == [4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "warn", None])
+def test_a_step_that_one_device_computes_wrong_once(monkeypatch, tmp_path, capsys, policy):
+    """Step 6, in a part of the experts that no other device holds: copies tell nothing of it."""
+    plain, steps = loop.make_train_step, []
+
+    def make(*arguments, **keywords):
+        step, abstract = plain(*arguments, **keywords)
+
+        def struck(state, batch, choices=None):
+            steps.append(int(state.step) + 1)
+            after, metrics = step(state, batch, choices)
+            if steps[-1] == 6 and steps.count(6) == 1:
+                path = "runs/layer_0/moe/up"
+                flip = lambda at, leaf: _flipped(leaf, 6) if path_name(at) == path else leaf  # noqa: E731
+                params = jax.tree_util.tree_map_with_path(flip, after.params)
+                after = dataclasses.replace(after, params=params)
+            return after, metrics
+
+        return struck, abstract
+
+    words = ["train.steps=8", "watch.replicas_every=1", "mesh.data=1", "mesh.fsdp=2"]
+    words += ["watch.recompute_every=3", f"watch.mismatch={policy}"] if policy else []
+    config = _config(*words)
+    assert _train(config, tmp_path / "sound") == DONE
+    monkeypatch.setattr(loop, "make_train_step", make)
+    code = _train(config, tmp_path / "struck")
+    assert code == (DIVERGED if policy == "stop" else DONE)
+    events = _events(tmp_path / "struck")
+    if policy is None:  # the harm: another model, and nobody knows
+        assert events == []
+        ends = [_last(tmp_path / name, config) for name in ("sound", "struck")]
+        name = "params/runs/layer_0/moe/up"
+        assert not np.array_equal(ends[0][name], ends[1][name])
+        return
+    assert [(e["kind"], e["step"], e["comparison"]) for e in events] == [
+        ("mismatch", 6, "recomputed")
+    ]
+    assert events[0]["arrays"] == {"params/runs/layer_0/moe/up": [6]}
+    assert "step 6: a step computed twice gives other bits" in capsys.readouterr().err
 
 
 # Data
