@@ -13,11 +13,11 @@ CPU_DEVICES := $(if $(ACCELERATOR),,--cpu_devices 4)
 # Compiled test programs are kept between runs and shared by the test processes.
 TEST_ENV := JAX_COMPILATION_CACHE_DIR=$(CURDIR)/.cache/jax
 
-.PHONY: help setup train test test-slow fuzz lint verify contract claims compare plans bench bench-peers bench-tpu lock clean
+.PHONY: help setup train test test-slow fuzz lint verify contract claims faults faults-short faults-long compare plans bench bench-peers bench-tpu lock clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(STAMP) ## make or update .venv; PY=python3.11 names the Python, ACCELERATOR=tpu|cuda12 the chip
 
@@ -46,6 +46,15 @@ contract: setup ## check every router, dispatch and transport, into docs/contrac
 
 claims: setup ## try claims of the literature at CPU size, into docs/claims.md (an hour)
 	$(TEST_ENV) $(BIN)/moejax claims --workdir runs/claims --page docs/claims.md
+
+faults: setup ## break real trainings in 59 ways, into docs/faults.md (45 minutes; goes on where interrupted)
+	$(TEST_ENV) $(BIN)/python -m faults
+
+faults-short: setup ## the same, without tests and with 10 kills (6 minutes)
+	$(TEST_ENV) $(BIN)/python -m faults --form short
+
+faults-long: setup ## 200 kills, and their line in docs/faults.md (an hour)
+	$(TEST_ENV) $(BIN)/python -m faults --form long
 
 compare: setup ## MoE against dense over 3 seeds, into docs/quickstart.md (an hour)
 	$(BIN)/python benchmarks/compare.py train.steps=900
