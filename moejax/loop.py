@@ -26,6 +26,7 @@ from moejax.cluster import (
 from moejax.config import Config, ConfigError
 from moejax.corpus import load_corpus
 from moejax.data import Batch, Prefetch, TrainBatches, check_vocabulary
+from moejax.describe import bytes_text, placements
 from moejax.environment import environment, environment_difference
 from moejax.errors import DIVERGED, DONE
 from moejax.evaluate import Evaluator
@@ -122,6 +123,7 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
         stack.enter_context(lifeline())
         watchdog = stack.enter_context(Watchdog(config.watchdog, Events(workdir), Beats()))
         stack.enter_context(leaving_at_once())
+        stack.enter_context(explaining_memory(config, mesh))
         training = Training(
             config, workdir, mesh, data, evaluator, checkpoints, watchdog, token_counts, boards
         )
@@ -139,6 +141,29 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
             return DIVERGED
         finally:
             training.writer.close()
+
+
+@contextlib.contextmanager
+def explaining_memory(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Has a device's want of memory end with what takes it and what helps, not with a traceback.
+
+    Raises:
+        ConfigError: in place of JAX's error.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        text = str(error)
+        if not text.startswith("RESOURCE_EXHAUSTED"):
+            raise
+        kinds = placements(config, mesh_config(mesh))
+        state = bytes_text(sum(row.per_device for rows in kinds.values() for row in rows))
+        raise ConfigError(
+            f"out of memory ({text.splitlines()[0][:200]}); state and gradients alone are {state} "
+            "a device, activations come on top: use model.remat=full, more train.accumulation, a "
+            "smaller train.batch_size or more devices by mesh.fsdp; moejax plan says before a run "
+            "what fits; committed checkpoints stay"
+        ) from error
 
 
 class Training:

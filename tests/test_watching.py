@@ -488,6 +488,32 @@ def test_a_step_that_one_device_computes_wrong_once(monkeypatch, tmp_path, capsy
     assert "step 6: a step computed twice gives other bits" in capsys.readouterr().err
 
 
+# Memory
+
+
+def test_out_of_memory_says_what_takes_it_and_leaves_the_checkpoints(monkeypatch, tmp_path):
+    """Another error of the runtime stays as it is."""
+    plain, said = (
+        Comparisons.step,
+        ["RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes", "other"],
+    )
+
+    def hungry(self, number, *arguments):
+        if number == 4:
+            raise jax.errors.JaxRuntimeError(said.pop(0))
+        return plain(self, number, *arguments)
+
+    monkeypatch.setattr(Comparisons, "step", hungry)
+    config = _config("checkpoint.every=2")
+    with pytest.raises(
+        ConfigError, match=r"out of memory .*9 bytes\); state and gradients alone are [\d.]+ .?iB a"
+    ):
+        _train(config, tmp_path)
+    assert checkpoint_steps(tmp_path) == [2]
+    with pytest.raises(jax.errors.JaxRuntimeError, match="other"):
+        _train(config, tmp_path)
+
+
 # Data
 
 
