@@ -106,13 +106,11 @@ class Process:
     def runs(self) -> bool:
         return self.popen.poll() is None
 
-    def until(self, condition: Callable[[], object], what: str, *, alive: bool = True) -> None:
+    def until(self, condition: Callable[[], object], what: str) -> None:
         """Waits for a condition, looking often: what is to be hit may be short."""
         while not condition():
-            expect(
-                self.runs or not alive,
-                f"ended with {self.popen.returncode} before {what}: {self.last()}",
-            )
+            ended = f"ended with {self.popen.returncode} before {what}"
+            expect(self.runs, f"{ended}: {self.last()}")
             expect(time.monotonic() - self.begun < LIMIT, f"hangs before {what}: {self.last()}")
             time.sleep(0.005)
 

@@ -35,14 +35,14 @@ was due.
 
 
 def write_page(file: Path, found: dict[str, Result]) -> None:
-    """Writes the page; every row has to have a result."""
+    """Writes the page; a row without a result says so."""
     kills = {form: size.kills for form, size in SIZES.items()}
     parts = [HEAD.format(**kills), _summary(found), LONG[0], _long_of(file), LONG[1]]
     for title, rows in GROUPS.items():
         parts.append(f"\n## {title}\n\n")
         parts.append("| # | fault | how made | expected | seen | runs | losses | seconds lost |\n")
         parts.append("|---|---|---|---|---|---|---|---|\n")
-        parts += [_line(row, found[row.name]) for row in rows]
+        parts += [_line(row, found.get(row.name)) for row in rows]
     parts.append("\n## Tests of the rows\n\n")
     for row in ROWS.values():
         if row.tests:
@@ -72,15 +72,25 @@ def _long_of(file: Path) -> str:
 
 
 def _summary(found: dict[str, Result]) -> str:
-    failed = [name for name in ROWS if not found[name].passed]
-    state = f"FAILED: rows {', '.join(failed)}" if failed else f"all {len(ROWS)} rows hold"
-    dates = sorted({found[name].date for name in ROWS})
+    seen = [found[name] for name in ROWS if name in found]
+    failed = [result.row for result in seen if not result.passed]
+    missing = [name for name in ROWS if name not in found]
+    short = [result.row for result in seen if result.form == "short"]
+    state = [f"all {len(ROWS)} rows hold" if len(failed + missing) == 0 else ""]
+    state += [f"FAILED: rows {', '.join(failed)}" if failed else ""]
+    state += [f"not run yet: rows {', '.join(missing)}" if missing else ""]
+    state += [f"run in the short form only: rows {', '.join(short)}" if short else ""]
+    dates = sorted({result.date for result in seen})
     when = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    compared = sum(found[name].losses for name in ROWS)
-    return f"{when}: {state}; {compared:,} losses compared.\n\n"
+    compared = sum(result.losses for result in seen)
+    said = "; ".join(part for part in state if part)
+    return f"{when}: {said}; {compared:,} losses compared.\n\n"
 
 
-def _line(row: Row, result: Result) -> str:
+def _line(row: Row, result: Result | None) -> str:
+    if result is None:
+        cells = (row.name, row.fault, row.made, row.expected, "not run yet", "", "", "")
+        return f"| {' | '.join(_cell(cell) for cell in cells)} |\n"
     seconds = "" if result.seconds_lost is None else f"{result.seconds_lost:.1f}"
     losses = f"{result.losses:,}" if result.losses else ""
     seen = result.seen if result.passed else f"**FAILED**: {result.seen}"

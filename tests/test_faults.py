@@ -95,6 +95,20 @@ def test_a_row_that_fails_fails_the_harness_which_then_goes_on(table, tmp_path, 
     assert table["ran"][5:] == ["2"]
 
 
+def test_what_was_not_run_or_only_shortly_is_said(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(harness, "PAGE", tmp_path / "faults.md")
+    words = ["--folder", str(tmp_path), "--jobs", "1", "--only", "1"]
+    assert harness.main(words) == 0
+    text = (tmp_path / "faults.md").read_text()
+    assert "not run yet: rows 2; 40 losses" in text
+    assert "| 2 | fault | made \\| so | expected | not run yet |" in text
+    table["broken"] = False
+    assert harness.main([*words[:-1], "2", "--form", "short"]) == 0
+    assert harness.main(words) == 0
+    text = (tmp_path / "faults.md").read_text()
+    assert "all 2 rows hold; run in the short form only: rows 2; 40 losses" in text
+
+
 def test_the_long_run_stands_on_the_page_until_the_next_one(table, tmp_path, monkeypatch):
     monkeypatch.setattr(harness, "PAGE", tmp_path / "faults.md")
     table["broken"] = False
