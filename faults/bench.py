@@ -145,7 +145,7 @@ class Bench:
     def __init__(self, folder: Path, seed: int):
         self.root, self.seed = folder.resolve(), seed
         self._lock = threading.Lock()
-        self._straight: dict[int, Path] = {}
+        self._trained: dict[str, Path] = {}
         self.data = self.root / "data"
         self._environment = {
             **os.environ,
@@ -221,15 +221,19 @@ class Bench:
 
     # The undisturbed run
 
-    def undisturbed(self, steps: int = STEPS) -> Path:
-        """Returns the workdir of a run that nothing disturbed, made once."""
+    def trained(self, name: str, *changes: str) -> Path:
+        """Returns the workdir of a run that is made once, for all rows that read it."""
         with self._lock:
-            if steps not in self._straight:
-                workdir = self.folder(f"undisturbed-{steps}")
-                done = self.train(workdir, f"train.steps={steps}")
-                expect(done.code == 0, f"the undisturbed run ended with {done.code}: {done.err}")
-                self._straight[steps] = workdir
-            return self._straight[steps]
+            if name not in self._trained:
+                workdir = self.folder(name)
+                done = self.train(workdir, *changes)
+                expect(done.code == 0, f"the run {name} ended with {done.code}: {done.err[-400:]}")
+                self._trained[name] = workdir
+            return self._trained[name]
+
+    def undisturbed(self, steps: int = STEPS) -> Path:
+        """Returns the workdir of a run that nothing disturbed."""
+        return self.trained(f"undisturbed-{steps}", f"train.steps={steps}")
 
     def same(self, workdir: Path, steps: int = STEPS, *, whole: bool = True) -> int:
         """Compares the records of a run with the undisturbed one's, bit for bit; counts them.

@@ -1,8 +1,8 @@
 """Checkpoints that are damaged, restored by the real code in one process; bit by bit compared.
 
-    python -m faults.restores FOLDER SEED FLIPS CYCLES ROW...
+    python -m faults.restores FOLDER SEED FLIPS CYCLES ROW
 
-FOLDER has a workdir `base` with checkpoints of steps 20, 40 and 60. Prints a JSON object a row.
+FOLDER has a workdir `base` with checkpoints of steps 20, 40 and 60. Prints a JSON object.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ import resource
 import shutil
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,17 +24,11 @@ from faults.bench import Bench, Broken, Outcome, expect
 from faults.size import Size
 
 LAST, BEFORE = 60, 40
-ROWS = ("5", "8", "12", "13", "14", "15", "16", "50", "54", "59")
 
 
 def make_base(bench: Bench) -> Path:
     """Returns a workdir with checkpoints of steps 20, 40 and 60."""
-    workdir = bench.root / "restores" / "base"
-    if not (workdir / "checkpoints" / str(LAST)).is_dir():
-        bench.folder("restores")
-        done = bench.train(workdir, f"train.steps={LAST}", "checkpoint.every=20")
-        expect(done.code == 0, f"the base run ended with {done.code}: {done.err[-400:]}")
-    return workdir
+    return bench.trained("restores/base", f"train.steps={LAST}", "checkpoint.every=20")
 
 
 def in_process(row: str) -> Callable[[Bench, Size], Outcome]:
@@ -450,25 +443,17 @@ RUN = {
 
 
 def main(words: list[str]) -> int:
-    folder, (seed, flips, cycles), rows = Path(words[0]), map(int, words[1:4]), words[4:]
-    logging_off()
+    folder, (seed, flips, cycles), row = Path(words[0]), map(int, words[1:4]), words[4]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from moejax.mesh import start_jax
 
     start_jax(1)
-    restorer = Restorer(folder, seed)
-    for row in rows:
-        begun = time.monotonic()
-        try:
-            outcome = RUN[row](restorer, cycles if row == "59" else flips)._asdict()
-        except Broken as error:
-            outcome = {"broken": str(error)}
-        print(json.dumps(outcome), flush=True)
-        print(f"{row}: {time.monotonic() - begun:.1f} s", file=sys.stderr)
+    try:
+        outcome = RUN[row](Restorer(folder, seed), cycles if row == "59" else flips)._asdict()
+    except Broken as error:
+        outcome = {"broken": str(error)}
+    print(json.dumps(outcome))
     return 0
-
-
-def logging_off() -> None:
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
 if __name__ == "__main__":
