@@ -33,6 +33,7 @@ class Harness:
     """
 
     def __init__(self, form: str, folder: Path, only: Sequence[str] | None, seed: int):
+        folder = folder.resolve()  # tests may change the folder that they are in
         self.form, self.size, self.folder = form, SIZES[form], folder
         self.results = Results(folder, form)
         self.only = only

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 from faults.bench import (
     CLI,
@@ -20,58 +21,93 @@ from faults.bench import (
     steps_done,
 )
 from faults.size import Size
+from moejax.events import append_line
 from moejax.ledger import totals
 from moejax.manifest import Unsound
 from moejax.store import Store
 from moejax.workdir import CHECKPOINTS, checkpoint_steps
 
 STORM_STEPS = 600
+MOMENTS = ("start", "step", "save")
 EARLY = 0.2  # share of kills at a moment of the start: imports, restore, compile
 START_SECONDS, TRAIN_SECONDS = 6.0, 2.5  # within which the moment is drawn
 
 
+class Part(NamedTuple):
+    """One training of a storm, from its start to its end through all kills.
+
+    Attributes:
+        in_start, in_step, in_save: how many kills came in which moment.
+        losses: that were compared.
+        checked: committed checkpoints that were read through after a kill.
+        lost: seconds.
+    """
+
+    in_start: int
+    in_step: int
+    in_save: int
+    losses: int
+    checked: int
+    lost: float
+
+    @property
+    def kills(self) -> int:
+        return self.in_start + self.in_step + self.in_save
+
+
 def storm(bench: Bench, size: Size) -> Outcome:
-    """SIGKILL at random moments; all committed steps survive, all losses are as undisturbed."""
-    rng = random.Random(f"{bench.seed} storm {size.kills}")
-    kills, runs, losses, checked, lost = 0, 0, 0, 0, 0.0
-    moments = {"the start": 0, "a step": 0, "a save": 0}
-    bench.undisturbed(STORM_STEPS)
-    while kills < size.kills:
-        runs += 1
-        workdir = bench.folder(f"storm/{runs}")
-        committed = 0
-        while True:
-            process = _start(bench, workdir)
-            with bench.running(process):
-                if kills == size.kills or not _kill(process, workdir, rng, moments):
-                    done = process.wait()
-                    expect(done.code == 0, f"ended with {done.code}: {done.err[-400:]}")
-                else:
-                    kills += 1
-            _check_resume(process, committed)
-            committed = newest(workdir)
-            if process.popen.returncode == 0:
-                break
-            losses += bench.same(workdir, STORM_STEPS, whole=False)
-            checked += _check_all(workdir)
-        losses += bench.same(workdir, STORM_STEPS)
-        lost += _seconds_lost(workdir)
-    where = ", ".join(f"{count} in {moment}" for moment, count in moments.items())
+    """SIGKILL at random moments; all committed steps survive, all losses are as undisturbed.
+
+    Each training that is through is noted, so that a storm that is interrupted goes on.
+    """
+    notes = bench.root / f"storm-{size.kills}.jsonl"
+    lines = notes.read_text().splitlines() if notes.exists() else []
+    parts = [Part(*json.loads(line)) for line in lines]
+    while (left := size.kills - sum(part.kills for part in parts)) > 0:
+        parts.append(_through(bench, len(parts) + 1, left))
+        append_line(notes, json.dumps(parts[-1]))
+    notes.unlink()
+    starts, steps, saves, losses, checked, lost = map(sum, zip(*parts, strict=True))
     return Outcome(
-        f"0 committed steps lost, 0 silent wrong resumes; of the kills {where}; {checked} "
-        "committed checkpoints read through after the kills, all sound",
-        kills,
+        f"0 committed steps lost, 0 silent wrong resumes; of the kills {starts} in the start, "
+        f"{steps} in a step, {saves} in a save or a deletion; {checked} committed checkpoints read "
+        "through after the kills, all sound",
+        size.kills,
         losses,
-        lost / kills,
+        lost / size.kills,
     )
+
+
+def _through(bench: Bench, number: int, most: int) -> Part:
+    """Takes one training through to its end, with at most so many kills."""
+    rng = random.Random(f"{bench.seed} storm {number}")
+    workdir = bench.folder(f"storm/{number}")
+    bench.undisturbed(STORM_STEPS)
+    moments, losses, checked, committed = dict.fromkeys(MOMENTS, 0), 0, 0, 0
+    while True:
+        process = _start(bench, workdir)
+        with bench.running(process):
+            moment = _kill(process, workdir, rng) if sum(moments.values()) < most else None
+            if moment is None:
+                done = process.wait()
+                expect(done.code == 0, f"ended with {done.code}: {done.err[-400:]}")
+            else:
+                moments[moment] += 1
+        _check_resume(process, committed)
+        if moment is None:
+            losses += bench.same(workdir, STORM_STEPS)
+            return Part(*moments.values(), losses, checked, _seconds_lost(workdir))
+        committed = newest(workdir)
+        losses += bench.same(workdir, STORM_STEPS, whole=False)
+        checked += _check_all(workdir)
 
 
 def _start(bench: Bench, workdir: Path) -> Process:
     return bench.start(workdir, f"train.steps={STORM_STEPS}", "checkpoint.every=5")
 
 
-def _kill(process: Process, workdir: Path, rng: random.Random, moments: dict[str, int]) -> bool:
-    """Kills a training at a random moment; says whether it still ran."""
+def _kill(process: Process, workdir: Path, rng: random.Random) -> str | None:
+    """Kills a training at a random moment; says in which, or None if it had ended by itself."""
     if rng.random() < EARLY:
         time.sleep(rng.uniform(0, START_SECONDS))
     else:
@@ -83,12 +119,10 @@ def _kill(process: Process, workdir: Path, rng: random.Random, moments: dict[str
             size = min(size, _size(workdir))  # a resume cuts off what it does again
         time.sleep(rng.uniform(0, TRAIN_SECONDS))
     if not process.runs:
-        return False
+        return None
     process.popen.kill()
     process.popen.wait()
-    moment = "a save" if _is_saving(workdir) else "a step" if _trained(process) else "the start"
-    moments[moment] += 1
-    return True
+    return "save" if _is_saving(workdir) else "step" if _trained(process) else "start"
 
 
 def _trained(process: Process) -> bool:
