@@ -399,16 +399,16 @@ def cycles(bench: Restorer, number: int) -> Outcome:
     workdir = bench.copy()
     resumed, _ = bench.resume(workdir)
     held = []
-    for cycle in range(number):
-        step = LAST + 1 + cycle
-        state = dataclasses.replace(resumed.state, step=resumed.state.step + 1 + cycle)
-        with Checkpoints(workdir, bench.config.checkpoint) as checkpoints:
+    with Checkpoints(workdir, bench.config.checkpoint) as checkpoints:  # one, as in a training
+        for cycle in range(number):
+            step = LAST + 1 + cycle
+            state = dataclasses.replace(resumed.state, step=resumed.state.step + 1 + cycle)
             expect(checkpoints.save(state, resumed.meta, None), f"step {step} was not saved")
             checkpoints.wait()
             found = checkpoints.resume(bench.abstract)
-        expect(found is not None and found.step == step, f"step {step} was not restored")
-        if cycle >= number // 5:
-            held.append((len(os.listdir("/proc/self/fd")), threading.active_count(), _rss()))
+            expect(found is not None and found.step == step, f"step {step} was not restored")
+            if cycle >= number // 5:
+                held.append((len(os.listdir("/proc/self/fd")), threading.active_count(), _rss()))
     (files, threads, rss), (files_after, threads_after, rss_after) = held[0], held[-1]
     expect(files_after <= files + 2, f"open files went from {files} to {files_after}")
     expect(threads_after <= threads + 2, f"threads went from {threads} to {threads_after}")

@@ -267,7 +267,7 @@ def disk_full(bench: Bench, _: Size) -> Outcome:
     failed = done.err.count("NOT SAVED: ")
     _check_all(workdir)
     return Outcome(
-        f"training went on; {failed} saves were reported as not saved, with the free space, and "
+        f"training went on; saves reported as not saved, with the free space: {failed}; "
         "what they left was removed; the next one worked once there was room",
         *(failed, bench.same(workdir), 0.0),
     )
