@@ -171,11 +171,18 @@ class ValidationBatches:
         stop = self.batch_size if stop is None else stop
         return _stack([self._row(index, i) for i in range(start, stop)])
 
-    def _row(self, index: int, row: int) -> Batch:
+    def first_token(self, index: int, row: int) -> int | None:
+        """Returns which token of the split a row begins with; None for padding."""
         position = index * self.batch_size + row
-        if row < self.batch_size and position < len(self._chosen):
-            return self._sequences[self._chosen[position]]
-        return self._sequences.padding()
+        if row >= self.batch_size or position >= len(self._chosen):
+            return None
+        return int(self._chosen[position]) * self._sequences.sequence_length
+
+    def _row(self, index: int, row: int) -> Batch:
+        first = self.first_token(index, row)
+        if first is None:
+            return self._sequences.padding()
+        return self._sequences[first // self._sequences.sequence_length]
 
 
 def _stack(rows: list[Batch]) -> Batch:

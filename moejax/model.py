@@ -25,7 +25,7 @@ from moejax.moe import MoE
 from moejax.moe_config import MoEConfig, Stack
 from moejax.router_state import state_of_stack
 from moejax.router_stats import RouterStats, of_stacks
-from moejax.routing import RouterInputs
+from moejax.routing import KEEP, Inspected, RouterInputs
 from moejax.sharding import (
     GATHERED,
     constrain_tokens,
@@ -46,12 +46,15 @@ class Outputs(NamedTuple):
         cache: keys and values, if a cache was given.
         choice_lbts: int32; the experts that tokens chose in each MoE layer, for replay. Where
             layers differ in S, it is the largest; what is behind a layer's own S is no choice.
+        inspected: of an inspection, whose router state has `routing.KEEP`, with a leading dim of
+            MoE layers; else None.
     """
 
     hidden_btd: jax.Array
     stats: RouterStats | None
     cache: Cache | None
     choice_lbts: jax.Array | None
+    inspected: Inspected | None = None
 
 
 ATTENTION = {"grouped": Attention, "latent": LatentAttention}
@@ -101,7 +104,7 @@ class Block(nnx.Module):
 
     def __call__(
         self, x_btd: jax.Array, tokens: Tokens, routing: "LayerRouting | None", cache: Cache | None
-    ) -> tuple[jax.Array, tuple[RouterStats, jax.Array] | None, Cache | None]:
+    ) -> tuple[jax.Array, tuple[RouterStats, jax.Array | Inspected] | None, Cache | None]:
         """Returns x, the stats and choices of an MoE layer or None, and the cache."""
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.attention_norm(x_btd), tokens, cache)
@@ -216,14 +219,28 @@ def _stack_routing(stack: Stack, router_state: dict[str, jax.Array], choice_lbts
     return state_of_stack(router_state, stack), numbers, choice_lbts
 
 
-def _join_choices(parts: Sequence[jax.Array], moe: MoEConfig) -> jax.Array:
-    """Returns the choices of all layers; E of the largest layer is no choice in any of them."""
+def _join_choices(
+    parts: Sequence[jax.Array], moe: MoEConfig, nothing: int | None = None
+) -> jax.Array:
+    """Returns the choices of all layers; E of the largest layer is no choice in any of them.
+
+    Args:
+        nothing: what stands for no choice, if not that.
+    """
+    nothing = moe.choices if nothing is None else nothing
 
     def widen(choice_lbts: jax.Array) -> jax.Array:
         behind = [(0, 0)] * 3 + [(0, moe.slots_per_token - choice_lbts.shape[-1])]
-        return jnp.pad(choice_lbts, behind, constant_values=moe.choices)
+        return jnp.pad(choice_lbts, behind, constant_values=nothing)
 
     return jnp.concatenate([widen(part) for part in parts])
+
+
+def _join_inspected(parts: Sequence[Inspected], moe: MoEConfig) -> Inspected:
+    expert, weight, norm = zip(*parts, strict=True)
+    return Inspected(
+        _join_choices(expert, moe), _join_choices(weight, moe, 0), _join_choices(norm, moe, 0)
+    )
 
 
 REMAT_POLICIES = {
@@ -291,11 +308,15 @@ class Decoder(nnx.Module):
             caches.append(stack_cache)
         if cache is not None:
             cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-        stats = choice_lbts = None
+        stats = choice_lbts = inspected = None
         if routed:
             stats = of_stacks([stats for stats, _ in routed], self.config.moe.choices)
-            choice_lbts = _join_choices([choices for _, choices in routed], self.config.moe)
-        return Outputs(self.final_norm(x_btd), stats, cache, choice_lbts)
+            parts = [choices for _, choices in routed]
+            if KEEP in router_state:
+                inspected = _join_inspected(parts, self.config.moe)
+                parts = [part.expert_bts for part in parts]
+            choice_lbts = _join_choices(parts, self.config.moe)
+        return Outputs(self.final_norm(x_btd), stats, cache, choice_lbts, inspected)
 
     def _scan(self, stack, x_btd, token_bt, tokens, routing, cache, start):
         """Scans x through the runs of `stack`, whose first layer is number `start`."""

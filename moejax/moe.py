@@ -32,7 +32,15 @@ from moejax.moe_config import MoEConfig
 from moejax.parameters import kind_of, moe_parameters
 from moejax.router_state import initial_router_state
 from moejax.router_stats import RouterStats, router_stats
-from moejax.routing import RouterInputs, Routing, route, soft_mixing
+from moejax.routing import (
+    KEEP,
+    Inspected,
+    RouterInputs,
+    Routing,
+    kept_mixing,
+    route,
+    soft_mixing,
+)
 from moejax.sharding import (
     gathered,
     parameter_spec,
@@ -130,8 +138,11 @@ class MoE(nnx.Module):
         *,
         state: Mapping[str, jax.Array] | None = None,
         inputs: RouterInputs | None = None,
-    ) -> tuple[jax.Array, RouterStats, jax.Array]:
-        """Returns what `__call__` does, and the choices int32 [B, T, S], for replay."""
+    ) -> tuple[jax.Array, RouterStats, jax.Array | Inspected]:
+        """Returns what `__call__` does, and the choices int32 [B, T, S], for replay.
+
+        Where `state` has `routing.KEEP`, in place of the choices what an inspection sees of them.
+        """
         if inputs is None:
             mask_bt = jnp.ones(x_btd.shape[:2], bool) if mask_bt is None else mask_bt
             inputs = RouterInputs(mask_bt, None, None, None)
@@ -190,8 +201,8 @@ def apply_moe(
     config: MoEConfig,
     mesh: AnyMesh,
     apply_one: Callable[[Any, jax.Array], jax.Array] | None = None,
-) -> tuple[jax.Array, RouterStats, jax.Array]:
-    """The layer as a function of its weights; see `MoE.__call__`. Oracle: `reference.apply_moe`.
+) -> tuple[jax.Array, RouterStats, jax.Array | Inspected]:
+    """The layer as a function of its weights; see `MoE.routed`. Oracle: `reference.apply_moe`.
 
     With `apply_one`, weights["expert"] is a pytree of one's own experts' parameters.
     """
@@ -269,7 +280,7 @@ def _moe_local(weights, x_btd, inputs: RouterInputs, state, *, config: MoEConfig
         routing = route(whole_btd, weights, state, inputs, config)
     if config.router == "soft":
         with jax.named_scope("route"):
-            mixing = soft_mixing(x_btd, weights, inputs.mask_bt, config)
+            mixing = kept_mixing(soft_mixing(x_btd, weights, inputs.mask_bt, config), state)
         kept_bts, further = routing.expert_bts, jnp.zeros((), jnp.int32)
         y_gtd = by_mixing(experts, group(x_btd), mixing)
         y_btd = y_gtd.reshape(x_btd.shape)
@@ -283,7 +294,41 @@ def _moe_local(weights, x_btd, inputs: RouterInputs, state, *, config: MoEConfig
     stats = router_stats(routing, kept_bts, inputs.mask_bt, config)
     if axes := varying_axes(whole_btd):
         stats = jax.lax.psum(vary_tree(stats, whole_btd), axes)
-    return y_btd, stats._replace(overflow_rounds=further), own(routing.expert_bts)
+    choices = own(routing.expert_bts)
+    if KEEP in state:
+        seen = routing._replace(expert_bts=own(kept_bts), weight_bts=own(routing.weight_bts))
+        choices = _inspected(experts, weights, x_btd, seen, config, split=apply_one is None)
+    return y_btd, stats._replace(overflow_rounds=further), choices
+
+
+def _inspected(
+    experts: Experts, weights, x_btd, routing: Routing, config: MoEConfig, *, split: bool
+) -> Inspected:
+    """Returns the choices with what each gives alone: the experts run once more, choice by choice.
+
+    Args:
+        split: whether what the experts give is partial over the tensor axis.
+    """
+    weight_bts = jnp.where(routing.expert_bts < config.choices, routing.weight_bts, 0)
+
+    def norm(choice: tuple[jax.Array, jax.Array]) -> jax.Array:
+        expert_bt1, weight_bt1 = choice
+        none = config.num_experts
+        expert_t1 = jnp.where(expert_bt1 < none, expert_bt1, none).reshape(-1, 1)
+        x_td, weight_t1 = x_btd.reshape(-1, x_btd.shape[-1]), weight_bt1.reshape(-1, 1)
+        y_td, _ = by_assignments(experts, x_td, expert_t1, weight_t1, config)
+        y_btd = (exchange.sum_tensor(y_td) if split else y_td).reshape(x_btd.shape)
+        if config.free_experts:
+            y_btd += free_outputs(weights, x_btd, expert_bt1, weight_bt1, config)
+        return jnp.linalg.norm(y_btd.astype(jnp.float32), axis=-1)
+
+    if config.router == "soft":
+        norm_bts = jnp.full_like(weight_bts, jnp.nan)
+    else:
+        columns = (routing.expert_bts[..., None], weight_bts[..., None])
+        by_choice = jax.tree.map(lambda value: jnp.moveaxis(value, 2, 0), columns)
+        norm_bts = jnp.moveaxis(jax.lax.map(norm, by_choice), 0, -1)
+    return Inspected(routing.expert_bts, weight_bts, norm_bts)
 
 
 def _experts(weights: Mapping[str, Any], dtype, config: MoEConfig, apply_one) -> Experts:

@@ -19,7 +19,15 @@ from moejax.free_experts import free_outputs
 from moejax.mesh import AnyMesh
 from moejax.moe_config import MoEConfig
 from moejax.router_stats import RouterStats, router_stats
-from moejax.routing import RouterInputs, Routing, route, soft_mixing
+from moejax.routing import (
+    KEEP,
+    Inspected,
+    RouterInputs,
+    Routing,
+    kept_mixing,
+    route,
+    soft_mixing,
+)
 
 ACTIVATIONS = {
     "swiglu": jax.nn.silu,
@@ -39,14 +47,14 @@ def apply_moe(
     config: MoEConfig,
     mesh: AnyMesh | None = None,
     apply_one: Callable[[Any, jax.Array], jax.Array] | None = None,
-) -> tuple[jax.Array, RouterStats, jax.Array]:
+) -> tuple[jax.Array, RouterStats, jax.Array | Inspected]:
     """Same as `moe.apply_moe`; `mesh` is ignored."""
     del mesh
     x_btd = jnp.where(inputs.mask_bt[..., None], x_btd, 0)
     routing = route(x_btd, weights, state, inputs, config)
     kept_bts = routing.expert_bts
     if config.router == "soft":
-        y_btd = _soft(weights, x_btd, inputs, config, apply_one)
+        y_btd = _soft(weights, x_btd, inputs, state, config, apply_one)
     else:
         if config.capacity_factor is not None:
             kept_bts = _drop(routing, inputs, config)
@@ -55,7 +63,28 @@ def apply_moe(
         y_btd += free_outputs(weights, x_btd, kept_bts, routing.weight_bts, config)
     if config.shared_experts:
         y_btd += _shared(weights, x_btd, config)
-    return y_btd, router_stats(routing, kept_bts, inputs.mask_bt, config), routing.expert_bts
+    choices = routing.expert_bts
+    if KEEP in state:
+        seen = routing._replace(expert_bts=kept_bts)
+        choices = _inspected(weights, x_btd, seen, config, apply_one)
+    return y_btd, router_stats(routing, kept_bts, inputs.mask_bt, config), choices
+
+
+def _inspected(weights, x_btd, routing: Routing, config: MoEConfig, apply_one) -> Inspected:
+    """Returns the choices with |weight * output| of each: one choice at a time, by the oracle."""
+    kept_bts = routing.expert_bts
+    weight_bts = jnp.where(kept_bts < config.choices, routing.weight_bts, 0)
+    if config.router == "soft":
+        return Inspected(kept_bts, weight_bts, jnp.full_like(weight_bts, jnp.nan))
+    norms = []
+    for s in range(kept_bts.shape[-1]):
+        one = routing._replace(weight_bts=weight_bts[..., s:][..., :1])
+        expert_bt1 = kept_bts[..., s:][..., :1]
+        y_btd = _weighted_experts(weights, x_btd, expert_bt1, one, config, apply_one)
+        if config.free_experts:
+            y_btd += free_outputs(weights, x_btd, expert_bt1, one.weight_bts, config)
+        norms.append(jnp.sqrt(jnp.sum(y_btd.astype(jnp.float32) ** 2, axis=-1)))
+    return Inspected(kept_bts, weight_bts, jnp.stack(norms, axis=-1))
 
 
 def _network(x, gate, up, down, activation: str):
@@ -113,9 +142,10 @@ def _shared(weights, x_btd, config: MoEConfig):
     return y_btd * jax.nn.sigmoid(logit_bt)[..., None].astype(x_btd.dtype)
 
 
-def _soft(weights, x_btd, inputs: RouterInputs, config: MoEConfig, apply_one):
+def _soft(weights, x_btd, inputs: RouterInputs, state, config: MoEConfig, apply_one):
     """Soft MoE by its definition: slots are means of tokens, tokens are means of slots."""
-    dispatch_gtep, combine_gtep, _ = soft_mixing(x_btd, weights, inputs.mask_bt, config)
+    mixing = kept_mixing(soft_mixing(x_btd, weights, inputs.mask_bt, config), state)
+    dispatch_gtep, combine_gtep, _ = mixing
     x_gtd = x_btd.reshape(dispatch_gtep.shape[0], -1, x_btd.shape[-1])
     dtype = x_btd.dtype
     slots_gepd = jnp.einsum("gtd,gtep->gepd", x_gtd, dispatch_gtep.astype(dtype))

@@ -17,7 +17,7 @@ from moejax.moe_config import MoEConfig, Stack
 from moejax.router_stats import LEVEL_BINS, LEVEL_RANGE, RouterStats, of_stack, widened
 
 BIASED = ("sigmoid_bias", "quantile")
-BY_EXPERT = ("bias", "threshold")  # state with a number for each expert of a layer
+BY_EXPERT = ("bias", "threshold", "keep")  # state with a number for each expert of a layer
 FIRST_DEVIATION = 0.1  # of a logit before training: `parameters.moe_parameters` draws it so
 LARGEST_L1 = 1e30  # a coefficient that never makes the gates sparse enough stays finite
 

@@ -33,6 +33,7 @@ from moejax.selection import (
 )
 
 TINY = 1e-15  # of a sum of scores that underflowed; its square, in the gradient, is above 0
+KEEP = "keep"  # what an inspection puts into a router's state, see `Inspected`
 SMALLEST_NOISE = 1e-6  # standard deviation of router="noisy" where softplus has underflowed
 
 
@@ -78,6 +79,25 @@ class Routing(NamedTuple):
     level_bte: jax.Array | None = None
 
 
+class Inspected(NamedTuple):
+    """What an inspection sees of every choice, [B, T, S]; of a model with a leading dim of layers.
+
+    A forward pass whose router state has `KEEP`, float32 [E], is one: each combine weight is
+    multiplied by its expert's entry, so that 0 leaves an expert's output out and the weights of the
+    others as they are. Training and evaluation have no such entry, and their programs nothing of
+    all this.
+
+    Attributes:
+        expert_bts: int32; the choices that got a slot, E for none.
+        weight_bts: float32; combine weights, 0 where there is no expert.
+        norm_bts: float32; |weight * output|, of router `soft` NaN.
+    """
+
+    expert_bts: jax.Array
+    weight_bts: jax.Array
+    norm_bts: jax.Array
+
+
 def route(
     x_btd: jax.Array, weights: Weights, state: Weights, inputs: RouterInputs, config: MoEConfig
 ) -> Routing:
@@ -94,7 +114,16 @@ def route(
     # Padding may hold anything, and 0 times NaN is NaN: it is taken out first.
     keep_bt1 = inputs.mask_bt[..., None]
     x_btd = jnp.where(keep_bt1, x_btd, 0)
-    return _mask(_ROUTERS[config.router](x_btd, weights, state, inputs, config), keep_bt1, config)
+    routing = _ROUTERS[config.router](x_btd, weights, state, inputs, config)
+    return _keep(_mask(routing, keep_bt1, config), state)
+
+
+def _keep(routing: Routing, state: Weights) -> Routing:
+    """Leaves out what an inspection takes out."""
+    if KEEP not in state:
+        return routing
+    keep_bts = state[KEEP].at[routing.expert_bts].get(mode="fill", fill_value=0)
+    return routing._replace(weight_bts=routing.weight_bts * keep_bts)
 
 
 def _mask(routing: Routing, keep_bt1: jax.Array, config: MoEConfig) -> Routing:
@@ -424,6 +453,14 @@ def soft_mixing(
         * config.weight_scale,
         logit_gtep=logit_gtep,
     )
+
+
+def kept_mixing(mixing: SoftMixing, state: Weights) -> SoftMixing:
+    """Returns the mixing without the experts that an inspection takes out."""
+    if KEEP not in state:
+        return mixing
+    keep_11e1 = state[KEEP][None, None, :, None]
+    return mixing._replace(combine_gtep=mixing.combine_gtep * keep_11e1)
 
 
 def _soft(x_btd, weights, state, inputs, config) -> Routing:
