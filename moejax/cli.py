@@ -531,6 +531,41 @@ def _read_prompts(file: Path | None) -> list[str]:
     return prompts
 
 
+def _inspect_options(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser, "folder that `moejax train` wrote")
+    _step(parser)
+    _cpu_devices(parser)
+    _option(parser, "--text", "show the experts of each token of a text", metavar="TEXT")
+    help = "compare routing with that of another workdir, or of the same at another step"
+    _option(parser, "--against", help, metavar="DIR")
+    help = "checkpoint of --against (default: the last)"
+    _option(parser, "--against_step", help, type=_whole(0), metavar="N")
+    help = "experts to leave out, one at a time, to see what is lost (default: 64)"
+    _option(parser, "--remove", help, type=_whole(0), metavar="N")
+    _json(parser)
+    _option(parser, "--png", "picture of --text", type=_output_file, metavar="FILE")
+
+
+def _inspect(line: Line) -> int:
+    options = line.options
+    text, against = options.text is not None, options.against is not None
+    for ignored, remedy in (
+        (text and against, "--text and --against are two looks; give one of them"),
+        (options.png and not text, "--png draws a text; give --text too"),
+        (options.against_step is not None and not against, "--against_step is of --against DIR"),
+        (options.remove is not None and (text or against), "--remove is of the whole atlas"),
+    ):
+        if ignored:
+            raise ConfigError(f"{remedy}; see moejax inspect --help")
+    config = _stored_config(line, "inspect")
+    other = read_config(options.against) if against else None
+    _start_jax(options.cpu_devices)
+    from moejax.inspect import inspect_workdir
+
+    inspect_workdir(config, other, options)
+    return DONE
+
+
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     _cpu_devices(parser)
     help = "also the contract: every router, dispatch and transport on a small layer (an hour)"
@@ -859,6 +894,22 @@ ours, pass or fail, and plots. Exit code 1 says that a claim did not hold.""",
         _describe_options,
         _describe,
         ("*",),
+    ),
+    Verb(
+        "inspect",
+        "look at the experts of a checkpoint: what they take, what is lost without them",
+        "moejax inspect --workdir DIR [--text TEXT | --against DIR] [options] [key=value ...]",
+        """
+  moejax inspect --workdir runs/a                          # the atlas, into runs/a/atlas
+  moejax inspect --workdir runs/a --text "In the beginning" --png text.png --json text.json
+  moejax inspect --workdir runs/a --against runs/a --against_step 100
+
+Reads as much of the validation text as eval.batches says, dropless; see docs/inspect.md.""",
+        _inspect_options,
+        _inspect,
+        MAY_CHANGE_AFTER_TRAINING,
+        config=False,
+        required=("workdir",),
     ),
     Verb(
         "plan",

@@ -20,6 +20,7 @@ TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"  # one folder a step, named by its number
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step's folder when that is whole
 MANIFEST = "MANIFEST.json"  # in a step's folder, written when all else in it is on the disk
+ATLAS = "atlas"  # one `.npz` a step, named by its number
 LOSS_PLOT = "loss.png"
 EXPERT_LOAD_PLOT = "expert_load.png"
 # What a run reads and writes by name; tests hold the modules that name them to it.
@@ -27,7 +28,7 @@ FILES = (
     *(CONFIG, RUN, METRICS, "events.jsonl", "ledger.jsonl", "lock.json"),
     *(LOSS_PLOT, EXPERT_LOAD_PLOT),
 )
-FOLDERS = (CHECKPOINTS, TENSORBOARD, "choices")
+FOLDERS = (CHECKPOINTS, TENSORBOARD, ATLAS, "choices")
 
 # What may differ on resume: how long, how often to look and save, and how the same mathematics is
 # laid out over devices. Everything else decides what a step computes: another training.
@@ -110,6 +111,11 @@ def require_own(workdir: Path) -> None:
             f"{workdir / name} is {kind}: a run reads and writes nothing outside of its folder; "
             "move it away, or the run's files to it, or make the workdir itself a link"
         )
+
+
+def atlas_file(workdir: Path, step: int) -> Path:
+    """Returns where the atlas of a checkpoint is, or would be."""
+    return workdir / ATLAS / f"{step}.npz"
 
 
 def check_workdir(path: str | os.PathLike, config: Config) -> Path:

@@ -170,7 +170,7 @@ def test_help_of_each_verb_has_an_example_its_options_and_its_keys(verb, capsys)
     shown = {name for name in keys() if f"    {name}=" in text}
     if verb in ("train", "verify", "describe", "plan", "config", "sweep"):
         assert shown == set(keys())
-    elif verb in ("eval", "generate"):
+    elif verb in ("eval", "generate", "inspect"):
         assert {"mesh.expert", "model.dtype"} <= shown
         assert "train.steps" not in shown
     else:
@@ -294,6 +294,27 @@ ERRORS = [
     (
         "generate --workdir W --seed 4294967296",
         "moejax generate: error: --seed: '4294967296' is no",
+    ),
+    ("inspect --workdir docs", "moejax inspect: error: docs/config.json does not exist; give a"),
+    (
+        "inspect --workdir W --text a --against V",
+        "moejax inspect: error: --text and --against are two looks; give one of them; see moejax i",
+    ),
+    (
+        "inspect --workdir W --png x.png",
+        "moejax inspect: error: --png draws a text; give --text too; see moejax inspect --help",
+    ),
+    (
+        "inspect --workdir W --against_step 5",
+        "moejax inspect: error: --against_step is of --against DIR; see ",
+    ),
+    (
+        "inspect --workdir W --text a --remove 5",
+        "moejax inspect: error: --remove is of the whole atlas; see ",
+    ),
+    (
+        "inspect --workdir W moe.top_k=1",
+        "moejax inspect: error: moe.top_k is fixed by the checkpoint",
     ),
     (
         "describe",
