@@ -459,6 +459,21 @@ def _compare(line: Line) -> int:
     return DONE
 
 
+def _report_options(parser: argparse.ArgumentParser) -> None:
+    _workdir(parser, "folder that `moejax train` wrote")
+    help = "HTML file to write (default: report.html in the workdir)"
+    _option(parser, "--output", help, type=_output_file, metavar="FILE")
+    parser.add_argument("--no_atlas", action="store_true", help="leave single experts out")
+
+
+def _report(line: Line) -> int:
+    options = line.options
+    from moejax.report import report_workdir
+
+    print(report_workdir(Path(options.workdir), options.output, with_atlas=not options.no_atlas))
+    return DONE
+
+
 def _generate_options(parser: argparse.ArgumentParser) -> None:
     _workdir(parser, "folder that `moejax train` wrote")
     parser.add_argument(
@@ -853,6 +868,20 @@ metrics.jsonl and events.jsonl. Changes nothing, and needs no accelerator. Exit 
 something is damaged.""",
         _fsck_options,
         _fsck,
+        config=False,
+        required=("workdir",),
+    ),
+    Verb(
+        "report",
+        "write a run as one HTML file: loss, load, balance, time, and each expert",
+        "moejax report --workdir DIR [--output FILE] [--no_atlas]",
+        """
+  moejax inspect --workdir runs/a                          # the atlas, for single experts
+  moejax report --workdir runs/a                           # runs/a/report.html
+
+Shows the atlas of the newest checkpoint that has one; see docs/report.md.""",
+        _report_options,
+        _report,
         config=False,
         required=("workdir",),
     ),

@@ -182,20 +182,24 @@ def read_metrics(workdir: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: another line is not a record.
     """
+    return list(iterate_metrics(workdir))
+
+
+def iterate_metrics(workdir: str | Path) -> Iterator[dict[str, Any]]:
+    """Yields the records of `read_metrics` one at a time: those of a wide model fill memory."""
     path = Path(workdir) / METRICS
     if not path.exists():
-        return []
-    records = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
-        record = _decode_line(line)
-        if record is not None:
-            records.append(record)
-        elif line.endswith(b"\n"):
-            raise ValueError(
-                f"{path} line {number} is not a record (a JSON object with an integer step): "
-                f"{line[:60]!r}; delete that line, or resume the run, which drops it"
-            )
-    return records
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            record = _decode_line(line)
+            if record is not None:
+                yield record
+            elif line.endswith(b"\n"):
+                raise ValueError(
+                    f"{path} line {number} is not a record (a JSON object with an integer step): "
+                    f"{line[:60]!r}; delete that line, or resume the run, which drops it"
+                )
 
 
 def board_scalars(record: Mapping[str, Any]) -> dict[str, float]:

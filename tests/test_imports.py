@@ -12,17 +12,8 @@ import moejax
 PACKAGE = Path(moejax.__file__).parent
 # A module imports only from its left.
 ORDER = [
-    *(
-        "errors",
-        "foreign",
-        "moe_config",
-        "skip_list",
-        "watch_config",
-        "config",
-        "overrides",
-        "workdir",
-    ),
-    *("events", "manifest", "store", "lock", "ledger", "supervisor"),
+    *("errors", "foreign", "moe_config", "skip_list", "watch_config", "config", "overrides"),
+    *("workdir", "events", "manifest", "store", "lock", "ledger", "supervisor"),
     *("tokenizer", "token_file", "corpus", "data", "prepare", "eval_data", "eval_series"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots"),
     *("atlas", "tallies", "atlas_show", "fsck"),
@@ -44,7 +35,7 @@ ORDER = [
     *("loss", "contract", "optim", "watch", "state", "traffic", "step", "replicas"),
     *("checkpoint", "replay"),
     *("evaluate", "inspect", "generate", "score", "lm_eval_adapter", "eval_command"),
-    *("describe", "plan", "plan_report", "search", "verify", "loop"),
+    *("describe", "plan", "plan_report", "search", "verify", "loop", "report_page", "report"),
     *("sweep_space", "sweep_study", "sweep_worker", "sweep_report", "sweep"),
     *("cli", "__main__"),
 ]
