@@ -872,20 +872,6 @@ something is damaged.""",
         required=("workdir",),
     ),
     Verb(
-        "report",
-        "write a run as one HTML file: loss, load, balance, time, and each expert",
-        "moejax report --workdir DIR [--output FILE] [--no_atlas]",
-        """
-  moejax inspect --workdir runs/a                          # the atlas, for single experts
-  moejax report --workdir runs/a                           # runs/a/report.html
-
-Shows the atlas of the newest checkpoint that has one; see docs/report.md.""",
-        _report_options,
-        _report,
-        config=False,
-        required=("workdir",),
-    ),
-    Verb(
         "verify",
         "check that every layout computes the same losses and gradients",
         "moejax verify CONFIG[:ARG] [--cpu_devices N] [--all [--page FILE]] [--json FILE] "
@@ -993,6 +979,20 @@ in it, the best. Reads configs, metrics and ledgers alone; changes nothing in th
         _compare_options,
         _compare,
         config=False,
+    ),
+    Verb(
+        "report",
+        "write a run as one HTML file: loss, load, balance, time, and each expert",
+        "moejax report --workdir DIR [--output FILE] [--no_atlas]",
+        """
+  moejax inspect --workdir runs/a                          # the atlas, for single experts
+  moejax report --workdir runs/a                           # runs/a/report.html
+
+Shows the atlas of the newest checkpoint that has one; see docs/report.md.""",
+        _report_options,
+        _report,
+        config=False,
+        required=("workdir",),
     ),
     Verb(
         "supervise",
