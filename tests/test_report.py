@@ -256,6 +256,11 @@ def chosen(page) -> list[int]:
     return page.evaluate("[state.layer, state.expert]")
 
 
+def settle(page) -> None:
+    """Waits until what was chosen is drawn, which is in the next frame."""
+    page.evaluate("() => new Promise((d) => requestAnimationFrame(() => requestAnimationFrame(d)))")
+
+
 def test_a_wide_run_opens_small_and_whole(wide, open_page):
     assert wide.stat().st_size < 12e6
     page = open_page(wide)
@@ -280,6 +285,7 @@ def test_a_click_and_the_keyboard_choose(small, open_page):
     page.keyboard.press("ArrowDown")
     page.keyboard.press("ArrowRight")
     assert chosen(page) == [1, expert + 1]
+    settle(page)
     assert f"layer 1, expert {expert + 1}:" in map_of_all.locator("+ output").inner_text()
     page.get_by_label("Next layer").click()
     assert chosen(page) == [2, expert + 1]
