@@ -269,7 +269,7 @@ def test_a_wide_run_opens_small_and_whole(wide, open_page):
     title = page.locator("#expert-card h3")
     page.select_option("#choose-layer", "20")
     page.select_option("#choose-expert", "100")
-    page.wait_for_function("document.querySelector('#expert-card h3').textContent.includes('100')")
+    settle(page)
     assert title.inner_text() == "Layer 20, expert 100"
 
 
@@ -324,7 +324,7 @@ def test_tokens_tell_their_experts_on_hover_and_on_focus(small, open_page, made_
     page.locator('[data-token="5"]').focus()
     page.keyboard.press("ArrowRight")
     page.keyboard.press("ArrowDown")
-    page.wait_for_function("document.querySelector('#token-card').textContent.includes('Layer 1')")
+    settle(page)
     text = card.inner_text()
     assert "Token 7 of" in text
     assert f"expert {view.expert_ltk[1, 6, 0]}" in text
