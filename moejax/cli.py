@@ -463,14 +463,22 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     _workdir(parser, "folder that `moejax train` wrote")
     help = "HTML file to write (default: report.html in the workdir)"
     _option(parser, "--output", help, type=_output_file, metavar="FILE")
-    parser.add_argument("--no_atlas", action="store_true", help="leave single experts out")
+    help = "leave single experts out, of which the newest checkpoint needs an atlas"
+    parser.add_argument("--no_atlas", action="store_true", help=help)
+    _cpu_devices(parser)
 
 
 def _report(line: Line) -> int:
-    options = line.options
-    from moejax.report import report_workdir
+    options, config = line.options, _stored_config(line, "report")
+    from moejax.report import report_workdir, wants_atlas
 
-    print(report_workdir(Path(options.workdir), options.output, with_atlas=not options.no_atlas))
+    workdir, with_atlas = Path(options.workdir), not options.no_atlas
+    if with_atlas and wants_atlas(workdir, config):
+        _start_jax(options.cpu_devices)
+        from moejax.inspect import atlas_of_workdir
+
+        atlas_of_workdir(config, workdir, None)
+    print(report_workdir(workdir, options.output, with_atlas=with_atlas))
     return DONE
 
 
@@ -983,14 +991,16 @@ in it, the best. Reads configs, metrics and ledgers alone; changes nothing in th
     Verb(
         "report",
         "write a run as one HTML file: loss, load, balance, time, and each expert",
-        "moejax report --workdir DIR [--output FILE] [--no_atlas]",
+        "moejax report --workdir DIR [--output FILE] [--no_atlas] [--cpu_devices N] [key=value ...]",
         """
-  moejax inspect --workdir runs/a                          # the atlas, for single experts
   moejax report --workdir runs/a                           # runs/a/report.html
+  moejax report --workdir runs/a --cpu_devices 1 mesh.expert=1
+  moejax report --workdir runs/a --no_atlas                # at once, while the run trains
 
-Shows the atlas of the newest checkpoint that has one; see docs/report.md.""",
+Makes the atlas of the newest checkpoint where there is none (`moejax inspect`); see docs/report.md.""",
         _report_options,
         _report,
+        MAY_CHANGE_AFTER_TRAINING,
         config=False,
         required=("workdir",),
     ),

@@ -85,6 +85,12 @@ def report_workdir(workdir: Path, output: Path | None, *, with_atlas: bool) -> s
     return f"wrote {file}, {size / 1e6:.1f} MB{said}"
 
 
+def wants_atlas(workdir: Path, config: Config) -> bool:
+    """Returns whether the newest checkpoint of a run with experts has no atlas."""
+    steps = checkpoint_steps(workdir, config.checkpoint.local)
+    return bool(config.num_moe_layers and steps) and not atlas_file(workdir, steps[-1]).exists()
+
+
 def _atlas(workdir: Path, config: Config) -> tuple[Atlas | None, str]:
     """Returns the newest atlas of a workdir, or why there is none."""
     found = [(step, atlas_file(workdir, step)) for step in _atlas_steps(workdir)]

@@ -17,7 +17,7 @@ ORDER = [
     *("tokenizer", "token_file", "corpus", "data", "prepare", "eval_data", "eval_series"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots"),
     *("atlas", "tallies", "atlas_show", "fsck"),
-    *("compare", "scaling", "compare_report", "wandb_board"),
+    *("compare", "scaling", "compare_report", "wandb_board", "report_page", "report"),
     *("cluster", "lifeline", "preemption", "environment", "watchdog"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
     *("router_stats", "router_state", "assign", "exchange", "rounds", "experts", "free_experts"),
@@ -35,7 +35,7 @@ ORDER = [
     *("loss", "contract", "optim", "watch", "state", "traffic", "step", "replicas"),
     *("checkpoint", "replay"),
     *("evaluate", "inspect", "generate", "score", "lm_eval_adapter", "eval_command"),
-    *("describe", "plan", "plan_report", "search", "verify", "loop", "report_page", "report"),
+    *("describe", "plan", "plan_report", "search", "verify", "loop"),
     *("sweep_space", "sweep_study", "sweep_worker", "sweep_report", "sweep"),
     *("cli", "__main__"),
 ]

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax.atlas import save_atlas
+from moejax.atlas import load_atlas, save_atlas
 from moejax.cli import main
 from moejax.config import Config, ConfigError
-from moejax.overrides import apply_overrides
+from moejax.overrides import apply_overrides, load_config
 from moejax.report import means_of_runs, pair_lift, report_data, write_report
 from moejax.report_page import packed, packed_json, quantised, render
 from moejax.workdir import atlas_file, open_workdir
@@ -388,3 +388,32 @@ def test_contrast_is_enough_in_both_themes(small, open_page, scheme):
     assert (ink > 128) == (scheme == "dark")
     page.locator("#theme").click()  # from auto to light
     assert page.evaluate("colour('ink')[0]") < 128
+
+
+# Real
+
+
+@pytest.mark.slow
+def test_a_run_really_trained(tmp_path, open_page):
+    """A quickstart of two small layers; the page makes the atlas of its last checkpoint."""
+    from moejax.loop import train
+
+    words = ["model.num_layers=2", "model.d_model=16", "model.num_heads=2", "model.head_dim=8"]
+    words += ["model.num_kv_heads=1", "moe.num_experts=8", "moe.expert_hidden=16"]
+    words += ["data.sequence_length=32", "train.batch_size=8", "train.steps=6", "logging.every=1"]
+    words += ["eval.every=3", "eval.batches=2", "checkpoint.every=3", "mesh.expert=8"]
+    config = load_config(str(ROOT / "configs/quickstart.py"), words)
+    workdir = open_workdir(tmp_path / "tiny", config)
+    assert train(config, workdir) == 0
+    assert main(["report", "--workdir", str(workdir), "--no_atlas"]) == 0
+    page = open_page(workdir / "report.html")
+    assert "--no_atlas" in page.locator("#experts .missing").inner_text()
+    assert main(["report", "--workdir", str(workdir)]) == 0
+    atlas = load_atlas(atlas_file(workdir, 6))
+    page = open_page(workdir / "report.html")
+    assert page.title() == "tiny · moejax report"
+    assert page.locator("#facts").inner_text().count("2 x 8") == 1
+    assert page.locator("#experts .missing").count() == 0
+    assert "checkpoint saved" in page.locator("#time").inner_text()
+    taken = int(atlas.load_dle[:, 0, 0].sum())
+    assert f"{taken:,}" in page.locator("#experts").inner_text()
