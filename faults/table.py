@@ -582,7 +582,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row(
             "59",
             "something leaks",
-            "saves and restores, one after the other, in one process",
+            "saves, one after the other, in one process, and a restore after every tenth",
             "open files and threads stay, memory grows by less than 50 MiB",
             restores.in_process("59"),
         ),
