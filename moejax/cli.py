@@ -4,28 +4,34 @@ What the exit codes say is in `errors.EXIT_CODES`; `moejax --help` lists them.
 """
 
 import argparse
-import dataclasses
 import io
 import json
 import os
-import re
 import sys
-import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import moejax
+from moejax.command_line import (
+    Line,
+    Verb,
+    add_cpu_devices,
+    add_json,
+    add_option,
+    add_step,
+    add_workdir,
+    between,
+    output_file,
+    whole,
+)
 from moejax.config import Config, ConfigError
 from moejax.errors import CHECK_FAILED, DONE, EXIT_CODES, INTERRUPTED
-from moejax.foreign import printable, require_path
+from moejax.foreign import printable
 from moejax.overrides import (
     apply_overrides,
     build_config,
     config_values,
-    describe_type,
     keys,
-    load_config,
     load_values,
     read_overrides,
     sections,
@@ -94,224 +100,6 @@ HELP = """moejax: train sparse mixture-of-experts models in JAX
 """
 
 
-# A line: options anywhere, and words
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """What stood on a command line: options, a config file, `key=value` overrides, other words."""
-
-    options: argparse.Namespace
-    config: str | None
-    words: list[str]
-    overrides: list[str]
-
-    def load(self) -> Config:
-        assert self.config is not None
-        return load_config(self.config, self.overrides)
-
-
-class _Parser(argparse.ArgumentParser):
-    """Raises instead of printing a usage and exiting."""
-
-    def error(self, message: str):
-        raise ConfigError(message.removeprefix("argument "))
-
-
-class _Once(argparse.Action):
-    """Stores a value, and refuses a second one."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        given = vars(namespace).setdefault("given", set())
-        if self.dest in given:
-            raise ConfigError(f"{option_string} is given twice; give it once")
-        given.add(self.dest)
-        setattr(namespace, self.dest, values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Verb:
-    """One verb: its help, its options, and the function that runs a line."""
-
-    name: str
-    summary: str
-    usage: str
-    details: str
-    add_options: Callable[[argparse.ArgumentParser], None]
-    run: Callable[[Line], int]
-    keys: tuple[str, ...] = ()  # patterns of the keys that `key=value` may set; () takes none
-    config: bool = True  # whether it takes a config file
-    required: tuple[str, ...] = ()  # options that must be given; the rest have defaults
-
-    def main(self, argv: list[str]) -> int:
-        return self.run(self.read(argv))
-
-    def read(self, argv: list[str]) -> Line:
-        """Sorts the words of a line into options, config file, overrides and other words."""
-        options, rest = self.parser().parse_known_args(_plain_forms(argv) if self.keys else argv)
-        configs, words, overrides = [], [], []
-        for word in rest:
-            if word.startswith("-"):
-                raise self._unknown_option(word)
-            if self.keys and re.match(r"[\w.]+=", word):
-                overrides.append(word)
-            elif self.config and re.search(r"\.py(:|$)", word):
-                configs.append(word)
-            elif self.keys and "=" in word:
-                overrides.append(word)
-            else:
-                words.append(word)
-        self._check(options, configs, words)
-        return Line(options, configs[0] if configs else None, words, overrides)
-
-    def _check(self, options: argparse.Namespace, configs: list[str], words: list[str]) -> None:
-        if self.keys and words:
-            forms = "configs/NAME.py or key=value" if self.config else "key=value"
-            near = suggest(words[0], keys())
-            raise ConfigError(f"stray word {words[0]!r}; expected {forms}{near}")
-        if len(configs) > 1:
-            given = f"as {configs[0]} and as {configs[1]}"
-            raise ConfigError(f"the config is given twice, {given}; give it once")
-        for name in self.required:
-            if getattr(options, name) is None:
-                raise ConfigError(f"--{name} is missing; see moejax {self.name} --help")
-        if self.keys and self.config and not configs:
-            example = f"moejax {self.name} configs/quickstart.py"
-            raise ConfigError(f"no config; give a file, for example {example}")
-
-    def parser(self) -> argparse.ArgumentParser:
-        epilog = f"{self.details}\n{_keys_help(self.keys)}" if self.keys else self.details
-        parser = _Parser(
-            prog=f"moejax {self.name}",
-            usage=self.usage,
-            description=f"{self.summary[0].upper()}{self.summary[1:]}.",
-            epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        self.add_options(parser)
-        return parser
-
-    def _unknown_option(self, word: str) -> ConfigError:
-        name = word.partition("=")[0]
-        known = [option for action in self.parser()._actions for option in action.option_strings]
-        return ConfigError(
-            f"unknown option {name}{suggest(name, known) or f'; see moejax {self.name} --help'}"
-        )
-
-
-def _plain_forms(argv: list[str]) -> list[str]:
-    """Turns `--config=X` and `--config.key=value`, also with a space for `=`, into plain words."""
-    plain = []
-    words = iter(argv)
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name != "--config" and not name.startswith("--config."):
-            plain.append(word)
-            continue
-        if not equals:
-            value = next(words, "--")
-            if value.startswith("--"):
-                raise ConfigError(f"{name} has no value; write {name}=VALUE")
-        key = name.removeprefix("--config").removeprefix(".")
-        plain.append(f"{key}={value}" if name != "--config" else _config_word(value))
-    return plain
-
-
-def _config_word(value: str) -> str:
-    if not re.search(r"\.py(:|$)", value):
-        raise ConfigError(
-            f"--config={value} is not a Python file; for example --config=configs/quickstart.py"
-        )
-    return value
-
-
-def _keys_help(patterns: tuple[str, ...]) -> str:
-    lines = []
-    for section in [*sections(), ""]:
-        inside = [key for key in keys().values() if key.name.rpartition(".")[0] == section]
-        inside = [key for key in inside if matches(key.name, patterns)]
-        if inside:
-            title = sections()[section].__doc__ if section else "Outside any section."
-            lines.append(f"\n  {(title or '').splitlines()[0]}")
-        for key in inside:
-            head = f"    {f'{key.name}={key.default}':36} "
-            text = head + describe_type(key.annotation)
-            lines += textwrap.wrap(text, 100, subsequent_indent=" " * 41, drop_whitespace=True)
-    return "\nkeys, with their defaults:\n" + "\n".join(lines)
-
-
-# Options
-
-
-def _whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not re.fullmatch(r"[+-]?\d{1,18}", text) or not least <= int(text) <= most:
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not a whole number from {least} to {most}"
-            )
-        return int(text)
-
-    return read
-
-
-def _between(low: float, high: float, *, open_low: bool = False) -> Callable[[str], float]:
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high or (open_low and value == low):
-            asked = f"above {low:g} and" if open_low else f"from {low:g}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {asked} up to {high:g}")
-        return value
-
-    return read
-
-
-def _option(parser: argparse.ArgumentParser, name: str, help: str, **arguments: Any) -> None:
-    parser.add_argument(name, action=_Once, help=help, **arguments)
-
-
-def _cpu_devices(parser: argparse.ArgumentParser) -> None:
-    help = "virtual CPU devices (default: the devices that JAX finds); an error on an accelerator"
-    _option(parser, "--cpu_devices", help, type=_whole(1), metavar="N")
-
-
-def _workdir(parser: argparse.ArgumentParser, help: str) -> None:
-    _option(parser, "--workdir", help, type=_path, metavar="DIR")
-
-
-def _path(text: str) -> str:
-    try:
-        require_path(text)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(
-            f"{text[:100]} cannot be used ({error.strerror}); give another path"
-        ) from None
-    return text
-
-
-def _json(parser: argparse.ArgumentParser) -> None:
-    _option(
-        parser, "--json", "also write the result to FILE as JSON", type=_output_file, metavar="FILE"
-    )
-
-
-def _output_file(text: str) -> Path:
-    """Refuses a file that cannot be written before minutes are spent on what should stand in it."""
-    path = Path(_path(text))
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise argparse.ArgumentTypeError(
-            f"{text} cannot be written; give a file in an existing folder"
-        )
-    return path
-
-
-def _step(parser: argparse.ArgumentParser) -> None:
-    _option(parser, "--step", "checkpoint to read (default: the last)", type=_whole(0), metavar="N")
-
-
 # Verbs
 
 
@@ -326,11 +114,11 @@ def _start_jax(cpu_devices: int | None, preemptible: bool = False) -> None:
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    _workdir(
+    add_workdir(
         parser,
         "folder of the run: config, checkpoints, metrics, plots; one with checkpoints is resumed",
     )
-    _cpu_devices(parser)
+    add_cpu_devices(parser)
     help = "also log to Weights & Biases; WANDB_MODE=offline keeps it in the workdir"
     parser.add_argument("--wandb", action="store_true", help=help)
 
@@ -345,28 +133,30 @@ def _train(line: Line) -> int:
 
 
 def _eval_options(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser, "folder that `moejax train` wrote")
-    _step(parser)
+    add_workdir(parser, "folder that `moejax train` wrote")
+    add_step(parser)
     help = (
         "data to evaluate on, in place of the validation split: `validation`, a folder of `moejax "
         "prepare`, a split of one (DIR/train), or text; NAME= before it names it; repeatable"
     )
     parser.add_argument("--data", action="append", default=[], metavar="PATH", help=help)
     help = "of a .jsonl or .parquet row of --data that holds the text (default: text)"
-    _option(parser, "--field", help, default="text")
+    add_option(parser, "--field", help, default="text")
     help = "tasks of lm-eval, NAME or NAME,NAME: multiple choice, generation, perplexity"
-    _option(parser, "--tasks", help, metavar="NAMES")
+    add_option(parser, "--tasks", help, metavar="NAMES")
     help = "folder of the tasks' YAML files (default: the tasks that lm-eval ships)"
-    _option(parser, "--tasks_path", help, type=Path, metavar="DIR")
-    _option(parser, "--limit", "examples of each task (default: all)", type=_whole(1), metavar="N")
+    add_option(parser, "--tasks_path", help, type=Path, metavar="DIR")
+    add_option(
+        parser, "--limit", "examples of each task (default: all)", type=whole(1), metavar="N"
+    )
     help = "evaluate each checkpoint as it comes, until the run is done, into its eval.jsonl"
     parser.add_argument("--watch", action="store_true", help=help)
     help = "with --watch: between two looks (default: 10)"
-    _option(parser, "--poll_seconds", help, type=_between(0, 1e6), metavar="X")
+    add_option(parser, "--poll_seconds", help, type=between(0, 1e6), metavar="X")
     help = "with --watch: seconds without a sign of life after which to give up (default: 3600)"
-    _option(parser, "--patience", help, type=_between(0, 1e9), metavar="X")
-    _cpu_devices(parser)
-    _json(parser)
+    add_option(parser, "--patience", help, type=between(0, 1e9), metavar="X")
+    add_cpu_devices(parser)
+    add_json(parser)
 
 
 def _stored_config(line: Line, verb: str) -> Config:
@@ -414,8 +204,8 @@ def _write(file: Path, text: str) -> None:
 
 
 def _fsck_options(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser, "folder that `moejax train` wrote")
-    _json(parser)
+    add_workdir(parser, "folder that `moejax train` wrote")
+    add_json(parser)
 
 
 def _fsck(line: Line) -> int:
@@ -433,17 +223,17 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     from moejax.compare import AXES, METRICS
 
     help = "what is equal where runs are compared (default: tokens)"
-    _option(parser, "--by", help, choices=tuple(AXES), default="tokens")
+    add_option(parser, "--by", help, choices=tuple(AXES), default="tokens")
     help = "of evaluation, less is better (default: loss)"
-    _option(parser, "--metric", help, choices=METRICS, default="loss")
+    add_option(parser, "--metric", help, choices=METRICS, default="loss")
     help = "also tell what each arm paid until it had this loss"
-    _option(parser, "--reach", help, type=_between(0, 1e6, open_low=True), metavar="LOSS")
+    add_option(parser, "--reach", help, type=between(0, 1e6, open_low=True), metavar="LOSS")
     help = "fit a scaling law: loss against active parameters, tokens and expansion"
     parser.add_argument("--scaling", action="store_true", help=help)
-    _option(parser, "--csv", "write a row a run to FILE", type=_output_file, metavar="FILE")
-    _option(parser, "--markdown", "write the tables to FILE", type=_output_file, metavar="FILE")
+    add_option(parser, "--csv", "write a row a run to FILE", type=output_file, metavar="FILE")
+    add_option(parser, "--markdown", "write the tables to FILE", type=output_file, metavar="FILE")
     help = "folder to write: page, CSV, pictures, and what TensorBoard shows as hparams"
-    _option(parser, "--output", help, type=Path, metavar="DIR")
+    add_option(parser, "--output", help, type=Path, metavar="DIR")
 
 
 def _compare(line: Line) -> int:
@@ -460,12 +250,12 @@ def _compare(line: Line) -> int:
 
 
 def _report_options(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser, "folder that `moejax train` wrote")
+    add_workdir(parser, "folder that `moejax train` wrote")
     help = "HTML file to write (default: report.html in the workdir)"
-    _option(parser, "--output", help, type=_output_file, metavar="FILE")
+    add_option(parser, "--output", help, type=output_file, metavar="FILE")
     help = "leave single experts out, of which the newest checkpoint needs an atlas"
     parser.add_argument("--no_atlas", action="store_true", help=help)
-    _cpu_devices(parser)
+    add_cpu_devices(parser)
 
 
 def _report(line: Line) -> int:
@@ -483,30 +273,32 @@ def _report(line: Line) -> int:
 
 
 def _generate_options(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser, "folder that `moejax train` wrote")
+    add_workdir(parser, "folder that `moejax train` wrote")
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable"
     )
-    _option(parser, "--prompts", "file with a prompt a line", type=Path, metavar="FILE")
-    _step(parser)
-    _cpu_devices(parser)
-    _option(
+    add_option(parser, "--prompts", "file with a prompt a line", type=Path, metavar="FILE")
+    add_step(parser)
+    add_cpu_devices(parser)
+    add_option(
         parser,
         "--max_tokens",
         "new tokens a prompt (default: 100)",
-        type=_whole(1, 2**30),
+        type=whole(1, 2**30),
         default=100,
         metavar="N",
     )
     help = "0 takes the likeliest token each time (default: 0.8)"
-    _option(parser, "--temperature", help, type=_between(0, 100), default=0.8, metavar="X")
+    add_option(parser, "--temperature", help, type=between(0, 100), default=0.8, metavar="X")
     help = "choose among the likeliest tokens that together have this probability (default: 0.95)"
-    _option(parser, "--top_p", help, type=_between(0, 1, open_low=True), default=0.95, metavar="X")
-    _option(
+    add_option(
+        parser, "--top_p", help, type=between(0, 1, open_low=True), default=0.95, metavar="X"
+    )
+    add_option(
         parser,
         "--seed",
         "of the choice (default: 0)",
-        type=_whole(0, 2**32 - 1),
+        type=whole(0, 2**32 - 1),
         default=0,
         metavar="N",
     )
@@ -555,18 +347,18 @@ def _read_prompts(file: Path | None) -> list[str]:
 
 
 def _inspect_options(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser, "folder that `moejax train` wrote")
-    _step(parser)
-    _cpu_devices(parser)
-    _option(parser, "--text", "show the experts of each token of a text", metavar="TEXT")
+    add_workdir(parser, "folder that `moejax train` wrote")
+    add_step(parser)
+    add_cpu_devices(parser)
+    add_option(parser, "--text", "show the experts of each token of a text", metavar="TEXT")
     help = "compare routing with that of another workdir, or of the same at another step"
-    _option(parser, "--against", help, metavar="DIR")
+    add_option(parser, "--against", help, metavar="DIR")
     help = "checkpoint of --against (default: the last)"
-    _option(parser, "--against_step", help, type=_whole(0), metavar="N")
+    add_option(parser, "--against_step", help, type=whole(0), metavar="N")
     help = "experts to leave out, one at a time, to see what is lost (default: 64)"
-    _option(parser, "--remove", help, type=_whole(0), metavar="N")
-    _json(parser)
-    _option(parser, "--png", "picture of --text", type=_output_file, metavar="FILE")
+    add_option(parser, "--remove", help, type=whole(0), metavar="N")
+    add_json(parser)
+    add_option(parser, "--png", "picture of --text", type=output_file, metavar="FILE")
 
 
 def _inspect(line: Line) -> int:
@@ -590,12 +382,12 @@ def _inspect(line: Line) -> int:
 
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
-    _cpu_devices(parser)
+    add_cpu_devices(parser)
     help = "also the contract: every router, dispatch and transport on a small layer (an hour)"
     parser.add_argument("--all", action="store_true", help=help)
     help = "with --all: also write the contract's matrix to FILE as Markdown"
-    _option(parser, "--page", help, type=_output_file, metavar="FILE")
-    _json(parser)
+    add_option(parser, "--page", help, type=output_file, metavar="FILE")
+    add_json(parser)
 
 
 def _verify(line: Line) -> int:
@@ -608,11 +400,11 @@ def _verify(line: Line) -> int:
 
 def _claims_options(parser: argparse.ArgumentParser) -> None:
     help = "claims to try, for example C4 or C4,C6 (default: all)"
-    _option(parser, "--only", help, metavar="IDS")
+    add_option(parser, "--only", help, metavar="IDS")
     help = "folder of the results; what is there is used again (default: runs/claims)"
-    _option(parser, "--workdir", help, default="runs/claims", metavar="DIR")
+    add_option(parser, "--workdir", help, default="runs/claims", metavar="DIR")
     help = "Markdown file to write, plots beside it (default: claims.md in the workdir)"
-    _option(parser, "--page", help, type=_output_file, metavar="FILE")
+    add_option(parser, "--page", help, type=output_file, metavar="FILE")
 
 
 def _claims(line: Line) -> int:
@@ -627,7 +419,7 @@ def _claims(line: Line) -> int:
 
 def _describe_options(parser: argparse.ArgumentParser) -> None:
     help = "lay the mesh on this many devices (default: what the mesh asks for)"
-    _option(parser, "--devices", help, type=_whole(1), metavar="N")
+    add_option(parser, "--devices", help, type=whole(1), metavar="N")
 
 
 def _describe(line: Line) -> int:
@@ -643,10 +435,10 @@ def _plan_options(parser: argparse.ArgumentParser) -> None:
         "pod to compile for: v5p:4x4x8 (chips of a TPU's torus), v5p:4x4x8:2 (two of them), "
         "h100:16x8 (hosts x GPUs)"
     )
-    _option(parser, "--topology", help, metavar="CHIP:SIZES")
+    add_option(parser, "--topology", help, metavar="CHIP:SIZES")
     help = "try meshes, remat, microbatches and transports on paper, compile the best, rank them"
     parser.add_argument("--search", action="store_true", help=help)
-    _json(parser)
+    add_json(parser)
 
 
 def _plan(line: Line) -> int:
@@ -690,24 +482,24 @@ def _config(line: Line) -> int:
 
 def _prepare_options(parser: argparse.ArgumentParser) -> None:
     help = "`bytes`, or the path of a tokenizer.json or a SentencePiece model (default: bytes)"
-    _option(parser, "--tokenizer", help, default="bytes", metavar="NAME")
-    _option(parser, "--output", "folder to write, for data.path", metavar="DIR")
-    _option(
+    add_option(parser, "--tokenizer", help, default="bytes", metavar="NAME")
+    add_option(parser, "--output", "folder to write, for data.path", metavar="DIR")
+    add_option(
         parser,
         "--field",
         "of a .jsonl or .parquet row that holds the text (default: text)",
         default="text",
     )
     help = "share of the documents kept for validation (default: 0.05)"
-    _option(
+    add_option(
         parser,
         "--validation_fraction",
         help,
-        type=_between(0, 1, open_low=True),
+        type=between(0, 1, open_low=True),
         default=0.05,
         metavar="X",
     )
-    _option(parser, "--workers", "processes (default: one a core)", type=_whole(1), metavar="N")
+    add_option(parser, "--workers", "processes (default: one a core)", type=whole(1), metavar="N")
 
 
 def _prepare(line: Line) -> int:
@@ -735,7 +527,7 @@ def _prepare(line: Line) -> int:
 
 def _supervise_options(parser: argparse.ArgumentParser) -> None:
     help = "times to start it again without a newer checkpoint in between (default: 3)"
-    _option(parser, "--restarts", help, type=_whole(1), default=3, metavar="N")
+    add_option(parser, "--restarts", help, type=whole(1), default=3, metavar="N")
     parser.add_argument(
         "--end_when_preempted",
         action="store_true",
@@ -757,17 +549,17 @@ def _supervise(line: Line) -> int:
 
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser, "folder of the sweep: its trials in trials/NNN, report.md, plots")
-    _option(parser, "--workers", "trials at once (default: 1)", type=_whole(1), default=1)
+    add_workdir(parser, "folder of the sweep: its trials in trials/NNN, report.md, plots")
+    add_option(parser, "--workers", "trials at once (default: 1)", type=whole(1), default=1)
     help = "processes of this machine, or tasks of a SLURM array (default: local)"
-    _option(parser, "--launcher", help, choices=["local", "slurm"], default="local")
+    add_option(parser, "--launcher", help, choices=["local", "slurm"], default="local")
     help = "options of launch/slurm.py, in one word: --slurm='--time 4:00:00 --gpus_per_node 1'"
-    _option(parser, "--slurm", help, default="", metavar="WORDS")
+    add_option(parser, "--slurm", help, default="", metavar="WORDS")
     parser.add_argument(
         "--resume", action="store_true", help="go on with the workdir's sweep, if it has one"
     )
     _storage(parser)
-    _cpu_devices(parser)
+    add_cpu_devices(parser)
 
 
 def _storage(parser: argparse.ArgumentParser) -> None:
@@ -775,7 +567,7 @@ def _storage(parser: argparse.ArgumentParser) -> None:
         "URL of an Optuna storage, such as postgresql://user@host/sweeps, for machines that share "
         "no disk that locks (default: MOEJAX_SWEEP_STORAGE, or SQLite in the workdir)"
     )
-    _option(parser, "--storage", help, metavar="URL")
+    add_option(parser, "--storage", help, metavar="URL")
 
 
 def _sweep(line: Line) -> int:
@@ -788,9 +580,9 @@ def _sweep(line: Line) -> int:
 
 
 def _sweep_worker_options(parser: argparse.ArgumentParser) -> None:
-    _workdir(parser, "folder of the sweep")
+    add_workdir(parser, "folder of the sweep")
     _storage(parser)
-    _cpu_devices(parser)
+    add_cpu_devices(parser)
 
 
 def _sweep_worker(line: Line) -> int:
@@ -991,13 +783,14 @@ in it, the best. Reads configs, metrics and ledgers alone; changes nothing in th
     Verb(
         "report",
         "write a run as one HTML file: loss, load, balance, time, and each expert",
-        "moejax report --workdir DIR [--output FILE] [--no_atlas] [--cpu_devices N] [key=value ...]",
+        "moejax report --workdir DIR [--output FILE] [--no_atlas] [options] [key=value ...]",
         """
   moejax report --workdir runs/a                           # runs/a/report.html
   moejax report --workdir runs/a --cpu_devices 1 mesh.expert=1
   moejax report --workdir runs/a --no_atlas                # at once, while the run trains
 
-Makes the atlas of the newest checkpoint where there is none (`moejax inspect`); see docs/report.md.""",
+Makes the atlas of the newest checkpoint, as `moejax inspect` does, where there is none. See
+docs/report.md.""",
         _report_options,
         _report,
         MAY_CHANGE_AFTER_TRAINING,

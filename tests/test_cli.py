@@ -170,7 +170,7 @@ def test_help_of_each_verb_has_an_example_its_options_and_its_keys(verb, capsys)
     shown = {name for name in keys() if f"    {name}=" in text}
     if verb in ("train", "verify", "describe", "plan", "config", "sweep"):
         assert shown == set(keys())
-    elif verb in ("eval", "generate", "inspect"):
+    elif verb in ("eval", "generate", "inspect", "report"):
         assert {"mesh.expert", "model.dtype"} <= shown
         assert "train.steps" not in shown
     else:
@@ -189,7 +189,7 @@ def test_help_and_version(capsys):
 
 TRAIN = f"train {QUICKSTART} --workdir W"
 ERRORS = [
-    ("", "moejax: error: no verb; give one of train, eval, generate, fsck, compare, "),
+    ("", "moejax: error: no verb; give one of train, eval, generate, fsck, "),
     ("trian", "moejax: error: unknown verb 'trian'; did you mean train?"),
     ("zzz", "moejax: error: unknown verb 'zzz'; give one of train, eval, "),
     ("train", "moejax train: error: --workdir is missing; see moejax train --help"),

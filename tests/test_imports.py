@@ -13,7 +13,7 @@ PACKAGE = Path(moejax.__file__).parent
 # A module imports only from its left.
 ORDER = [
     *("errors", "foreign", "moe_config", "skip_list", "watch_config", "config", "overrides"),
-    *("workdir", "events", "manifest", "store", "lock", "ledger", "supervisor"),
+    *("workdir", "command_line", "events", "manifest", "store", "lock", "ledger", "supervisor"),
     *("tokenizer", "token_file", "corpus", "data", "prepare", "eval_data", "eval_series"),
     *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots"),
     *("atlas", "tallies", "atlas_show", "fsck"),
