@@ -338,6 +338,7 @@ def written(workdir):
     return load_atlas(workdir / "atlas" / "150.npz"), json.loads(file.read_text())
 
 
+@pytest.mark.slow
 def test_removing_an_expert_costs_its_own_tokens_most(written):
     atlas, _ = written
     load_le = atlas.load_dle.sum(0)

@@ -112,6 +112,7 @@ def _same_training(found: Path, expected: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_several_processes_train_what_one_does(alone, two):
     workdir, said = two
     _same_training(workdir, alone)
@@ -171,6 +172,7 @@ def killed(tmp_path_factory) -> tuple[Path, str]:
     return workdir, errors
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_is_bit_for_bit_the_undisturbed_run(two, killed):
     """Two processes with 4 devices each: a lost peer, the supervisor, the resume, all at once."""
     workdir, errors = killed
@@ -217,6 +219,7 @@ def test_an_error_of_the_user_ends_all_processes_with_code_2(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_sigterm_saves_on_every_process(tmp_path):
     """The launcher gets the signal; the checkpoint is of a step that nobody asked to save.
 

@@ -346,8 +346,7 @@ def _step(config, mesh, state, number):
 @pytest.mark.parametrize(
     "name",
     [  # AdamW is also in every test of a training
-        pytest.param(name, marks=[pytest.mark.slow] if name in ("adamw", "lion") else [])
-        for name in SETTINGS
+        pytest.param(name, marks=[pytest.mark.slow] if name != "muon" else []) for name in SETTINGS
     ],
 )
 def test_three_steps_are_the_same_on_other_meshes_and_over_a_checkpoint(mesh_of, tmp_path, name):

@@ -62,7 +62,8 @@ def test_training_hands_the_counts_of_its_own_text_to_the_router_that_reads_them
         main_process, start = True, 0
 
         def __init__(self, *arguments):
-            given.append(arguments[-1])
+            *_, token_counts, _boards = arguments
+            given.append(token_counts)
 
         def train(self, preemption):
             return True

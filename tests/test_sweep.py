@@ -470,6 +470,7 @@ def records_of(workdir: Path) -> list[TrialRecord]:
         return study.records()
 
 
+@pytest.mark.slow
 def test_a_failed_trial_does_not_stop_the_others(tmp_path):
     """One training, and one that ends at once: its mesh needs more devices than there are."""
     file = write_sweep(tmp_path, "Grid({'mesh.data': [3, 1]})", fixed=SMALL)

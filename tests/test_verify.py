@@ -46,6 +46,7 @@ def rows(config, *layouts: verify.Layout) -> list[verify.Row]:
 EXPERT_8 = verify.Layout(1, 1, 8, 1, 1, 1, "none", "capacity by all_to_all")
 
 
+@pytest.mark.slow
 def test_layouts_agree(config):
     """Every axis, both accumulations, remat, and each way to move what is and is not dropped."""
     found = rows(
