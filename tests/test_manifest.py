@@ -2,8 +2,8 @@
 
 import json
 import os
-import subprocess
 import random
+import subprocess
 
 import pytest
 
