@@ -356,6 +356,40 @@ def test_a_batch_of_noise_is_a_spike(soon, spoil, tmp_path, capsys, policy):
         assert skipped == (policy == "skip")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["warn", "skip", "rollback", "stop", "off"])
+def test_a_batch_of_noise_is_a_spike_of_the_gradient(soon, spoil, tmp_path, policy):
+    """Norms before it are 0.3 to 0.6, its own is 2.7; a sound one after it may be a spike too."""
+    spoil("noise", {33})
+    words = ["optim.learning_rate=0.02", "watch.loss_spike=off", "train.steps=40"]
+    words += ["watch.spike_sigma=12"] if policy != "off" else []
+    config = _config(*words, "checkpoint.every=6", f"watch.grad_norm_spike={policy}")
+    assert _train(config, tmp_path) == (DIVERGED if policy == "stop" else DONE)
+    spikes = [e for e in _events(tmp_path) if e["kind"] == "spike"]
+    first = [(e["quantity"], e["step"]) for e in spikes[:1]]
+    assert first == ([("grad_norm", 34)] if policy != "off" else [])
+    assert ("rollback", 34) in _kinds(tmp_path) or policy != "rollback"
+    if policy == "stop":
+        assert max(step for step, _ in records(tmp_path)) == 34
+    else:
+        skipped = len(spikes) if policy == "skip" else 0
+        assert records(tmp_path)[40, "train"]["skipped_updates"] == skipped
+
+
+@pytest.mark.slow
+def test_a_spike_that_is_not_watched_for_sets_the_model_back(soon, spoil, tmp_path):
+    """The harm: after ten batches of noise the loss of the next one is higher than without."""
+    spoil("noise", set(range(28, 38)))
+    after = {}
+    for policy in ("off", "skip"):
+        words = [*STEADY, "train.steps=39", "optim.schedule=constant", "optim.clip_norm=None"]
+        words += [f"watch.loss_spike={policy}"]
+        assert _train(_config(*words), tmp_path / policy) == DONE
+        after[policy] = records(tmp_path / policy)[39, "train"]["loss"]
+    assert after["off"] > after["skip"] + 0.05
+    assert _kinds(tmp_path / "off") == []
+
+
 # Collapse
 
 
