@@ -5,13 +5,10 @@ import io
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
 from moejax.config import Config
@@ -212,38 +209,3 @@ def test_a_name_of_a_domain_is_shown_as_text():
     show_evaluation(record, Console(file=out, width=100))
     assert "\\x1b[2J[red]x[/nothing]" in out.getvalue()
     assert "\x1b" not in out.getvalue()
-
-
-def _listeners(port: int) -> set[str]:
-    """The local addresses, as the kernel writes them, at which somebody listens on a port."""
-    found = set()
-    for table in ("/proc/net/tcp", "/proc/net/tcp6"):
-        for line in Path(table).read_text().splitlines()[1:]:
-            _, local, _, state, *_ = line.split()
-            address, _, number = local.partition(":")
-            if state == "0A" and int(number, 16) == port:
-                found.add(address)
-    return found
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="needs Linux: /proc/net/tcp")
-def test_the_coordinator_is_heard_at_its_address_only():
-    """Process 0 of two, which waits for the other: JAX's own choice is every interface."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    cluster = {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0", "MOEJAX_JOIN_SECONDS": "60"}
-    cluster |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "PYTHONPATH": str(ROOT)}
-    code = "from moejax.mesh import start_jax; start_jax(1)"
-    process = subprocess.Popen([sys.executable, "-c", code], env=os.environ | cluster)
-    try:
-        deadline = time.monotonic() + 60
-        while not (found := _listeners(port)):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        time.sleep(0.5)
-        assert _listeners(port) == found == {"0100007F"}
-    finally:
-        process.kill()
-        process.wait()
