@@ -22,6 +22,7 @@ from moejax.command_line import (
     add_workdir,
     between,
     output_file,
+    safe_path,
     whole,
 )
 from moejax.config import Config, ConfigError
@@ -544,7 +545,7 @@ def _supervise(line: Line) -> int:
     if not command:
         raise ConfigError("no command; give one after --, for example train configs/x.py ...")
     if command[0] in VERBS:
-        command = [sys.executable, *_safe_path(), "-m", "moejax", *command]
+        command = [sys.executable, *safe_path(), "-m", "moejax", *command]
     return supervise_command(command, Retries(options.restarts, options.end_when_preempted))
 
 
@@ -590,14 +591,6 @@ def _sweep_worker(line: Line) -> int:
 
     options = line.options
     return work(Path(options.workdir), options.storage, options.cpu_devices)
-
-
-def _safe_path() -> list[str]:
-    """Returns Python's option that keeps -m from looking for modules in the folder we are in.
-
-    Not where Python looks there already: it was told to, or moejax is not installed.
-    """
-    return [] if {"", os.getcwd()} & {*sys.path} else ["-P"]
 
 
 def _no_options(parser: argparse.ArgumentParser) -> None:

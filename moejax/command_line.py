@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -230,3 +231,14 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     add_option(
         parser, "--step", "checkpoint to read (default: the last)", type=whole(0), metavar="N"
     )
+
+
+# Other processes
+
+
+def safe_path() -> list[str]:
+    """Returns Python's option that keeps -m from looking for modules in the folder we are in.
+
+    Not where Python looks there already: it was told to, or moejax is not installed.
+    """
+    return [] if {"", os.getcwd()} & {*sys.path} else ["-P"]

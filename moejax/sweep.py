@@ -21,6 +21,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from moejax.command_line import safe_path
 from moejax.errors import CHECK_FAILED, DONE, INTERRUPTED, PREEMPTED, ConfigError, require
 from moejax.progress import printable
 from moejax.supervisor import Forwarding, Group
@@ -198,7 +199,7 @@ def _worker_command(study: Study, options: Options) -> list[str]:
     devices = options.cpu_devices
     words = ["sweep_worker", "--workdir", str(study.workdir)]
     words += [] if devices is None else ["--cpu_devices", str(devices)]
-    return [sys.executable, "-m", "moejax", *words]
+    return [sys.executable, *safe_path(), "-m", "moejax", *words]
 
 
 class SlurmWorkers:

@@ -20,6 +20,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from moejax.command_line import safe_path
 from moejax.errors import DONE, PREEMPTED, ConfigError, require
 from moejax.lock import LOCK
 from moejax.metrics import read_metrics
@@ -67,7 +68,14 @@ def run_trial(study: Study, job: Job, signals: Forwarding, cpu_devices: int | No
     wait_until_free(folder)
     devices = [] if cpu_devices is None else ["--cpu_devices", str(cpu_devices)]
     base = ["train", str(study.workdir / BASE), "--workdir", str(folder), *devices]
-    command = [sys.executable, "-m", "moejax", *base, *override_words(job.run.settings)]
+    command = [
+        sys.executable,
+        *safe_path(),
+        "-m",
+        "moejax",
+        *base,
+        *override_words(job.run.settings),
+    ]
     with open(log, "ab") as output:
         training = subprocess.Popen(
             command,

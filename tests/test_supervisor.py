@@ -320,7 +320,7 @@ def test_a_run_is_not_looked_for_in_the_folder_that_supervise_is_started_in(tmp_
     """-m looks there first, and a run's folder may hold a json.py; the script `moejax` does not."""
     (tmp_path / "json.py").write_text("print('code from data')")
     monkeypatch.chdir(tmp_path)
-    code = "import sys; from moejax.cli import _safe_path; print(_safe_path())"
+    code = "import sys; from moejax.command_line import safe_path; print(safe_path())"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
 
     def python(*words: str) -> str:
