@@ -38,7 +38,7 @@ class WandbBoard:
 
     def __init__(self, workdir: Path, config: Config):
         try:
-            import wandb
+            import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise ConfigError(
                 f"--wandb: wandb cannot be imported ({error}); pip install 'moejax[wandb]', or "
