@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from lm_eval.api.instance import Instance  # pyright: ignore[reportMissingImports]
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
@@ -178,7 +179,7 @@ def run_tasks(
             bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
         )
-    except ConfigError:
+    except (ConfigError, jax.errors.JaxRuntimeError, MemoryError):  # not the task's
         raise
     except Exception as error:  # the harness and `datasets` raise dozens of kinds for a bad task
         logging.getLogger("moejax").debug("a task failed", exc_info=True)

@@ -289,6 +289,7 @@ def test_the_storage_of_a_sweep_elsewhere_is_asked_for_again(study_of, tmp_path,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["configs/sweeps/capacity.py:smal"], "argument 'smal' is not known; use :small"),
         (["configs/sweeps/capacity.py:small", "seed=3"], "seed is given on the command line"),
         (["configs/sweeps/capacity.py:small", "moe.topk=3"], "did you mean moe.top_k?"),
         (["configs/sweeps/capacty.py"], "capacty.py does not exist; did you mean"),

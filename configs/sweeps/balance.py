@@ -6,13 +6,13 @@
 A chain of two lists: softmax with a loss, and sigmoid with a selection bias and without the loss.
 """
 
-from small_model import SMALL
+from small_model import SMALL, is_small
 
 from moejax.sweep_space import Chain, Grid, Product, Sweep, Zip
 
 
 def get_sweep(arg):
-    small = arg == "small"
+    small = is_small(arg)
     weights = [0.0, 0.01] if small else [0.0, 1e-4, 1e-3, 1e-2, 1e-1]
     rates = [1e-3] if small else [1e-4, 1e-3, 1e-2]
     bias = Zip({"moe.router": ["sigmoid_bias"], "moe.balance_loss_weight": [0.0]})

@@ -6,13 +6,13 @@
 Loss is on the validation split, dropless for all.
 """
 
-from small_model import SMALL
+from small_model import SMALL, is_small
 
 from moejax.sweep_space import Grid, Objective, Sweep
 
 
 def get_sweep(arg):
-    small = arg == "small"
+    small = is_small(arg)
     factors = [1.0, None] if small else [1.0, 1.25, 1.5, 2.0, None]
     return Sweep(
         base="../quickstart.py",

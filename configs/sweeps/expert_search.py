@@ -10,7 +10,7 @@ The two best are then trained with three seeds that the search did not see, next
 own structure, and the report says whether they beat it.
 """
 
-from small_model import SMALL
+from small_model import SMALL, is_small
 
 from moejax.sweep_space import Adaptive, Cases, Equal, Sweep
 
@@ -35,7 +35,7 @@ SHORT = {
 
 
 def get_sweep(arg):
-    small = arg == "small"
+    small = is_small(arg)
     names = ("1", "2") if small else tuple(TOP_K)
     space = {
         "moe.num_experts": [2, 4, 8] if small else [4, 8, 16, 32, 64],

@@ -7,13 +7,13 @@ A wider router costs FLOPs: the width of an expert is solved for, so that all po
 same.
 """
 
-from small_model import SMALL
+from small_model import SMALL, is_small
 
 from moejax.sweep_space import Equal, Grid, Sweep
 
 
 def get_sweep(arg):
-    small = arg == "small"
+    small = is_small(arg)
     return Sweep(
         base="../quickstart.py",
         space=Grid({"moe.num_experts": [2, 8] if small else [2, 4, 8, 16, 32, 64]}),

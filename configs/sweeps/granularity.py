@@ -7,7 +7,7 @@ Granularity g: g times the experts, g times as many a token, each 1/g as wide. W
 a token takes one routed expert less. The width is solved for, because routers cost FLOPs too.
 """
 
-from small_model import SMALL
+from small_model import SMALL, is_small
 
 from moejax.sweep_space import Cases, Equal, Grid, Sweep
 
@@ -28,7 +28,7 @@ def structures(experts: int, top_k: int, grains: list[int]) -> dict:
 
 
 def get_sweep(arg):
-    small = arg == "small"
+    small = is_small(arg)
     cases = structures(4, 2, [1]) if small else structures(16, 2, [1, 2, 4])
     return Sweep(
         base="../quickstart.py",

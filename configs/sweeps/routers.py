@@ -7,7 +7,7 @@ What the routers are is in docs/routers.md. `hash` and `random` learn nothing ab
 they lose to is what routing gives. `relu` and `threshold` take any number of experts a token.
 """
 
-from small_model import SMALL
+from small_model import SMALL, is_small
 
 from moejax.sweep_space import Cases, Grid, Sweep
 
@@ -23,7 +23,7 @@ CASES = {
 
 
 def get_sweep(arg):
-    small = arg == "small"
+    small = is_small(arg)
     names = ("softmax", "sigmoid_bias", "hash") if small else tuple(CASES)
     return Sweep(
         base="../quickstart.py",

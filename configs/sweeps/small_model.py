@@ -18,3 +18,10 @@ SMALL = {
     "eval.batches": 2,
     "checkpoint.every": 20,
 }
+
+
+def is_small(arg: str | None) -> bool:
+    """Returns whether a sweep's argument asks for its small form, and refuses any other."""
+    if arg not in (None, "small"):
+        raise ValueError(f"argument {arg!r} is not known; use :small, or none for the whole sweep")
+    return arg == "small"
