@@ -19,7 +19,7 @@ from faults.suite import Suite
 from faults.table import ROWS, Row
 
 PAGE = ROOT / "docs" / "faults.md"
-FIRST = ("1", "59", "12", "29", "22", "27", "43")  # they take longest
+FIRST = ("1", "60", "59", "12", "29", "22", "27", "43")  # they take longest
 
 
 class Harness:

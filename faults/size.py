@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+EXAMPLES = 1000  # of malformed configs and inputs, each kind
+
 
 class Size(NamedTuple):
     """How often the faults are made that are made often."""

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from faults.bench import ROOT, Broken, Outcome, expect
+from faults.size import EXAMPLES
 
 FILE_SECONDS = 1500.0
 
@@ -50,7 +51,11 @@ class Suite:
         ids = [node_id(name) for name in wanted if not self._of(name)]
         options = ["-q", "-p", "faults.record", "-p", "no:cacheprovider", "-m", "slow or not slow"]
         words = [sys.executable, "-m", "pytest", *options, *ids]
-        environment = os.environ | {"FAULTS_TESTS": str(self._file), "PYTHONPATH": str(ROOT)}
+        environment = os.environ | {
+            "FAULTS_TESTS": str(self._file),
+            "MOEJAX_FUZZ_EXAMPLES": str(EXAMPLES),
+            "PYTHONPATH": str(ROOT),
+        }
         try:
             done = subprocess.run(
                 words,

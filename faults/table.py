@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from faults import inputs, peers, restores, storms, writers
 from faults.bench import Bench, Outcome
-from faults.size import Size
+from faults.size import EXAMPLES, Size
 
 Run = Callable[[Bench, Size], Outcome]
 
@@ -15,7 +15,7 @@ class Row:
     """A fault.
 
     Attributes:
-        name: its number in the matrix of 59; the last is of more than that.
+        name: its number in the matrix of 59; those above are of more than that.
         fault: what is broken.
         made: how.
         expected: what has to happen.
@@ -585,6 +585,24 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "saves, one after the other, in one process, and a restore after every tenth",
             "open files and threads stay, memory grows by less than 50 MiB",
             restores.in_process("59"),
+        ),
+    ),
+    "Beyond the matrix": (
+        Row(
+            "60",
+            "malformed configs, and inputs of `prepare`, `eval`, `generate`, `fsck`",
+            f"by hypothesis, {EXAMPLES:,} of each: keys, values and Python that raises; files and "
+            "folders cut, filled, swapped, linked, with manifests that fit and without",
+            "exit code 2 with a line of ours (of `fsck` 1 for damage); no traceback, no hang, "
+            "nothing outside touched",
+            None,
+            (
+                "test_fuzz.test_malformed_configs",
+                "test_fuzz.test_malformed_inputs_of_prepare",
+                "test_fuzz.test_malformed_inputs_of_eval",
+                "test_fuzz.test_malformed_inputs_of_generate",
+                "test_fuzz.test_malformed_inputs_of_fsck",
+            ),
         ),
     ),
 }

@@ -12,7 +12,7 @@ from faults import __main__ as harness
 from faults import bench, page, restores
 from faults.bench import Bench, Broken, Outcome
 from faults.results import Results
-from faults.size import SIZES
+from faults.size import EXAMPLES, SIZES
 from faults.suite import Suite, node_id
 from faults.table import GROUPS, ROWS, Row
 
@@ -43,6 +43,7 @@ def test_what_has_to_be_made_often_is():
     assert [SIZES[form].kills for form in ("short", "full", "long")] == [10, 50, 200]
     assert (SIZES["full"].flips, SIZES["full"].writers) == (100, 20)
     assert SIZES["short"].flips == 100
+    assert EXAMPLES == 1000
 
 
 def _row(name: str, run) -> Row:
