@@ -68,12 +68,14 @@ class Job(NamedTuple):
     Attributes:
         trial: Optuna's handle, which takes reports.
         number: of the trial; its workdir is `trials/NUMBER`.
+        stage: what it is tried for.
         run: the training.
         claim: descriptor of the file that is locked as long as the job is somebody's.
     """
 
     trial: optuna.Trial
     number: int
+    stage: Stage
     run: Run
     claim: int
 
@@ -265,7 +267,7 @@ class Study:
         trial.set_user_attr("settings", run.settings)
         trial.set_user_attr("solved", run.solved)
         trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
-        return Job(trial, trial.number, run, descriptor)
+        return Job(trial, trial.number, trial.user_attrs["stage"], run, descriptor)
 
     def _propose(self) -> Job | None:
         """Asks for a point that can be and was not tried; None: the search has all its trials.
@@ -342,10 +344,10 @@ class Study:
 
     # What came of it
 
-    @property
-    def prunes(self) -> bool:
+    def prunes(self, stage: Stage) -> bool:
+        """Whether trials of a stage may be stopped early: the finalists are to be compared."""
         space = self.sweep.space
-        return isinstance(space, Adaptive) and space.pruner != "none"
+        return isinstance(space, Adaptive) and space.pruner != "none" and stage == "search"
 
     def reported(self, trial: optuna.Trial) -> set[int]:
         """Returns the steps whose value the pruner knows of, also from a worker that died."""

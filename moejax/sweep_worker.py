@@ -89,7 +89,7 @@ def run_trial(study: Study, job: Job, signals: Forwarding, cpu_devices: int | No
     pruned = False
     while training.poll() is None:
         time.sleep(POLL_SECONDS)
-        if not pruned and signals.asked is None and _is_behind(study, job, folder):
+        if not pruned and signals.asked is None and is_behind(study, job, folder):
             training.send_signal(signal.SIGTERM)
             pruned = True
     if pruned and training.returncode != DONE:
@@ -109,10 +109,10 @@ def _record(study: Study, job: Job, folder: Path) -> None:
         study.complete(job.trial, [value for value in values.values() if value is not None])
 
 
-def _is_behind(study: Study, job: Job, folder: Path) -> bool:
+def is_behind(study: Study, job: Job, folder: Path) -> bool:
     """Reports new evaluations to the pruner, and asks it."""
     objective = study.sweep.objectives[0]
-    if not study.prunes:
+    if not study.prunes(job.stage):
         return False
     reported = study.reported(job.trial)
     for step, value in evaluations(folder, objective.name):

@@ -46,7 +46,13 @@ from moejax.sweep_study import (
     shown_url,
     storage_url,
 )
-from moejax.sweep_worker import core_share, describe_failure, gpu_share, wait_until_free
+from moejax.sweep_worker import (
+    core_share,
+    describe_failure,
+    gpu_share,
+    is_behind,
+    wait_until_free,
+)
 from moejax.workdir import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -182,6 +188,29 @@ def test_a_pruner_stops_what_is_behind(study_of):
     assert kept[-1], "the best so far"
     assert not all(kept)
     assert [r.state for r in study.records()].count("pruned") == kept.count(False)
+
+
+def test_finalists_are_never_stopped(study_of, tmp_path):
+    """The search ends what is behind; the trainings that are compared at its end all finish."""
+    space = Adaptive({RATE: Between(0.1, 0.2)}, 4, startup=1, pruner="halving")
+    study = study_of(space, seeds=(0, 1, 2), finalists=1)
+    stopped = []
+    while isinstance(job := study.take(), Job):
+        value = float(job.number)  # each is worse than all before
+        (folder := tmp_path / str(job.number)).mkdir()
+        record = {"step": 150, "split": "eval", "loss": value}
+        (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        stopped.append((job.stage, is_behind(study, job, folder)))
+        if stopped[-1][1]:
+            study.prune(job.trial)
+        else:
+            study.complete(job.trial, [value])
+        os.close(job.claim)
+    assert stopped[:4] == [("search", False)] + [("search", True)] * 3
+    assert sorted(stopped[4:]) == [("base", False)] * 2 + [("final", False)] * 2
+    assert "did not beat the base config" in verdict(
+        ranking(study.records(), study.sweep), study.sweep
+    )
 
 
 def test_the_table_shows_what_a_terminal_cannot_be_steered_by(study_of):
