@@ -14,6 +14,8 @@ import numpy as np
 from scipy.special import stdtrit
 
 from moejax.sweep_space import (
+    Between,
+    Cases,
     Point,
     Sweep,
     config_quantities,
@@ -354,8 +356,8 @@ def plot_importances(found: dict[str, float], sweep: Sweep, path: Path) -> None:
 def plot_parallel(records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> bool:
     """Draws a line a complete trial over the names that it varies; False: there is nothing to draw.
 
-    Colour is the first objective. An axis of words has one place each, of numbers their order of
-    size on an even scale, so that 1e-3, 1e-2 and 1e-1 are equally far.
+    Colour is the first objective. An axis of words has one place each, as the sweep lists them, of
+    numbers their order of size on an even scale, so that 1e-3, 1e-2 and 1e-1 are equally far.
     """
     done = [r for r in records if r.values and r.point]
     names = list(dict.fromkeys(name for name, _ in ranges(sweep.space)))
@@ -368,20 +370,26 @@ def plot_parallel(records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> b
     shade_n = (results - low) / ((high - low) or 1.0)
     figure = _figure(max(6.0, 1.8 * (len(names) + 1)), 4.5)
     axes = figure.add_subplot()
-    places = {name: _places([r.point[name] for r in done if name in r.point]) for name in names}
+    listed = _listed(sweep)
+    places = {
+        name: _places([r.point[name] for r in done if name in r.point], listed[name])
+        for name in names
+    }
     for record, shade in sorted(zip(done, shade_n, strict=True), key=lambda pair: -pair[1]):
         y = [
             places[n].get(value_text(record.point[n]), math.nan) if n in record.point else math.nan
             for n in names
         ]
         axes.plot(range(len(names) + 1), [*y, shade], color=colormaps["viridis"](shade), alpha=0.8)
+    paper: dict[str, Any] = {"facecolor": "white", "alpha": 0.8, "edgecolor": "none", "pad": 1}
+    label: dict[str, Any] = {"fontsize": 8, "va": "center", "bbox": paper}
     for x, name in enumerate(names):
         axes.axvline(x, color="#999999", linewidth=0.8)
         shown = list(places[name].items())
         for text, y in shown[:: max(1, len(shown) // 8)]:
-            axes.annotate(f" {text}", (x, y), fontsize=8, va="center")
+            axes.annotate(f" {text}", (x, y), **label)
     for y, value in ((0.0, low), (1.0, high)):
-        axes.annotate(f" {value:.4g}", (len(names), y), fontsize=8, va="center")
+        axes.annotate(f" {value:.4g}", (len(names), y), **label)
     axes.set_xticks(range(len(names) + 1), [*names, sweep.objectives[0].name], fontsize=8)
     axes.set_xlim(-0.2, len(names) + 0.5)
     axes.set_yticks([])
@@ -390,11 +398,22 @@ def plot_parallel(records: Sequence[TrialRecord], sweep: Sweep, path: Path) -> b
     return True
 
 
-def _places(values: Sequence[Any]) -> dict[str, float]:
-    """Returns where each value lies on its axis, from 0 to 1, numbers by size."""
+def _listed(sweep: Sweep) -> dict[str, list[str]]:
+    """Returns the values of each name as the sweep lists them; none of a range."""
+    found: dict[str, list[str]] = {}
+    for name, values in ranges(sweep.space):
+        words = values.cases if isinstance(values, Cases) else values
+        texts = [] if isinstance(words, Between) else map(value_text, words)
+        found.setdefault(name, []).extend(texts)
+    return found
+
+
+def _places(values: Sequence[Any], listed: Sequence[str]) -> dict[str, float]:
+    """Returns where each value lies on its axis, from 0 to 1: numbers by size, words as listed."""
     numbers = all(isinstance(value, int | float) for value in values)
-    found = sorted(set(values)) if numbers else list(dict.fromkeys(map(value_text, values)))
-    return {value_text(value): i / max(1, len(found) - 1) for i, value in enumerate(found)}
+    texts = list(map(value_text, sorted(set(values)) if numbers else values))
+    found = dict.fromkeys(texts if numbers else [t for t in [*listed, *texts] if t in texts])
+    return {text: i / max(1, len(found) - 1) for i, text in enumerate(found)}
 
 
 def _figure(width: float, height: float) -> Any:

@@ -26,10 +26,11 @@ from moejax.lock import RunLock
 from moejax.metrics import read_metrics
 from moejax.overrides import load_config
 from moejax.sweep import Options, SlurmWorkers, table
-from moejax.sweep_report import estimate, ranking, verdict, write_report
+from moejax.sweep_report import _listed, _places, estimate, ranking, verdict, write_report
 from moejax.sweep_space import (
     Adaptive,
     Between,
+    Cases,
     Grid,
     Objective,
     Sweep,
@@ -444,6 +445,14 @@ def test_a_verdict_says_whether_the_search_won(losses, said):
         records.append(record(seed, {}, seed, 1.0, stage="base"))
         records.append(record(seed + 3, {K: 4}, seed, loss, stage="final"))
     assert said in verdict(ranking(records, space), space)
+
+
+def test_an_axis_has_numbers_by_size_and_words_as_listed():
+    assert _places([8, 2, 8, 4], ["8", "4", "2"]) == {"2": 0.0, "4": 0.5, "8": 1.0}
+    listed = ["1", "2", "10", "never tried"]
+    assert _places(["10", "1", "2", "1"], listed) == {"1": 0.0, "2": 0.5, "10": 1.0}
+    sweep = Sweep("", Grid({"width": Cases({"wide": {}, "thin": {}}), K: [4, 2]}))
+    assert _listed(sweep) == {"width": ["wide", "thin"], K: ["4", "2"]}
 
 
 def test_a_report_has_tables_and_pictures(study_of):
