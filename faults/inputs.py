@@ -113,7 +113,7 @@ def no_place(bench: Bench, _: Size) -> Outcome:
     refused(bench.moejax(*bench.train_words(Path("/proc/moejax"))), "cannot be written")
     (folder / "run").mkdir()
     (folder / "run" / "checkpoints").write_text("")
-    refused(bench.train(folder / "run"), "checkpoints cannot be written")
+    refused(bench.train(folder / "run"), "checkpoints is not a folder")
     refused(
         bench.train(folder / "other", "checkpoint.local=/proc/x", "checkpoint.local_every=5"),
         "cannot be written to /proc/x",
