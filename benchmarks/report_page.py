@@ -19,8 +19,9 @@ import numpy as np
 from moejax.atlas import PARTS, TOP, Atlas, Snippet, TokenView
 from moejax.config import Config
 from moejax.ledger import KINDS
-from moejax.metrics import encode_record, layer_summary
+from moejax.metrics import encode_record
 from moejax.overrides import build_config, config_to_json
+from moejax.records import layer_summary
 from moejax.report import write_report
 from moejax.workdir import CONFIG, METRICS
 

@@ -448,7 +448,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             (
                 "test_dispatch.test_everybody_to_one_expert_keeps_the_first",
                 "test_dispatch.test_capacity_slots_follow_the_rule",
-                "test_metrics.test_routing_record_by_hand",
+                "test_records.test_routing_record_by_hand",
             ),
         ),
     ),
@@ -573,8 +573,8 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "training goes on; said once",
             None,
             (
-                "test_metrics.test_full_disk_does_not_stop_training_and_loses_nothing",
-                "test_metrics.test_tensorboard_failure_is_logged_once_and_training_goes_on",
+                "test_metric_writer.test_full_disk_does_not_stop_training_and_loses_nothing",
+                "test_tensorboard.test_tensorboard_failure_is_logged_once_and_training_goes_on",
                 "test_events.test_a_file_that_cannot_be_written_is_said_once",
                 "test_ledger.test_a_full_disk_is_said_once",
             ),

@@ -28,8 +28,8 @@ from moejax.data import Batch, ValidationBatches, check_vocabulary
 from moejax.eval_data import VALIDATION, EvalData
 from moejax.loss import Totals, totals, whole_losses
 from moejax.mesh import Device, make_mesh, mesh_config, peak_memory_bytes
-from moejax.metrics import loss_record, routing_record
 from moejax.optim import make_optimizer
+from moejax.records import loss_record, routing_record
 from moejax.router_stats import RouterStats
 from moejax.sharding import place_batch, replicated
 from moejax.state import abstract_state, model_graph, require_room

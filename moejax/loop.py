@@ -37,19 +37,14 @@ from moejax.ledger import Ledger
 from moejax.lifeline import lifeline
 from moejax.lock import RunLock
 from moejax.mesh import make_mesh, mesh_config
-from moejax.metrics import (
-    MetricWriter,
-    host_record,
-    loss_record,
-    read_metrics,
-    routing_record,
-    state_record,
-)
+from moejax.metric_writer import MetricWriter
+from moejax.metrics import read_metrics
 from moejax.optim import make_optimizer
 from moejax.overrides import config_to_dict, config_to_json, config_values
 from moejax.plots import plot_expert_load, plot_loss
 from moejax.preemption import Preemption
 from moejax.progress import TrainProgress, show_summary
+from moejax.records import host_record, loss_record, routing_record, state_record
 from moejax.replay import load_choices, save_choices
 from moejax.replicas import Comparisons, Mismatch, describe_mismatches
 from moejax.sharding import place_batch

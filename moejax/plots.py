@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from moejax.metrics import relative_load
+from moejax.records import relative_load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

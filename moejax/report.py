@@ -19,8 +19,9 @@ from moejax.events import read_events
 from moejax.flops import active_parameters, flops_per_token, parameter_counts, total_parameters
 from moejax.ledger import KINDS as TIME_KINDS
 from moejax.ledger import totals
-from moejax.metrics import iterate_metrics, relative_load
+from moejax.metrics import iterate_metrics
 from moejax.overrides import config_values, keys, value_difference
+from moejax.records import relative_load
 from moejax.report_page import packed, packed_json, quantised, render
 from moejax.workdir import (
     ATLAS,

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config, ConfigError
-from moejax.metrics import board_scalars
 from moejax.overrides import config_values
+from moejax.tensorboard import board_scalars
 from moejax.workdir import read_run
 
 PROJECT = "moejax"  # unless WANDB_PROJECT says another

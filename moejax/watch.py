@@ -164,7 +164,7 @@ def router_health(stats: Any, record: Mapping[str, Any]) -> dict[str, float]:
 
     Args:
         stats: `RouterStats` [layers, ...] on the host; None for a dense model: nothing.
-        record: its `metrics.routing_record`.
+        record: its `records.routing_record`.
     """
     if stats is None:
         return {}

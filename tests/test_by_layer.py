@@ -24,18 +24,20 @@ from moejax.flops import active_counts, active_experts, flops_per_token, paramet
 from moejax.loop import train
 from moejax.loss import auxiliary_loss, auxiliary_part, layer_terms, microbatch_balance, totals
 from moejax.mesh import make_mesh
-from moejax.metrics import load_image, read_metrics, relative_load, routing_record, state_record
+from moejax.metrics import read_metrics
 from moejax.model import LayerRouting, Run
 from moejax.moe import MoE
 from moejax.moe_config import MoEConfig
 from moejax.overrides import apply_overrides
 from moejax.plots import _binned_load, plot_expert_load
+from moejax.records import relative_load, routing_record, state_record
 from moejax.replay import load_choices, save_choices
 from moejax.router_state import hash_table, initial_router_state, update_router_state
 from moejax.router_stats import RouterStats, of_stack
 from moejax.sharding import path_name
 from moejax.state import model_graph, split_model
 from moejax.step import parameter_group
+from moejax.tensorboard import load_image
 from moejax.traffic import TRANSPORTS, buffer_rows, exchange_bytes
 from moejax.workdir import checkpoint_steps
 

@@ -15,7 +15,8 @@ ORDER = [
     *("errors", "foreign", "moe_config", "skip_list", "watch_config", "config", "overrides"),
     *("workdir", "command_line", "events", "manifest", "store", "lock", "ledger", "supervisor"),
     *("tokenizer", "token_file", "corpus", "data", "prepare", "eval_data", "eval_series"),
-    *("parameters", "topology", "hlo", "flops", "metrics", "progress", "plots"),
+    *("parameters", "topology", "hlo", "flops", "metrics", "records"),
+    *("tensorboard", "metric_writer", "progress", "plots"),
     *("atlas", "tallies", "atlas_show", "fsck"),
     *("compare", "scaling", "compare_report", "wandb_board", "report_page", "report"),
     *("cluster", "lifeline", "preemption", "environment", "watchdog"),
@@ -150,8 +151,8 @@ def test_replication_is_checked_in_every_shard_map():
         assert not {"check_vma", "check_rep"} & {keyword.arg for keyword in call.keywords}
 
 
-NO_JAX = ["config", "moe_config", "parameters", "topology", "flops", "overrides", "metrics", "cli"]
-NO_JAX += ["supervisor", "sweep"]
+NO_JAX = ["config", "moe_config", "parameters", "topology", "flops", "overrides", "cli"]
+NO_JAX += ["metric_writer", "supervisor", "sweep"]
 
 
 @pytest.mark.parametrize("module", ["moejax", *(f"moejax.{name}" for name in NO_JAX)])

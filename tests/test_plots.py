@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from moejax.metrics import layer_summary
 from moejax.plots import _binned_load, _smooth, plot_expert_load, plot_loss
+from moejax.records import layer_summary
 
 
 def _records(layers, experts, number, *, dead=()):

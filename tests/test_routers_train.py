@@ -10,9 +10,10 @@ import pytest
 from moejax.corpus import load_corpus
 from moejax.data import TrainBatches
 from moejax.evaluate import dropless, make_eval_step, with_moe
-from moejax.metrics import encode_record, loss_record, routing_record, state_record
+from moejax.metrics import encode_record
 from moejax.optim import make_optimizer
 from moejax.overrides import load_config
+from moejax.records import loss_record, routing_record, state_record
 from moejax.sharding import place_batch
 from moejax.state import initial_state
 from moejax.step import make_train_step

@@ -11,7 +11,8 @@ import pytest
 from test_resume import ROOT, SMALL
 
 from moejax.config import Config, ConfigError
-from moejax.metrics import MetricWriter, board_scalars, read_metrics
+from moejax.metric_writer import MetricWriter
+from moejax.metrics import read_metrics
 from moejax.store import start_run
 from moejax.wandb_board import WandbBoard
 from moejax.workdir import open_workdir
@@ -23,7 +24,7 @@ BLOCK, HEADER = 32768, 7  # of the log format of LevelDB, which .wandb files hav
 LOGS = """
 import sys
 from pathlib import Path
-from moejax.metrics import MetricWriter
+from moejax.metric_writer import MetricWriter
 from moejax.wandb_board import WandbBoard
 from moejax.workdir import read_config
 
@@ -134,17 +135,6 @@ def test_what_fails_later_is_off_and_stops_nothing(tmp_path, caplog):
             writer.write({"step": step, "split": "train", "loss": 1.0})
     assert caplog.text.count("Weights & Biases is off from here on: OSError('gone')") == 1
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 2
-
-
-def test_names_are_those_of_tensorboard():
-    record = {"step": 3, "split": "eval", "loss": 2.0, "max_violation": [0.5, 1.0]}
-    record["domains"] = {"en": {"loss": 1.0}}
-    assert board_scalars(record) == {
-        "eval/loss": 2.0,
-        "eval/max_violation/layer_00": 0.5,
-        "eval/max_violation/layer_01": 1.0,
-        "eval/domains/en/loss": 1.0,
-    }
 
 
 @needs_wandb

@@ -27,10 +27,10 @@ from moejax.claims.tasks import MarkovTask
 from moejax.config import Config
 from moejax.loss import token_losses
 from moejax.mesh import single_device_mesh
-from moejax.metrics import layer_summary
 from moejax.model import LayerRouting, layer_inputs
 from moejax.optim import make_optimizer
 from moejax.overrides import config_values, value_difference
+from moejax.records import layer_summary
 from moejax.router_state import initial_router_state
 from moejax.routing import route
 from moejax.sharding import path_name
