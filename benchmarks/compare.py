@@ -18,8 +18,9 @@ from statistics import mean
 
 from common import Row, arguments, report
 
-from moejax.compare import Arm, Run, load_run, relative_cost
+from moejax.compare import Arm, relative_cost
 from moejax.compare_report import SIZES, plot_curves
+from moejax.compare_runs import Run, load_run
 from moejax.config import Config
 from moejax.metrics import read_metrics
 from moejax.overrides import load_config

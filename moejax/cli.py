@@ -221,7 +221,7 @@ def _fsck(line: Line) -> int:
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
-    from moejax.compare import AXES, METRICS
+    from moejax.compare_runs import AXES, METRICS
 
     help = "what is equal where runs are compared (default: tokens)"
     add_option(parser, "--by", help, choices=tuple(AXES), default="tokens")

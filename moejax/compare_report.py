@@ -16,21 +16,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from moejax import scaling
-from moejax.compare import (
-    AXES,
-    Arm,
-    Comparison,
-    Ratio,
-    Run,
-    Versus,
-    compare,
-    mean_cost_to_reach,
-    spread,
-)
+from moejax.compare import Arm, Comparison, Ratio, Versus, compare, mean_cost_to_reach
+from moejax.compare_runs import AXES, Run
 from moejax.config import ConfigError
 from moejax.flops import active_parameters, flops_per_token, total_parameters
 from moejax.overrides import config_values
 from moejax.progress import printable
+from moejax.significance import spread
 
 HEADS = {"tokens": "tokens", "seconds": "seconds", "flops": "FLOPs"}
 CURVES, SCALING, PAGE, RUNS = "compare.png", "scaling.png", "compare.md", "runs.csv"
@@ -74,8 +66,8 @@ def run_compare(
 
     Args:
         paths: workdirs, sweeps, or folders of workdirs.
-        axis: one of compare.AXES, on which cost is equal.
-        metric: one of compare.METRICS.
+        axis: one of compare_runs.AXES, on which cost is equal.
+        metric: one of compare_runs.METRICS.
         reach: a loss, to which costs are told; None tells none.
         fits: whether a scaling law is fitted.
 

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moejax.compare import Comparison, Run
+from moejax.compare import Comparison
+from moejax.compare_runs import Run
 from moejax.config import Config, ConfigError
 from moejax.flops import active_counts, parameter_counts
 

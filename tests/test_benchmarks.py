@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from test_compare import QUICKSTART, recorded_runs
 
-from moejax.compare import Arm, load_run
+from moejax.compare import Arm
+from moejax.compare_runs import load_run
 from moejax.config import Config
 from moejax.overrides import apply_overrides
 from moejax.workdir import open_workdir

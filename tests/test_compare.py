@@ -1,26 +1,20 @@
 """`moejax compare`: runs that are written by hand, and the recorded runs of docs/quickstart.md."""
 
-import csv
-import json
 import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-import scipy.stats
-from PIL import Image
-from tensorboardX.proto import event_pb2, plugin_hparams_pb2
+from test_compare_runs import runs_of, write_run
 
 from moejax import compare as c
 from moejax.cli import main
-from moejax.config import Config, ConfigError
+from moejax.compare_runs import load_runs
 from moejax.flops import flops_per_token
-from moejax.overrides import apply_overrides, load_config
-from moejax.store import Store, start_run
-from moejax.workdir import CHECKPOINTS, COMMITTED, open_workdir
+from moejax.overrides import load_config
+from moejax.workdir import open_workdir
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "tests" / "data" / "quickstart"
@@ -53,40 +47,6 @@ def recorded_runs(folder, files=CONFIGS, words=("train.steps=900", "moe.capacity
         config = load_config(str(ROOT / files[arm]), [*own, *words])
         workdir = open_workdir(folder / file.stem, config)
         (workdir / "metrics.jsonl").write_text(file.read_text())
-
-
-def write_run(path, losses, *words, tokens=100, seconds=1.0, steps=None):
-    """A run that is evaluated every 10 of its steps, each of so many tokens and seconds."""
-    words = [f"train.steps={steps or 10 * len(losses)}", *words]
-    workdir = open_workdir(path, apply_overrides(Config(), words))
-    records = []
-    for index, loss in enumerate(losses, start=1):
-        step = {"step": 10 * index, "tokens_seen": 10 * tokens * index}
-        speed = {"step_seconds": seconds, "tokens_per_second": tokens / seconds}
-        records.append({**step, "split": "train", "loss": loss, **speed})
-        bits = None if loss is None else 2 * loss
-        records.append({**step, "split": "eval", "loss": loss, "bits_per_byte": bits})
-    write_lines(workdir, records)
-    return workdir
-
-
-def write_lines(workdir, records):
-    (workdir / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records))
-
-
-def with_text(workdir, text):
-    """Gives a workdir a checkpoint whose manifest names its validation text."""
-    store = Store(workdir / CHECKPOINTS, start_run(workdir))
-    folder = store.begin(10)
-    (folder / "model").mkdir(parents=True)
-    (folder / "model" / "data").write_bytes(b"numbers")
-    (folder / COMMITTED).write_text("")
-    store.seal(10, {}, {}, {"validation": text})
-    return workdir
-
-
-def runs_of(*workdirs):
-    return [c.load_run(workdir) for workdir in workdirs]
 
 
 # The quickstart
@@ -137,15 +97,6 @@ def test_it_needs_no_jax_and_no_second(tmp_path):
 # Arithmetic, by hand
 
 
-def test_seconds_are_those_of_steps(tmp_path):
-    """Nothing for the step that compiles; then each line's pace, or the one before."""
-    lines = [(1, None), (10, 2.0), (20, 4.0), (30, None), (40, 1.0)]
-    records = [{"step": s, "split": "train", "step_seconds": seconds} for s, seconds in lines]
-    # 9 steps of 2 s, 10 of 4, 10 of which only the 4 before is known, 10 of 1
-    seconds_n = c.seconds_at(records, np.array([1, 10, 15, 20, 30, 40, 45]))
-    np.testing.assert_allclose(seconds_n, [0, 18, 38, 58, 98, 108, 113])
-
-
 def test_cost_and_loss_between_evaluations(tmp_path):
     (run,) = runs_of(write_run(tmp_path / "a", [4.0, 3.0, 2.0], tokens=50, seconds=2.0))
     assert c.cost_to_reach(run, "tokens", 2.5) == pytest.approx(1250)
@@ -173,21 +124,6 @@ def test_relative_cost_is_paired_by_seed(tmp_path):
     assert c.relative_cost(alone, b, "tokens") == c.Ratio(pytest.approx(1.0), 1, 1)
 
 
-def test_significance_is_that_of_scipy_stats():
-    a, b = [1.51, 1.53, 1.49], [1.57, 1.56, 1.54, 1.58]
-    oracle = scipy.stats.ttest_ind(a, b, equal_var=False)
-    interval, p = c.welch(a, b)
-    assert p == pytest.approx(oracle.pvalue)
-    low, high = oracle.confidence_interval(0.95)
-    assert interval == pytest.approx((high - low) / 2)
-    pairs = [x - y for x, y in zip(a, b, strict=False)]
-    assert c.paired(pairs) == pytest.approx(scipy.stats.ttest_rel(a, b[:3]).pvalue)
-    assert c.welch([1.0], b) == (None, None)
-    assert c.welch([1.0, 1.0], [2.0, 2.0]) == (None, None)  # nothing varies: no test
-    assert c.welch([1.0, math.nan], b) == (None, None)
-    assert c.paired([0.1]) is None
-
-
 def test_runs_of_other_lengths_are_compared_where_both_have_been(tmp_path):
     write_run(tmp_path / "short", [3.0, 2.5])
     write_run(tmp_path / "long", [3.2, 2.4, 1.9, 1.5])
@@ -204,51 +140,6 @@ def test_by_seconds(tmp_path):
     row = c.compare([tmp_path / "slow", tmp_path / "fast"], "seconds").versus[0]
     assert row.budget == 30
     assert row.difference == pytest.approx(-0.5)  # 2.5, where the slow one still has 3.0
-
-
-# What runs look like while they live
-
-
-def test_of_steps_that_were_done_again_the_last_line_counts(tmp_path):
-    workdir = write_run(tmp_path / "a", [4.0, 3.0, 2.0])
-    file = workdir / "metrics.jsonl"
-    again = {"step": 20, "split": "train", "tokens_seen": 2000, "step_seconds": 5.0}
-    evaluated = {"step": 20, "split": "eval", "tokens_seen": 2000, "loss": 2.9}
-    with open(file, "a") as stream:
-        stream.write(f"{json.dumps(again)}\n{json.dumps(evaluated)}\n" + '{"step": 30, "spl')
-    (run,) = runs_of(workdir)
-    assert run.step_n.tolist() == [10, 20]
-    assert run.loss_n.tolist() == [4.0, 2.9]
-    assert run.cost("seconds") == 10 + 50
-    assert not run.complete
-
-
-def test_a_run_in_training_is_told_as_such(tmp_path, capsys):
-    write_run(tmp_path / "a", [3.0, 2.0])
-    write_run(tmp_path / "b", [3.0, 2.2], steps=100)
-    assert main(["compare", str(tmp_path)]) == 0
-    shown = capsys.readouterr().out
-    assert "20 of 100" in shown
-    assert "note: not complete: " in shown
-
-
-def test_a_loss_that_is_not_finite_is_last_and_says_so(tmp_path, capsys):
-    write_run(tmp_path / "a", [3.0, None])
-    write_run(tmp_path / "b", [3.0, 2.0], "optim.learning_rate=0.1")
-    assert main(["compare", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"\n b .*\n a .*not finite", shown)
-    assert "note: the last loss is not finite: " in shown
-
-
-def test_forced_routing_and_other_evaluations_are_noted(tmp_path):
-    write_run(tmp_path / "a", [3.0, 2.0])
-    forced = write_run(tmp_path / "b", [3.0], "eval.batches=3")
-    evaluated = {"step": 10, "split": "eval", "tokens_seen": 1, "loss": 1.0}
-    write_lines(forced, [{**evaluated, "forced_routing": "balanced"}])
-    notes = c.compare([tmp_path]).notes
-    assert any("routing was forced" in note for note in notes)
-    assert any("different numbers of tokens" in note for note in notes)
 
 
 # Arms
@@ -281,7 +172,7 @@ def test_equal_runs_are_told_apart_by_where_they_were_found(tmp_path):
     assert "after" in found.arms[1].name
     assert list(found.versus[0].by_seed.values()) == pytest.approx([-0.1, -0.1])
     one = tmp_path / "before" / "s0"
-    assert len(c.load_runs([one, one, tmp_path / "before"])[0]) == 2  # each once
+    assert len(load_runs([one, one, tmp_path / "before"])[0]) == 2  # each once
     copies = c.arms(runs_of(one, tmp_path / "after" / "s0"))
     assert len(copies) == 2
 
@@ -295,184 +186,3 @@ def test_the_first_path_is_what_others_are_held_against(tmp_path):
     assert [arm.loss for arm in found.arms] == [2.5, 2.1, 2.2, 2.9]
     found = c.compare([tmp_path / "sweep", tmp_path / "base"])
     assert [arm.loss for arm in found.arms] == [2.1, 2.2, 2.9, 2.5]
-
-
-# What cannot be compared
-
-
-def test_what_is_no_run_is_refused(tmp_path, capsys):
-    run = str(write_run(tmp_path / "a", [3.0, 2.0]))
-    (tmp_path / "empty").mkdir()
-    for words, error in (
-        ([], "no run to compare; give workdirs or sweeps"),
-        ([run], f"only one run to compare, {run}; give another workdir, or a sweep"),
-        ([run, str(tmp_path / "none")], "none does not exist; give a workdir"),
-        ([run, str(tmp_path / "empty")], "empty has no run in it; give a workdir"),
-        ([run, "--by", "hours"], "--by: invalid choice: 'hours'"),
-        ([run, run, "--reach", "-1"], "--reach: '-1' is not a number above 0"),
-    ):
-        assert main(["compare", *words]) == 2
-        assert error in capsys.readouterr().err
-
-
-def test_a_run_without_metrics_is_refused_where_it_is_named(tmp_path):
-    a = write_run(tmp_path / "a", [3.0, 2.0])
-    b = write_run(tmp_path / "b", [3.0, 2.2], "optim.learning_rate=0.1")
-    new = open_workdir(tmp_path / "new", Config())
-    with pytest.raises(ConfigError, match=r"new has no metrics yet; train it .*, or leave it out"):
-        c.compare([a, new])
-    train = {"step": 7, "split": "train", "tokens_seen": 1, "loss": 1.0}
-    write_lines(new, [train])
-    message = "not evaluated up to step 7, with eval.every=100 and train.steps=1000; wait for it"
-    with pytest.raises(ConfigError, match=message):
-        c.compare([a, new])
-    (tmp_path / "two").mkdir()
-    for workdir in (a, new):
-        (tmp_path / "two" / workdir.name).symlink_to(workdir)
-    with pytest.raises(
-        ConfigError, match=r"only one run to compare, .*two/a \(left out: .*new was"
-    ):
-        c.compare([tmp_path / "two"])
-    found = c.compare([tmp_path])  # in a folder it may be a trial that failed
-    assert len(found.runs) == 2
-    assert any(note.startswith(f"left out: {new} was not evaluated") for note in found.notes)
-    with pytest.raises(ConfigError, match="has no loss_at_capacity; give another --metric"):
-        c.compare([a, b], metric="loss_at_capacity")
-    for workdir in (a, b):
-        (workdir / "metrics.jsonl").unlink()
-    with pytest.raises(ConfigError, match=r"no run under .* can be compared: left out: .*no met"):
-        c.compare([tmp_path])
-
-
-def test_a_damaged_line_is_refused(tmp_path):
-    workdir = write_run(tmp_path / "a", [3.0, 2.0])
-    lines = (workdir / "metrics.jsonl").read_text()
-    (workdir / "metrics.jsonl").write_text("{broken\n" + lines)
-    with pytest.raises(ConfigError, match=r"line 1 is not a record .*; delete that line"):
-        c.load_run(workdir)
-
-
-def test_another_vocabulary_is_refused(tmp_path):
-    write_run(tmp_path / "a", [3.0, 2.0])
-    write_run(tmp_path / "b", [3.0, 2.0], "data.tokenizer=x.json", "model.vocab_size=999")
-    message = r"another vocabulary \(data.tokenizer 'bytes' and 'x.json', model.vocab_size 264 and"
-    with pytest.raises(ConfigError, match=f"{message} 999.*compare --metric bits_per_byte"):
-        c.compare([tmp_path])
-    found = c.compare([tmp_path], metric="bits_per_byte")
-    assert found.arms[0].loss == 4.0
-    with_text(tmp_path / "a", "1")
-    found = c.compare([tmp_path], metric="bits_per_byte")
-    assert any("that the text is the same is on you" in note for note in found.notes)
-
-
-def test_another_text_is_refused(tmp_path):
-    """By the fingerprint where checkpoints tell, whatever the paths say; else by the paths."""
-    prepared = ("data.source=prepared", "data.path=there")
-    a = with_text(write_run(tmp_path / "a", [3.0, 2.0]), "1" * 64)
-    b = with_text(write_run(tmp_path / "b", [3.0, 2.5], "optim.learning_rate=0.1"), "2" * 64)
-    with pytest.raises(
-        ConfigError, match=r"another text \(fingerprints 111111111111 and 22.*same Python where"
-    ):
-        c.compare([a, b])
-    same = with_text(write_run(tmp_path / "same", [3.0, 2.0], *prepared), "1" * 64)
-    assert not [n for n in c.compare([a, same]).notes if "text" in n]
-    new = write_run(tmp_path / "new", [3.0, 2.0], *prepared)
-    with pytest.raises(
-        ConfigError, match=r"another text \(data.source 'embedded' and 'prepared', data.path None"
-    ):
-        c.compare([a, new])
-    assert any("which text was evaluated" in note for note in c.compare([same, new]).notes)
-
-
-# What is written
-
-
-@pytest.fixture
-def written(tmp_path):
-    """The folder that `--output` wrote for two arms, one of two seeds."""
-    runs = tmp_path / "runs"
-    for seed in (0, 1):
-        write_run(runs / f"a|[red]_seed{seed}", [3.0, 2.0 + seed / 8], f"seed={seed}")
-    write_run(runs / "b", [3.0, 2.5], "moe.num_experts_by_layer=(4, 8, 4, 8)", "moe.top_k=3")
-    words = ["--reach", "2.75", "--output", str(tmp_path / "out"), "--csv", str(tmp_path / "x.csv")]
-    assert main(["compare", str(runs), *words]) == 0
-    return tmp_path / "out"
-
-
-def test_csv_has_a_row_a_run_with_all_digits(written, tmp_path):
-    text = (written / "runs.csv").read_text()
-    assert (tmp_path / "x.csv").read_text() == text
-    rows = list(csv.DictReader(text.splitlines()))
-    assert [row["seed"] for row in rows] == ["0", "1", "0"]
-    assert [float(row["loss"]) for row in rows] == [2.0, 2.125, 2.5]
-    assert rows[0]["arm"] == "a|[red]"
-    assert rows[2]["moe.num_experts_by_layer"] == "(4, 8, 4, 8)"
-    assert float(rows[0]["tokens"]) == 2000
-
-
-def test_markdown_is_escaped_and_has_the_pictures(written):
-    text = (written / "compare.md").read_text()
-    assert r"a\|\[red\]" in text
-    assert "| b | 1k to" not in text
-    row = next(line for line in text.splitlines() if line.startswith("| b | 1.5k"))
-    assert row.startswith("| b | 1.5k | 15 |")  # 2.75, half way from 3.0 to 2.5
-    assert "![compare](compare.png)" in text
-    with Image.open(written / "compare.png") as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    blue = np.abs(pixels - [0x1F, 0x77, 0xB4]).max(axis=-1) < 60
-    orange = np.abs(pixels - [0xFF, 0x7F, 0x0E]).max(axis=-1) < 60
-    assert blue.sum() > 200
-    assert orange.sum() > 200
-
-
-def _events(folder):
-    (file,) = folder.glob("events*")
-    content, at, events = file.read_bytes(), 0, []
-    while at < len(content):
-        size = int.from_bytes(content[at : at + 8], "little")
-        events.append(event_pb2.Event.FromString(content[at + 12 : at + 12 + size]))
-        at += 16 + size
-    return events
-
-
-def test_tensorboard_has_curves_and_hparams(written):
-    folders = sorted((written / "tensorboard").iterdir())
-    assert [folder.name for folder in folders] == ["00_a_red_seed0", "00_a_red_seed1", "01_b_seed0"]
-    values = [v for event in _events(folders[2]) for v in event.summary.value]
-    numbers = {v.tag: v.simple_value for v in values}
-    assert numbers["last/loss"] == 2.5
-    assert numbers["last/tokens"] == 2000
-    steps = [
-        (event.step, value.simple_value)
-        for event in _events(folders[2])
-        for value in event.summary.value
-        if value.tag == "loss_by/seconds"
-    ]
-    assert steps == [(10, 3.0), (20, 2.5)]
-    start = next(v for v in values if v.tag == "_hparams_/session_start_info")
-    data = plugin_hparams_pb2.HParamsPluginData.FromString(start.metadata.plugin_data.content)
-    hparams = data.session_start_info.hparams
-    assert hparams["moe.top_k"].number_value == 3
-    assert hparams["moe.num_experts_by_layer"].string_value == "(4, 8, 4, 8)"
-    assert set(hparams) == {"seed", "moe.top_k", "moe.num_experts_by_layer"}
-
-
-def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
-    write_run(tmp_path / "a", [3.0, 2.0])
-    write_run(tmp_path / "b", [3.0, 2.0], "seed=1")
-    (tmp_path / "file").touch()
-    assert main(["compare", str(tmp_path), "--output", str(tmp_path / "file" / "out")]) == 2
-    assert "give another file or folder" in capsys.readouterr().err
-
-
-def test_many_arms_are_rows_and_only_the_best_have_a_colour(tmp_path, capsys):
-    for index in range(12):
-        words = f"optim.learning_rate={0.001 * (index + 1)}"
-        write_run(tmp_path / "trials" / f"{index:03d}", [3.0, 2.0 + index / 10], words)
-    assert main(["compare", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
-    shown = capsys.readouterr().out
-    assert re.search(r"arm +optim.learning_rate *\n optim.learning_rate=0.001 +0.001", shown)
-    with Image.open(tmp_path / "out" / "compare.png") as image:
-        pixels = np.asarray(image.convert("RGB")).astype(int)
-    grey = np.abs(pixels - [0xBB, 0xBB, 0xBB]).max(axis=-1) < 12
-    assert grey.sum() > 100

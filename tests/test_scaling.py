@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 from PIL import Image
-from test_compare import write_run
+from test_compare_runs import write_run
 
 from moejax import scaling
 from moejax.cli import main
