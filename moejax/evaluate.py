@@ -33,6 +33,7 @@ from moejax.records import loss_record, routing_record
 from moejax.router_stats import RouterStats
 from moejax.sharding import place_batch, replicated
 from moejax.state import abstract_state, model_graph, require_room
+from moejax.together import compiled_together, wait_for_all
 from moejax.tokenizer import load_tokenizer
 
 log = logging.getLogger("moejax")
@@ -106,7 +107,7 @@ def eval_steps(config: Config, mesh: Mesh, num_domains: int) -> dict[str, Callab
     if config.num_moe_layers and config.moe.takes_capacity:
         modes["capacity"] = at_eval_capacity(config.moe)
     return {
-        name: make_eval_step(with_moe(config, moe), mesh, bytes_v, num_domains)
+        name: compiled_together(make_eval_step(with_moe(config, moe), mesh, bytes_v, num_domains))
         for name, moe in modes.items()
     }
 
@@ -144,6 +145,7 @@ class Evaluator:
         batch = self._place(0)
         for name, step in self.steps.items():
             self.steps[name] = step.lower(params, router_state, batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
+        wait_for_all()
         return time.monotonic() - begun
 
     @property

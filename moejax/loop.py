@@ -51,6 +51,7 @@ from moejax.sharding import place_batch
 from moejax.skip_list import SkipList, resumed_list
 from moejax.state import initial_state, require_room
 from moejax.step import StepMetrics, make_train_step
+from moejax.together import compiled_together
 from moejax.wandb_board import WandbBoard
 from moejax.watch import Finding, findings_of_router, findings_of_step, router_health
 from moejax.watchdog import Watchdog
@@ -186,7 +187,9 @@ class Training:
         watch, again = config.watch, None
         if watch.recompute_every is not None:
             again, _ = make_train_step(config, mesh, donate=False)
-        self.comparisons = Comparisons(watch, mesh, self.abstract, step_function, again)
+            again = compiled_together(again)
+        together = compiled_together(step_function)
+        self.comparisons = Comparisons(watch, mesh, self.abstract, together, again)
         self.counters = dict.fromkeys(COUNTERS, 0)
         self.skip_list, self.streaks = SkipList.parse(watch.skip_batches), {}
         self.rollbacks: dict[int, int] = {}

@@ -252,7 +252,7 @@ def spoil(file: Path, outside: Path, kind: str, seed: int, value: Any) -> None:
     content = bytearray(file.read_bytes() if file.exists() else b"")
     file.write_bytes(_spoilt(content, kind, chosen, value))
     if kind == "huge":
-        os.truncate(file, 1 << chosen.randrange(30, 43))
+        os.truncate(file, 1 << chosen.randrange(31, 43))  # 1 GiB is text to read
     if kind == "name":
         name = chosen.choice(["\x1b[2J", "[red]", "x" * 200, "-", "\udcff", "a\nb", "0" * 50])
         file.rename(file.with_name(name + file.suffix))

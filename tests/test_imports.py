@@ -20,7 +20,7 @@ ORDER = [
     *("atlas", "tallies", "atlas_show", "fsck"),
     *("significance", "compare_runs", "compare", "scaling", "compare_report"),
     *("wandb_board", "report_page", "report"),
-    *("cluster", "lifeline", "preemption", "environment", "watchdog"),
+    *("cluster", "together", "lifeline", "preemption", "environment", "watchdog"),
     *("mesh", "sharding", "dispatch", "router_logits", "selection", "routing"),
     *("router_stats", "router_state", "assign", "exchange", "rounds", "experts", "free_experts"),
     *(

@@ -38,6 +38,19 @@ loop.Prefetch.__next__ = slower
 """
 STUCK = SLEEPS.format(when="len(calls) == 6", seconds=600) + START
 SLOW = SLEEPS.format(when="len(calls) > 1", seconds=0.3) + START
+# process 1 compiles the step for longer than gloo waits for another
+COMPILES_LONG = """
+import os, sys, time
+from jax._src import compiler
+compiles = compiler.compile_or_get_cached
+def slower(backend, computation, *more, **named):
+    name = str(computation.operation.attributes["sym_name"])
+    if os.environ["JAX_PROCESS_ID"] == "1" and "without_gradients" in name:
+        print("compiles long", file=sys.stderr)
+        time.sleep(40)
+    return compiles(backend, computation, *more, **named)
+compiler.compile_or_get_cached = slower
+"""
 ORDERLY = "import contextlib; from moejax import loop\n"
 ORDERLY += f"loop.leaving_at_once = loop.lifeline = contextlib.nullcontext; {START}"
 
@@ -161,3 +174,19 @@ def test_ctrl_c_to_one_saves_on_both(port, tmp_path):
         assert [process.returncode for process in both] == [75, 130]
         assert "saved at step" in said_by(both[0])
     assert os.listdir(tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("protected", [True, False])
+def test_one_that_compiles_longer_than_gloo_waits(port, tmp_path, protected):
+    """All wait until it has compiled; the harm without: the run ends."""
+    alone = "" if protected else "from moejax import loop\nloop.compiled_together = lambda x: x\n"
+    words = ["train.steps=3", "eval.every=None"]
+    with two_processes(port, tmp_path, *words, code=f"{COMPILES_LONG}{alone}{START}") as both:
+        seconds_until_ended(*both, limit=240)
+        assert "compiles long" in said_by(both[1])
+        if protected:
+            assert [process.returncode for process in both] == [0, 0], said_by(both[0])
+            assert steps_done(tmp_path) == 3
+        else:
+            assert both[0].returncode in (69, -signal.SIGABRT)
+            assert steps_done(tmp_path) == 0
