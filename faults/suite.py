@@ -9,6 +9,7 @@ from pathlib import Path
 
 from faults.bench import ROOT, Broken, Outcome, expect
 from faults.size import EXAMPLES
+from moejax.workdir import write_atomically
 
 FILE_SECONDS = 1500.0
 
@@ -17,12 +18,15 @@ class Suite:
     """Outcomes of the tests that were run in this session.
 
     Args:
-        file: JSON lines, of tests that have ended; what is in it is not run again.
+        file: JSON lines, of tests that have ended; those that did not fail are not run again.
         tests: `test_lock.test_name` of all rows, which are run together, a file at a time.
     """
 
     def __init__(self, file: Path, tests: list[str]):
         self._file, self._tests = file, sorted(set(tests))
+        passed = [line for line in self._lines() if line["outcome"] != "failed"]
+        if file.exists():
+            write_atomically(file, "".join(f"{json.dumps(line)}\n" for line in passed))
         self._locks = {name.split(".")[0]: threading.Lock() for name in self._tests}
 
     def outcome(self, names: tuple[str, ...]) -> Outcome:
@@ -74,14 +78,13 @@ class Suite:
 
     def _of(self, name: str) -> list[dict]:
         """The outcomes of a test, one for each of its parameters."""
+        own = (e for e in self._lines() if e["test"].partition("[")[0] == node_id(name))
+        return list({entry["test"]: entry for entry in own}.values())
+
+    def _lines(self) -> list[dict]:
         if not self._file.exists():
             return []
-        lines = {}
-        for line in self._file.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            if entry["test"].partition("[")[0] == node_id(name):
-                lines[entry["test"]] = entry
-        return list(lines.values())
+        return list(map(json.loads, self._file.read_text(encoding="utf-8").splitlines()))
 
 
 def node_id(name: str) -> str:

@@ -4,12 +4,13 @@ import ast
 import json
 import random
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from faults import __main__ as harness
-from faults import bench, page, restores
+from faults import bench, page, restores, suite
 from faults.bench import Bench, Broken, Outcome
 from faults.results import Results
 from faults.size import EXAMPLES, SIZES
@@ -166,9 +167,11 @@ def test_a_row_of_tests_is_what_became_of_them(tmp_path):
     file = tmp_path / "tests.jsonl"
 
     def outcome(*lines: tuple[str, str]) -> Outcome:
+        file.unlink(missing_ok=True)
+        made = Suite(file, ["test_a.test_x"])
         text = [json.dumps({"test": t, "outcome": o, "why": ""}) for t, o in lines]
         file.write_text("\n".join(text))
-        return Suite(file, ["test_a.test_x"]).outcome(("test_a.test_x",))
+        return made.outcome(("test_a.test_x",))
 
     name = "tests/test_a.py::test_x"
     assert outcome((f"{name}[1]", "passed"), (f"{name}[2]", "skipped")).seen == (
@@ -180,6 +183,27 @@ def test_a_row_of_tests_is_what_became_of_them(tmp_path):
         outcome((f"{name}[1]", "passed"), (f"{name}[2]", "failed"))
     with pytest.raises(Broken, match="pytest ended with 4"):
         outcome()
+
+
+def test_a_test_that_failed_is_run_again_by_the_next_harness(tmp_path, monkeypatch):
+    file, asked = tmp_path / "tests.jsonl", []
+    lines = [("tests/test_a.py::test_x", "failed"), ("tests/test_a.py::test_y", "passed")]
+    file.write_text(
+        "".join(json.dumps({"test": t, "outcome": o, "why": ""}) + "\n" for t, o in lines)
+    )
+
+    def run(words, **_):
+        asked.extend(words[words.index("slow or not slow") + 1 :])
+        with open(file, "a") as stream:
+            stream.writelines(
+                json.dumps({"test": test, "outcome": "passed", "why": ""}) + "\n" for test in asked
+            )
+        return subprocess.CompletedProcess(words, 0, "")
+
+    monkeypatch.setattr(suite.subprocess, "run", run)
+    both = ("test_a.test_x", "test_a.test_y")
+    assert Suite(file, [*both]).outcome(both).seen == "2 tests passed"
+    assert asked == ["tests/test_a.py::test_x"]
 
 
 def test_results_are_read_back(tmp_path):
