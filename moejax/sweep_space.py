@@ -11,7 +11,7 @@ import itertools
 import json
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -32,6 +32,8 @@ from moejax.overrides import (
 FORMAT = 1  # of what `sweep_to_json` writes
 MOST_TRIALS = 100_000  # of a list of points: more is a mistake
 TRIES = 1000  # points of an adaptive search that are looked at to find one that can be
+ROUNDS = 20  # in which constraints are solved in turn until all hold
+WIDEST = 1 << 20  # times `Equal.multiple`; a width that no config takes below is given up
 
 Point = dict[str, Any]  # by the name of what is varied: a value, or the name of a case
 Quantity = Literal["flops_per_token", "active_parameters", "total_parameters"]
@@ -240,7 +242,11 @@ def prepare(sweep: Sweep, folder: Path, overrides: Mapping[str, Any]) -> Prepare
 
 def varied_keys(sweep: Sweep) -> set[str]:
     """Returns the dotted keys that points, constraints and seeds set."""
-    found = {"seed", *(equal.solve for equal in sweep.equal)}
+    return {"seed", *(equal.solve for equal in sweep.equal), *_set_by_points(sweep)}
+
+
+def _set_by_points(sweep: Sweep) -> set[str]:
+    found = set()
     for name, values in ranges(sweep.space):
         if isinstance(values, Cases):
             found.update(key for case in values.cases.values() for key in case)
@@ -275,6 +281,9 @@ def _check_shape(sweep: Sweep) -> None:
                 f"conditions name {other!r}, which is not varied{suggest(other, names)}; varied "
                 f"are {', '.join(sorted(names))}",
             )
+        for other, values in wanted.items():
+            _check_wanted(sweep, name, other, values)
+    _check_order(sweep, names)
     known = [*MEASURED, *MEDIANS, *QUANTITIES]
     assert set(MEASURED + MEDIANS) <= set(FIELDS)
     for objective in sweep.objectives:
@@ -298,6 +307,52 @@ def _check_shape(sweep: Sweep) -> None:
     _check_adaptive(sweep)
     for equal in sweep.equal:
         _check_equal(equal)
+    _check_solved(sweep)
+
+
+def _check_wanted(sweep: Sweep, name: str, other: str, values: Any) -> None:
+    """Checks the values of `other` with which `name` is varied: one that never comes hides it."""
+    require(
+        isinstance(values, Sequence) and not isinstance(values, str) and len(values) > 0,
+        f"conditions of {name} want {other}={values!r}, which is no list of values; for example "
+        f"[{values!r}]",
+    )
+    domains = [domain for found, domain in ranges(sweep.space) if found == other]
+    if any(isinstance(domain, Between) for domain in domains):
+        return
+    there = [v for d in domains for v in choices(d, None if isinstance(d, Cases) else other)]
+    for value in values:
+        require(
+            value in there,
+            f"conditions of {name} want {other}={value!r}, which never comes; {other} has "
+            f"{', '.join(map(repr, there))}",
+        )
+
+
+def _check_order(sweep: Sweep, names: Collection[str]) -> None:
+    """Checks that some name can be varied first, and then the others one by one."""
+    left = set(names)
+    while ready := {n for n in left if not left & set(sweep.conditions.get(n, {}))}:
+        left -= ready
+    require(
+        not left,
+        f"conditions of {', '.join(sorted(left))} wait for one another; leave one of them out",
+    )
+
+
+def _check_solved(sweep: Sweep) -> None:
+    """Checks that each width has one source."""
+    solved = [equal.solve for equal in sweep.equal]
+    for name in solved:
+        require(
+            solved.count(name) == 1,
+            f"{name} is solved for by {solved.count(name)} constraints; solve each for another key",
+        )
+        require(
+            name not in _set_by_points(sweep),
+            f"{name} is solved for by a constraint and set by points of the sweep, whose values "
+            "would not count; leave it out of one",
+        )
 
 
 def _check_adaptive(sweep: Sweep) -> None:
@@ -433,7 +488,7 @@ def _check_runs(prepared: Prepared) -> None:
     generator, error = random.Random(0), None
     for _ in range(TRIES):
         try:
-            resolve(prepared, _draw(sweep, sweep.space.values, generator), sweep.seeds[0])
+            resolve(prepared, _held(sweep, _draw(sweep.space.values, generator)), sweep.seeds[0])
             return
         except ConfigError as found_error:
             error = found_error
@@ -445,7 +500,7 @@ def untried_point(prepared: Prepared, tried: Collection[str]) -> Point | None:
     sweep = prepared.sweep
     generator = random.Random(len(tried))
     for _ in range(TRIES):
-        point = _draw(sweep, sweep.space.values, generator)
+        point = _held(sweep, _draw(sweep.space.values, generator))
         if point_key(point) not in tried:
             with contextlib.suppress(ConfigError):
                 resolve(prepared, point, sweep.seeds[0])
@@ -487,7 +542,7 @@ def _points(sweep: Sweep, space: Any) -> Iterator[Point]:
     elif isinstance(space, Random):
         generator = random.Random(space.seed)
         for _ in range(space.trials):
-            yield _draw(sweep, space.values, generator)
+            yield _draw(space.values, generator)
     else:
         lists = [choices(values, name) for name, values in space.values.items()]
         rows = itertools.product(*lists) if isinstance(space, Grid) else zip(*lists, strict=True)
@@ -502,14 +557,15 @@ def choices(values: Any, name: str | None = None) -> list[Any]:
     return list(values) if name is None else [convert(v, find_key(name)) for v in values]
 
 
-def _draw(sweep: Sweep, values: Mapping[str, Any], generator: random.Random) -> Point:
+def _draw(values: Mapping[str, Any], generator: random.Random) -> Point:
+    """Returns a point of all names: a condition may look at another part of a product."""
     point = {}
     for name, domain in values.items():
         if isinstance(domain, Between):
             point[name] = _draw_between(domain, generator)
         else:
             point[name] = generator.choice(choices(domain, name))
-    return _held(sweep, point)
+    return point
 
 
 def _draw_between(domain: Between, generator: random.Random) -> float:
@@ -546,13 +602,13 @@ def resolve(prepared: Prepared, point: Mapping[str, Any], seed: int) -> Run:
     Raises:
         ConfigError: the values do not go together, or a constraint has no solution.
     """
-    sweep, solved = prepared.sweep, {}
+    sweep = prepared.sweep
     try:
         settings = {**_point_settings(sweep, point), "seed": seed}
-        for equal in sweep.equal if point else ():  # the base needs no solving: it is the measure
-            width = solve_width(prepared.base, {**settings, **solved}, equal)
-            solved[equal.solve] = width
+        # the base needs no solving: it is the measure
+        solved = _solve(prepared.base, settings, sweep.equal) if point else {}
         config = build_config({**prepared.base, **settings, **solved})
+        _check_measured(sweep, config)
     except ConfigError as error:
         raise ConfigError(f"{describe_point(point)}: {error}") from None
     return Run(config, {**settings, **solved}, solved)
@@ -574,19 +630,62 @@ def describe_point(point: Mapping[str, Any]) -> str:
     return " ".join(f"{name}={value_text(value)}" for name, value in point.items()) or "base"
 
 
+def _check_measured(sweep: Sweep, config: Config) -> None:
+    """Checks that evaluation gives the objectives: a training is not paid for to find out."""
+    routed = config.num_moe_layers > 0 and config.moe.takes_capacity
+    for objective in sweep.objectives:
+        require(
+            routed or not objective.name.endswith("_at_capacity"),
+            f"the objective {objective.name} is not measured with moe.router={config.moe.router} "
+            f"in {config.num_moe_layers} MoE layers, which takes no capacity; use loss, or leave "
+            "the point out",
+        )
+
+
+def _solve(
+    base: Mapping[str, Any], settings: Mapping[str, Any], equals: Sequence[Equal]
+) -> dict[str, int]:
+    """Returns the widths with which all constraints hold.
+
+    They are solved in turn, again and again: one width moves what another constraint holds.
+
+    Raises:
+        ConfigError: one has no solution, or together they have none.
+    """
+    solved: dict[str, int] = {}
+    for _ in range(ROUNDS):
+        for equal in equals:
+            others = {name: width for name, width in solved.items() if name != equal.solve}
+            solved[equal.solve] = solve_width(base, {**settings, **others}, equal)
+        config = build_config({**base, **settings, **solved})
+        off = [QUANTITIES[e.quantity](config) / _target(base, e) - 1 for e in equals]
+        if all(abs(x) <= equal.tolerance for x, equal in zip(off, equals, strict=True)):
+            return solved
+    told = ", ".join(f"{e.quantity} by {x:+.1%}" for x, e in zip(off, equals, strict=True))
+    raise ConfigError(
+        f"the constraints do not hold together: with {describe_point(solved)} they are off, "
+        f"{told}; solve for keys that move one quantity each, use larger tolerances, or leave the "
+        "point out"
+    )
+
+
+def _target(base: Mapping[str, Any], equal: Equal) -> float:
+    return QUANTITIES[equal.quantity](build_config(base)) if equal.to is None else equal.to
+
+
 def solve_width(base: Mapping[str, Any], settings: Mapping[str, Any], equal: Equal) -> int:
     """Returns the multiple of `equal.multiple` whose config comes nearest to the quantity asked.
 
     Raises:
         ConfigError: none is within the tolerance, or the quantity does not depend on the width.
     """
-    measure, unit = QUANTITIES[equal.quantity], equal.multiple
-    target = measure(build_config(base)) if equal.to is None else equal.to
+    measure, unit, target = QUANTITIES[equal.quantity], equal.multiple, _target(base, equal)
 
     def at(count: int) -> int:
         return measure(build_config({**base, **settings, equal.solve: count * unit}))
 
-    low, high = 1, 2
+    low = _least(at)
+    high = low + 1
     require(
         at(low) < at(high),
         f"{equal.quantity} does not depend on {equal.solve} here; solve for another width",
@@ -605,6 +704,33 @@ def solve_width(base: Mapping[str, Any], settings: Mapping[str, Any], equal: Equ
         "tolerance, a smaller multiple, or leave the point out",
     )
     return best * unit
+
+
+def _least(at: Callable[[int], int]) -> int:
+    """Returns the least count that a config takes: fewer experts than a token selects cannot be.
+
+    Raises:
+        ConfigError: of count 1, where none can be.
+    """
+
+    def refusal(count: int) -> ConfigError | None:
+        try:
+            at(count)
+        except ConfigError as error:
+            return error
+        return None
+
+    if (error := refusal(1)) is None:
+        return 1
+    below, least = 1, 2
+    while refusal(least) is not None:
+        below, least = least, 2 * least
+        if below >= WIDEST:
+            raise error
+    while least - below > 1:
+        middle = (below + least) // 2
+        below, least = (below, middle) if refusal(middle) is None else (middle, least)
+    return least
 
 
 # Words and JSON

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moejax.config import ConfigError
-from moejax.flops import flops_per_token, total_parameters
+from moejax.flops import active_parameters, flops_per_token, total_parameters
 from moejax.overrides import build_config, config_values, load_config, read_overrides
 from moejax.sweep_space import (
     Adaptive,
@@ -94,6 +94,19 @@ def test_conditions_leave_out_what_would_not_be_read():
         prepared(space)
 
 
+def test_conditions_may_look_at_another_part_of_a_product():
+    space = Product(
+        [
+            Grid({"moe.router": ["softmax", "sigmoid_bias"]}),
+            Random({"moe.bias_update_rate": Between(0.01, 0.1)}, 2),
+        ]
+    )
+    points = found(space, conditions={"moe.bias_update_rate": {"moe.router": ["sigmoid_bias"]}})
+    assert [sorted(point) for point in points] == [["moe.router"]] + 2 * [
+        ["moe.bias_update_rate", "moe.router"]
+    ]
+
+
 def test_random_points_are_those_of_their_seed_and_range():
     space = Random({RATE: Between(1e-4, 1e-1, log=True), K: Between(1, 4), EXPERTS: [4, 8]}, 200)
     drawn = found(space)
@@ -149,9 +162,45 @@ def test_equal_parameters_solve_for_the_nearest_multiple():
     assert off(width) < min(off(width - 8), off(width + 8))
 
 
+BOTH = (
+    Equal("active_parameters", multiple=1, tolerance=0.004),
+    Equal("total_parameters", "moe.num_experts", multiple=1, tolerance=0.03),
+)
+
+
+def test_constraints_hold_together(monkeypatch):
+    """More experts have more router weights, so the width moves again: both hold at the end."""
+    fields = {"fixed": {"mesh.expert": 1}, "equal": BOTH}
+    made = prepared(Grid({K: [3, 4]}), **fields)
+    base = build_config(made.base)
+    for point in points(made.sweep):
+        run = resolve(made, point, 0)
+        assert set(run.solved) == {"moe.expert_hidden", "moe.num_experts"}
+        for quantity, near in ((active_parameters, 0.004), (total_parameters, 0.03)):
+            assert quantity(run.config) == pytest.approx(quantity(base), rel=near)
+    assert run.solved["moe.num_experts"] > 16, "narrower ones"
+    monkeypatch.setattr("moejax.sweep_space.ROUNDS", 1)
+    message = r"top_k=4: the constraints do not hold together: with moe.expert_hidden=64 .*s by \+"
+    with pytest.raises(ConfigError, match=message):
+        prepared(Grid({K: [4]}), **fields)
+
+
+def test_the_number_of_experts_is_solved_for():
+    """From as many as a token selects: fewer are refused by the config, and are not looked at."""
+    made = prepared(
+        Grid({"moe.top_k": [2, 6], "moe.expert_hidden": [64]}),
+        fixed={"mesh.expert": 1},
+        equal=(Equal("total_parameters", "moe.num_experts", multiple=1, tolerance=0.05),),
+    )
+    # by hand: half the width, so twice the 16 experts, less what their router weights take
+    assert [resolve(made, p, 0).solved["moe.num_experts"] for p in points(made.sweep)] == [32, 32]
+
+
 # Refused before any trial
 
 
+BIAS = "moe.bias_update_rate"
+ROUTERS = {"moe.router": ["softmax", "sigmoid_bias"], BIAS: [0.01, 0.1]}
 BAD = [
     (Grid({"moe.num_expert": [1]}), {}, "unknown key 'moe.num_expert'; did you mean moe.num_exp"),
     (Grid({"moe": [1]}), {}, "moe is a section; set one of its keys"),
@@ -214,6 +263,37 @@ BAD = [
         Grid({K: [2]}),
         {"equal": (Equal("flops_per_token", "model.dense_hidden"),)},
         "does not depend on model.dense_hidden",
+    ),
+    (
+        Grid(ROUTERS),
+        {"conditions": {BIAS: {"moe.router": ["sigmoid_bais"]}}},
+        "want moe.router='sigmoid_bais', which never comes; moe.router has 'softmax', 'sigmoid_bi",
+    ),
+    (
+        Grid(ROUTERS),
+        {"conditions": {BIAS: {"moe.router": "sigmoid_bias"}}},
+        "want moe.router='sigmoid_bias', which is no list of values",
+    ),
+    (
+        Grid({K: [2, 4], EXPERTS: [8, 16]}),
+        {"conditions": {K: {EXPERTS: [8]}, EXPERTS: {K: [2]}}},
+        "conditions of moe.num_experts, moe.top_k wait for one another",
+    ),
+    (
+        Grid({"moe.expert_hidden": [64, 128]}),
+        {"equal": (Equal("flops_per_token"),)},
+        "moe.expert_hidden is solved for by a constraint and set by points",
+    ),
+    (
+        Grid({K: [2]}),
+        {"equal": (Equal("flops_per_token"), Equal("total_parameters"))},
+        "moe.expert_hidden is solved for by 2 constraints",
+    ),
+    (Grid({K: [99]}), {"equal": (Equal("flops_per_token"),)}, "top_k=99 is larger than moe.num"),
+    (
+        Grid({"moe.every": [None]}),
+        {"objectives": (Objective("loss_at_capacity"),)},
+        "loss_at_capacity is not measured with moe.router=softmax in 0 MoE layers",
     ),
 ]
 
