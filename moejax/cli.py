@@ -22,6 +22,7 @@ from moejax.command_line import (
     add_workdir,
     between,
     output_file,
+    plain_text,
     safe_path,
     whole,
 )
@@ -256,20 +257,41 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     add_option(parser, "--output", help, type=output_file, metavar="FILE")
     help = "leave single experts out, of which the newest checkpoint needs an atlas"
     parser.add_argument("--no_atlas", action="store_true", help=help)
+    help = "show the experts of each token of this text too; repeatable"
+    parser.add_argument(
+        "--text", action="append", default=[], type=plain_text, metavar="TEXT", help=help
+    )
+    help = "show how far the last checkpoint of another run, with one tokenizer, routes alike"
+    add_option(parser, "--against", help, metavar="DIR")
     add_cpu_devices(parser)
 
 
 def _report(line: Line) -> int:
     options, config = line.options, _stored_config(line, "report")
-    from moejax.report import report_workdir, wants_atlas
+    from moejax.report import ATLAS_ALONE, report_workdir, wants_atlas
 
-    workdir, with_atlas = Path(options.workdir), not options.no_atlas
-    if with_atlas and wants_atlas(workdir, config):
+    workdir, looks = Path(options.workdir), ATLAS_ALONE
+    if options.no_atlas and (options.text or options.against):
+        raise ConfigError(
+            "--text and --against are shown next to single experts, which --no_atlas leaves out; "
+            "leave it out, or them"
+        )
+    other = None if options.against is None else read_config(options.against)
+    wants = not options.no_atlas and wants_atlas(workdir, config)
+    if wants or options.text or other:
         _start_jax(options.cpu_devices)
-        from moejax.inspect import atlas_of_workdir
+        from moejax.inspect import agreement_of_workdirs, atlas_of_workdir, views_of_workdir
 
-        atlas_of_workdir(config, workdir, None)
-    print(report_workdir(workdir, options.output, with_atlas=with_atlas))
+        if wants:
+            atlas_of_workdir(config, workdir, None)
+        if options.text:
+            _, views = views_of_workdir(config, workdir, None, options.text)
+            looks = looks._replace(views=tuple(views))
+        if other:
+            against = Path(options.against)
+            found = agreement_of_workdirs(config, workdir, None, other, against, None)
+            looks = looks._replace(against=(against.resolve().name, *found))
+    print(report_workdir(workdir, options.output, looks, with_atlas=not options.no_atlas))
     return DONE
 
 
@@ -351,7 +373,8 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     add_workdir(parser, "folder that `moejax train` wrote")
     add_step(parser)
     add_cpu_devices(parser)
-    add_option(parser, "--text", "show the experts of each token of a text", metavar="TEXT")
+    help = "show the experts of each token of a text"
+    add_option(parser, "--text", help, type=plain_text, metavar="TEXT")
     help = "compare routing with that of another workdir, or of the same at another step"
     add_option(parser, "--against", help, metavar="DIR")
     help = "checkpoint of --against (default: the last)"
@@ -565,8 +588,8 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
 
 def _storage(parser: argparse.ArgumentParser) -> None:
     help = (
-        "URL of an Optuna storage, such as postgresql://user@host/sweeps, for machines that share "
-        "no disk that locks (default: MOEJAX_SWEEP_STORAGE, or SQLite in the workdir)"
+        "URL of an Optuna storage, such as postgresql://user@host/sweeps, for several machines, "
+        "which share the workdir (default: MOEJAX_SWEEP_STORAGE, or SQLite in the workdir)"
     )
     add_option(parser, "--storage", help, metavar="URL")
 
@@ -776,10 +799,12 @@ in it, the best. Reads configs, metrics and ledgers alone; changes nothing in th
     Verb(
         "report",
         "write a run as one HTML file: loss, load, balance, time, and each expert",
-        "moejax report --workdir DIR [--output FILE] [--no_atlas] [options] [key=value ...]",
+        "moejax report --workdir DIR [--output FILE] [--no_atlas | --text TEXT --against DIR] "
+        "[key=value ...]",
         """
   moejax report --workdir runs/a                           # runs/a/report.html
   moejax report --workdir runs/a --cpu_devices 1 mesh.expert=1
+  moejax report --workdir runs/a --text "In the beginning" --against runs/b
   moejax report --workdir runs/a --no_atlas                # at once, while the run trains
 
 Makes the atlas of the newest checkpoint, as `moejax inspect` does, where there is none. See

@@ -227,6 +227,13 @@ def output_file(text: str) -> Path:
     return path
 
 
+def plain_text(text: str) -> str:
+    """Refuses bytes of the command line that are no UTF-8, and with it no text."""
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not UTF-8; convert it")
+    return text
+
+
 def add_step(parser: argparse.ArgumentParser) -> None:
     add_option(
         parser, "--step", "checkpoint to read (default: the last)", type=whole(0), metavar="N"

@@ -588,18 +588,19 @@ def atlas_of_workdir(
     return atlas
 
 
-def view_of_workdir(
+def views_of_workdir(
     config: Config,
     workdir: Path,
     step: int | None,
-    text: str,
+    texts: Sequence[str],
     devices: list[Device] | None = None,
-) -> tuple[int, TokenView]:
-    """Returns a checkpoint's step and what it does with a text; see `Inspector.view`."""
+) -> tuple[int, list[TokenView]]:
+    """Returns a checkpoint's step and what it does with each text; see `Inspector.view`."""
     restored = restore_for_use(config, workdir, step, devices)
     inspector = Inspector(config, restored.mesh)
-    ids = inspector.tokenizer.encode(text)
-    return restored.step, inspector.view(restored.params, restored.router_state, ids, text[:60])
+    model = restored.params, restored.router_state
+    encode = inspector.tokenizer.encode
+    return restored.step, [inspector.view(*model, encode(text), text[:60]) for text in texts]
 
 
 class Compared(NamedTuple):
@@ -664,7 +665,7 @@ def inspect_workdir(config: Config, other: Config | None, options: argparse.Name
     """
     workdir, layers_l = Path(options.workdir), layer_numbers(config)
     if options.text is not None:
-        step, view = view_of_workdir(config, workdir, options.step, options.text)
+        step, (view,) = views_of_workdir(config, workdir, options.step, [options.text])
         show_view(step, view, layers_l)
         result = view_json(step, view, layers_l)
         if options.png:

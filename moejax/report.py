@@ -7,12 +7,13 @@ loads of long runs are means over equal runs of records, so that the file stays 
 import dataclasses
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 import moejax
 from moejax.atlas import Atlas, TokenView, load_atlas
+from moejax.atlas_show import agreement_json
 from moejax.config import Config, ConfigError
 from moejax.events import KINDS as EVENT_KINDS
 from moejax.events import read_events
@@ -23,6 +24,7 @@ from moejax.metrics import iterate_metrics
 from moejax.overrides import config_values, keys, value_difference
 from moejax.records import relative_load
 from moejax.report_page import packed, packed_json, quantised, render
+from moejax.tallies import Agreement
 from moejax.workdir import (
     ATLAS,
     atlas_file,
@@ -63,12 +65,31 @@ class Records:
     last: dict[str, dict[str, Any]]
 
 
-def report_workdir(workdir: Path, output: Path | None, *, with_atlas: bool) -> str:
+class Looks(NamedTuple):
+    """What a page shows of a model beside its atlas, because somebody asked.
+
+    Attributes:
+        views: of texts that were given.
+        against: another run's name, the steps of both checkpoints, how many tokens both routed,
+            the MoE layers' numbers, and how alike they did; or None.
+    """
+
+    views: tuple[TokenView, ...] = ()
+    against: tuple[str, tuple[int, int], int, np.ndarray, Agreement] | None = None
+
+
+ATLAS_ALONE = Looks()
+
+
+def report_workdir(
+    workdir: Path, output: Path | None, looks: Looks = ATLAS_ALONE, *, with_atlas: bool
+) -> str:
     """Writes the page of a run and returns a line about it.
 
     Args:
         workdir: of the run.
         output: the HTML file; None for the one in the workdir.
+        looks: what else to show, next to the atlas.
         with_atlas: show the newest atlas of the workdir, if it has one.
 
     Raises:
@@ -77,8 +98,10 @@ def report_workdir(workdir: Path, output: Path | None, *, with_atlas: bool) -> s
     """
     atlas, missing = _atlas(workdir, read_config(workdir)) if with_atlas else (None, LEFT_OUT)
     file = output or workdir / REPORT
+    if atlas is not None:
+        atlas = dataclasses.replace(atlas, views=(*looks.views, *atlas.views))
     try:
-        size = write_report(workdir, file, atlas, missing)
+        size = write_report(workdir, file, atlas, missing, looks)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(f"{file} cannot be written: {reason}; give another --output") from None
@@ -109,7 +132,13 @@ def _atlas_steps(workdir: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdecimal())
 
 
-def write_report(workdir: Path, output: Path, atlas: Atlas | None, missing: str = "") -> int:
+def write_report(
+    workdir: Path,
+    output: Path,
+    atlas: Atlas | None,
+    missing: str = "",
+    looks: Looks = ATLAS_ALONE,
+) -> int:
     """Writes the page of a run, and returns its size in bytes.
 
     Args:
@@ -117,17 +146,20 @@ def write_report(workdir: Path, output: Path, atlas: Atlas | None, missing: str 
         output: the HTML file.
         atlas: of a checkpoint; None leaves the sections about single experts out.
         missing: why there is no atlas, a sentence that the page says.
+        looks: `views` are those of the atlas already.
 
     Raises:
         ConfigError: `workdir` is none.
         OSError: `output` cannot be written.
     """
-    page = render(report_data(workdir, atlas, missing))
+    page = render(report_data(workdir, atlas, missing, looks))
     write_atomically(output, page)
     return len(page.encode())
 
 
-def report_data(workdir: Path, atlas: Atlas | None, missing: str = "") -> dict[str, Any]:
+def report_data(
+    workdir: Path, atlas: Atlas | None, missing: str = "", looks: Looks = ATLAS_ALONE
+) -> dict[str, Any]:
     """Returns all that the page shows, as JSON can hold it; arguments as of `write_report`."""
     config = read_config(workdir)
     records = read_records(workdir)
@@ -155,6 +187,7 @@ def report_data(workdir: Path, atlas: Atlas | None, missing: str = "") -> dict[s
         "events": _events(workdir),
         "atlas": atlas and atlas_data(atlas),
         "missing": missing,
+        "against": looks.against and _against(*looks.against),
     }
 
 
@@ -325,6 +358,14 @@ def _events(workdir: Path) -> dict[str, Any]:
 
 
 # The atlas
+
+
+def _against(
+    name: str, steps: tuple[int, int], tokens: int, layers_l: np.ndarray, found: Agreement
+) -> dict[str, Any]:
+    """Returns how alike this run and another route, by layer."""
+    shares = agreement_json(steps, tokens, layers_l, found)
+    return {"name": name} | {key: value for key, value in shares.items() if key != "names"}
 
 
 def atlas_data(atlas: Atlas) -> dict[str, Any]:

@@ -20,8 +20,16 @@ from moejax.atlas import load_atlas, save_atlas
 from moejax.cli import main
 from moejax.config import Config, ConfigError
 from moejax.overrides import apply_overrides, load_config
-from moejax.report import means_of_runs, pair_lift, report_data, write_report
+from moejax.report import (
+    Looks,
+    means_of_runs,
+    pair_lift,
+    report_data,
+    report_workdir,
+    write_report,
+)
 from moejax.report_page import packed, packed_json, quantised, render
+from moejax.tallies import Agreement
 from moejax.workdir import atlas_file, open_workdir
 
 ROOT = Path(__file__).parents[1]
@@ -149,6 +157,37 @@ def test_the_newest_atlas_is_shown(made_up, tmp_path):
     assert page_data(output.read_text())["atlas"]["step"] == 100
 
 
+def test_what_was_asked_for_stands_next_to_the_atlas(made_up, tmp_path):
+    """A text that was given comes before those of the data."""
+    workdir = open_workdir(tmp_path / "run", made_up.synthetic_config(3, 16))
+    atlas = made_up.synthetic_atlas(3, 16)
+    save_atlas(atlas, atlas_file(workdir, 9))
+    given = dataclasses.replace(atlas.views[0], name="mine")
+    report_workdir(workdir, None, Looks((given,), (EVIL, *ALIKE)), with_atlas=True)
+    data = page_data((workdir / "report.html").read_text())
+    assert [view["name"] for view in data["atlas"]["views"]] == [
+        "mine",
+        *(view.name for view in atlas.views),
+    ]
+    assert data["against"]["name"] == EVIL
+    assert data["against"]["renamed"] == pytest.approx([0.9, 0.8, 0.7])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--no_atlas", "--text", "a"], "shown next to single experts, which --no_atlas leaves"),
+        (["--no_atlas", "--against", "."], "shown next to single experts, which --no_atlas leaves"),
+        (["--text", "caf\udce9"], r"--text: 'caf\udce9' is not UTF-8; convert it"),
+        (["--against", "nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused(words, message, tmp_path, capsys):
+    workdir = open_workdir(tmp_path / "run", Config())
+    assert main(["report", "--workdir", str(workdir), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_no_workdir_and_no_place_to_write_are_errors(tmp_path, capsys):
     assert main(["report", "--workdir", str(tmp_path)]) == 2
     assert "give a workdir that `moejax train` wrote" in capsys.readouterr().err
@@ -161,8 +200,6 @@ def test_a_damaged_atlas_is_an_error_with_its_remedy(tmp_path):
     workdir = open_workdir(tmp_path / "run", Config())
     (workdir / "atlas").mkdir()
     (workdir / "atlas" / "5.npz").write_bytes(b"nothing")
-    from moejax.report import report_workdir
-
     with pytest.raises(ConfigError, match=r"5\.npz is not an atlas .*`moejax inspect"):
         report_workdir(workdir, None, with_atlas=True)
 
@@ -194,6 +231,11 @@ def test_the_policy_allows_what_is_ours_and_no_connection():
 
 
 # The page in a browser
+
+ALIKE = (
+    *((12, 9), 65_536, np.arange(3)),
+    Agreement(*np.array([[0.4, 0.3, 0.2], [0.25] * 3, [0.9, 0.8, 0.7]]), np.zeros((3, 16), int)),
+)
 
 
 @pytest.fixture(scope="module")
@@ -248,7 +290,8 @@ def small(made_up, tmp_path_factory):
     view = atlas.views[0]
     view = dataclasses.replace(view, name=EVIL, tokens=(EVIL, "\u202e", *view.tokens[2:]))
     atlas = dataclasses.replace(atlas, views=(view, *atlas.views), notes=(EVIL,))
-    write_report(workdir, folder / "page.html", atlas)
+    against = Looks(against=(EVIL, *ALIKE))
+    write_report(workdir, folder / "page.html", atlas, looks=against)
     return folder / "page.html"
 
 
@@ -301,7 +344,7 @@ def test_a_click_and_the_keyboard_choose(small, open_page):
 def test_everything_is_reached_by_the_tab_key_with_a_focus_to_see(small, open_page):
     page = open_page(small)
     reached = set()
-    for _ in range(160):
+    for _ in range(165):
         page.keyboard.press("Tab")
         place, width = page.evaluate(
             """() => { const e = document.activeElement;
@@ -339,6 +382,20 @@ def test_texts_of_data_stay_texts(small, open_page):
     assert any(text.startswith("␣</script><img") for text in tokens)
     assert EVIL in page.locator("#experts .bars .name").all_inner_texts()[-1]
     assert "\\u202e" in page.locator('[data-token="1"]').inner_text()
+
+
+def test_routing_of_two_runs_is_shown_with_what_chance_gives(small, open_page):
+    page = open_page(small)
+    chart = page.locator('svg[aria-label^="Routing here and in"]')
+    chart.focus()
+    page.keyboard.press("Home")
+    figure = page.locator("figure").filter(has=chart)
+    read = figure.locator("output").inner_text()
+    assert read == (
+        "layer 0: experts renamed one to one, as is best 90.0% · the same number 40.0% · "
+        "by chance 25.0%"
+    )
+    assert "(step 9) that this model (step 12) makes too, of 65,536 tokens" in figure.inner_text()
 
 
 def test_each_picture_has_its_table(small, open_page):
@@ -415,5 +472,11 @@ def test_a_run_really_trained(tmp_path, open_page):
     assert page.locator("#facts").inner_text().count("2 x 8") == 1
     assert page.locator("#experts .missing").count() == 0
     assert "checkpoint saved" in page.locator("#time").inner_text()
+    words = ["--text", "In the beginning", "--against", str(workdir)]
+    assert main(["report", "--workdir", str(workdir), *words]) == 0
+    page = open_page(workdir / "report.html")
+    assert page.locator("#choose-view option").first.inner_text() == "In the beginning"
+    shares = page.evaluate("[data.against.same, data.against.renamed]")
+    assert shares == [[1, 1], [1, 1]]
     taken = int(atlas.load_dle[:, 0, 0].sum())
     assert f"{taken:,}" in page.locator("#experts").inner_text()

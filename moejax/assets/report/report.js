@@ -30,10 +30,11 @@ function visible(text, spaces = true) {
   return shown || "∅";
 }
 
-function duration(seconds) {
-  if (seconds < 60) return `${seconds.toFixed(1)} s`;
-  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`;
-  return `${Math.floor(seconds / 3600).toLocaleString("en")} h ${Math.round((seconds % 3600) / 60)} min`;
+function duration(exact) {
+  if (exact < 59.95) return `${exact.toFixed(1)} s`;
+  const seconds = exact < 3600 ? Math.round(exact) : 60 * Math.round(exact / 60); // no "60 s" of a minute
+  if (seconds < 3600) return `${Math.floor(seconds / 60)} min ${seconds % 60} s`;
+  return `${Math.floor(seconds / 3600).toLocaleString("en")} h ${(seconds % 3600) / 60} min`;
 }
 
 // Header
@@ -243,6 +244,16 @@ function time() {
 
 // Layers
 
+function agreement({ name, steps, tokens, same, by_chance, renamed }) {
+  const x = range(same.length);
+  return curves({ title: `Routing here and in ${visible(name, false)}`, xLabel: "layer", format: percent, height: 210, floor: 0, ceiling: 1,
+    note: `share of its choices (step ${whole(steps[1])}) that this model (step ${whole(steps[0])}) makes too, of ${whole(tokens)} tokens`,
+    series: () => [
+      { x, y: renamed, name: "experts renamed one to one, as is best", class: "c2" },
+      { x, y: same, name: "the same number", class: "c0" },
+      { x, y: by_chance, name: "by chance", class: "c7 thin", bare: true }] });
+}
+
 function layers() {
   const atlas = data.atlas;
   if (!atlas) { part("layers").append(noAtlas()); return; }
@@ -252,6 +263,7 @@ function layers() {
   box.append(curves({ title: "Domain and expert", xLabel: "layer", format: fixed(3), height: 210, floor: 0,
     note: `mutual information above chance, nats; knowing the domain for sure is ${fixed(3)(atlas.domain_entropy)}`,
     series: () => [{ x, y: atlas.information.list(), name: "information", class: "c0", unlisted: true }] }));
+  if (data.against) box.append(agreement(data.against));
   const steps = atlas.saturation_steps;
   if (!steps.length) {
     box.append(missing("No routing saturation: the run keeps no checkpoint before this one. checkpoint.keep says how many it keeps."));
