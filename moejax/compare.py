@@ -270,11 +270,21 @@ def relative_cost(arm: Arm, baseline: Arm, axis: str) -> Ratio:
 
     Without a seed in common, each run is held to the means of the baseline.
     """
-    goals = [(run, base.loss, base.cost(axis)) for run, base in pairs(arm, baseline)]
-    goals = goals or [(run, baseline.loss, baseline.cost(axis)) for run in arm.runs]
+    goals = [(run, base.loss, _own_cost(base, axis)) for run, base in pairs(arm, baseline)]
+    own = mean(_own_cost(base, axis) for base in baseline.runs)
+    goals = goals or [(run, baseline.loss, own) for run in arm.runs]
     costs = [(cost_to_reach(run, axis, loss), cost) for run, loss, cost in goals]
     ratios = [reached / cost for reached, cost in costs if reached is not None and cost > 0]
     return Ratio(mean(ratios) if len(ratios) == len(goals) else None, len(ratios), len(goals))
+
+
+def _own_cost(run: Run, axis: str) -> float:
+    """Returns the cost at which a run first had its last loss: one that rises again had it before.
+
+    All runs are read by the same rule, so that a run costs itself 1.
+    """
+    cost = cost_to_reach(run, axis, run.loss)
+    return run.cost(axis) if cost is None else cost
 
 
 def versus(arm: Arm, baseline: Arm, axis: str) -> Versus:

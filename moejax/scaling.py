@@ -73,12 +73,15 @@ class Law:
         return np.exp(np.stack([value_n, low_n, high_n], axis=1))
 
     def beyond(self, N: float, D: float, E: float) -> float:
-        """Returns how many times outside of the runs a point lies, on its worst axis; 1 inside."""
-        asked, worst = {"N": N, "D": D, "E": E}, 1.0
-        for axis in AXES:
-            values = [getattr(point, axis) for point in self.points]
-            worst = max(worst, asked[axis] / max(values), min(values) / asked[axis])
-        return worst
+        """Returns how many times outside of the runs a point lies, on its worst axis; 1 inside.
+
+        Where N and D vary, compute is an axis too, as the root of N * D: of runs that were given
+        the same FLOPs none is near to the largest N with the largest D.
+        """
+        rows = np.array([point[:3] for point in (*self.points, Point(N, D, E, math.nan))])
+        rows = np.column_stack([rows, np.sqrt(rows[:, 0] * rows[:, 1])])
+        runs, asked = rows[:-1], rows[-1]
+        return float(max(1.0, *(asked / runs.max(0)), *(runs.min(0) / asked)))
 
     def parameters(self) -> dict[str, tuple[float, float, float]]:
         """Returns c and the exponents by name: value and interval (95% of the resamples)."""
@@ -330,12 +333,14 @@ def _draw(axes: Any, law: Law, letter: str) -> None:
     moved = moved * np.array([point.loss for point in law.points])
     x_n = np.geomspace(min(here), max(here) * BEYOND, 41)
     band = law.values([_at(end, letter, x) for x in x_n])
-    inside_n = x_n <= max(here) * 1.001
+    known = [x for x in (*x_n, max(here)) if law.beyond(*_at(end, letter, x)) <= 1.001]
+    edge = max(known, default=min(here))
+    inside_n = x_n <= edge * 1.001
     axes.fill_between(x_n, band[:, 1], band[:, 2], color="#2b6ca3", alpha=0.15, linewidth=0)
     axes.plot(x_n[inside_n], band[inside_n, 0], color="#2b6ca3", label="law, 95% of resamples")
     last = int(inside_n.sum()) - 1
     axes.plot(x_n[last:], band[last:, 0], "--", color="#2b6ca3", label="extrapolated")
-    axes.axvspan(max(here), x_n[-1], color="#888888", alpha=0.12, linewidth=0)
+    axes.axvspan(edge, x_n[-1], color="#888888", alpha=0.12, linewidth=0)
     axes.text(x_n[-1], band[:, 2].max(), "extrapolation ", ha="right", va="top", fontsize=8)
     axes.plot(here, moved, "o", color="#c8452e", markersize=4, label="runs, moved by the law")
     fixed = ", ".join(f"{o}={getattr(end, o):.3g}" for o in law.axes if o != letter)

@@ -124,6 +124,21 @@ def test_relative_cost_is_paired_by_seed(tmp_path):
     assert c.relative_cost(alone, b, "tokens") == c.Ratio(pytest.approx(1.0), 1, 1)
 
 
+def test_a_loss_that_rises_again_is_no_cheaper_for_its_equal(tmp_path):
+    """The baseline ends at 2.5, which it first had half way from 3 to 2: after 15 of 30 steps."""
+    losses = [3, 2, 2.5]
+    base, same, late = (
+        c.Arm(name, tuple(runs_of(write_run(tmp_path / name, own, *words))))
+        for name, own, words in (
+            ("base", losses, ()),
+            ("same", losses, ()),
+            ("late", [3, 2.5, 2], ("seed=7",)),
+        )
+    )
+    assert c.relative_cost(same, base, "tokens") == c.Ratio(pytest.approx(1.0), 1, 1)
+    assert c.relative_cost(late, base, "tokens") == c.Ratio(pytest.approx(20 / 15), 1, 1)
+
+
 def test_runs_of_other_lengths_are_compared_where_both_have_been(tmp_path):
     write_run(tmp_path / "short", [3.0, 2.5])
     write_run(tmp_path / "long", [3.2, 2.4, 1.9, 1.5])

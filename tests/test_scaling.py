@@ -94,6 +94,23 @@ def test_extrapolation_is_told_and_drawn(law, tmp_path):
     assert grey.sum() > 2000  # the ground of extrapolation
 
 
+def test_the_largest_n_with_the_largest_d_is_beyond_runs_of_equal_flops(tmp_path):
+    """Each N with the D of one budget: at both largest it would cost 64 times that, 8 an axis."""
+    budget, sizes = 1e15, (1e6, 4e6, 16e6, 64e6)
+    iso = [
+        Point(n, c / n, 1.0, planted(n, c / n, 1.0)) for n in sizes for c in (budget, 2 * budget)
+    ]
+    law = scaling.fit_points(iso, "ND", resamples=2)
+    assert law.beyond(64e6, 2 * budget / 64e6, 1.0) == pytest.approx(1.0)
+    (_, beyond, *_), *_ = scaling.predictions(law)
+    assert beyond == pytest.approx(8.0)
+    scaling.plot(law, tmp_path / "law.png")
+    with Image.open(tmp_path / "law.png") as image:
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+    grey = np.abs(pixels - [0xF1, 0xF1, 0xF1]).max(axis=-1) < 3
+    assert grey.mean() > 0.5, "nearly all of both panels"
+
+
 def test_an_exponent_that_runs_do_not_determine_is_named():
     flat = [p._replace(loss=2.0 + 50 / p.N**0.3) for p in points(experts=(1.0,))]
     law = scaling.fit_points(flat, "ND", resamples=2)
