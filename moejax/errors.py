@@ -39,7 +39,7 @@ EXIT_CODES = (
         UNAVAILABLE,
         True,
         "another process of the run did not come, or was lost; or the last checkpoint could not be "
-        "saved",
+        "saved, or a sweep's storage was lost",
     ),
     ExitCode(CRASH_LOOP, False, "it failed again and again without a newer checkpoint"),
     ExitCode(PREEMPTED, True, "SIGTERM: saved; the same command goes on from there"),

@@ -38,6 +38,7 @@ from moejax.sweep_study import (
     create,
     open_study,
     storage_url,
+    telling_of_loss,
 )
 from moejax.sweep_worker import core_share, end_with_parent, evaluations, gpu_share, gpus_here
 
@@ -67,10 +68,11 @@ def sweep(file: str, overrides: dict[str, Any], options: Options) -> int:
 
     Raises:
         ConfigError: something in it cannot be; nothing was begun.
+        UnavailableError: its storage was lost; `--resume` goes on.
     """
     prepared = load_sweep(file, overrides)
     _check_devices(prepared, options)
-    with contextlib.ExitStack() as stack:
+    with telling_of_loss(options.workdir), contextlib.ExitStack() as stack:
         study = stack.enter_context(contextlib.closing(_study(prepared, options)))
         held = claim(options.workdir / CLAIMS / "sweep")
         if held is None:
@@ -325,8 +327,9 @@ def table(study: Study, records: Sequence[TrialRecord]) -> Table:
     for name in ("trial", "state", "seed", "point", study.sweep.objectives[0].name):
         shown.add_column(name)
     running = [r for r in records if r.state == "running"]
-    ended = [r for r in records if r.state in ENDED][-(SHOWN - len(running)) :]
-    for record in [*running, *ended]:
+    ended = [r for r in records if r.state in ENDED]
+    left = max(0, SHOWN - len(running))
+    for record in [*running, *ended[len(ended) - min(left, len(ended)) :]]:
         shown.add_row(*(Text(cell) for cell in _row(study, record)))  # no markup
     return shown
 

@@ -6,6 +6,8 @@ see the same data and start from the same numbers where their shapes allow.
 
 import csv
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,6 +58,7 @@ class Ranked(NamedTuple):
         difference: of the first objective to the reference, paired by seed; None for itself.
         better: seeds on which it is better than the reference, of `pairs`.
         best: whether no other point is at least as good in every objective.
+        failed: trainings of it that failed, which are in no mean.
     """
 
     name: str
@@ -67,21 +70,22 @@ class Ranked(NamedTuple):
     better: int
     pairs: int
     best: bool
+    failed: int
 
     @property
     def text(self) -> str:
         """The first objective, with its interval and number of seeds."""
-        count = len(self.values)
-        return f"{self.means[0]} ({count} seed{'s' * (count > 1)})"
+        count, failed = len(self.values), f", {self.failed} failed" if self.failed else ""
+        return f"{self.means[0]} ({count} seed{'s' * (count > 1)}{failed})"
 
 
-def estimate(values: Sequence[float]) -> Estimate:
+def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """Returns mean and Student's t interval of values that were drawn independently."""
     mean, count = float(np.mean(values)), len(values)
     if count < 2:
         return Estimate(mean, None)
     error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Estimate(mean, float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error)
+    return Estimate(mean, float(stdtrit(count - 1, (1 + confidence) / 2)) * error)
 
 
 def ranking(records: Sequence[TrialRecord], sweep: Sweep) -> list[Ranked]:
@@ -93,7 +97,9 @@ def ranking(records: Sequence[TrialRecord], sweep: Sweep) -> list[Ranked]:
     """
     done = [r for r in records if r.values]
     if any(r.stage in ("final", "base") for r in done):
-        done = [r for r in done if r.stage in ("final", "base")]
+        records = [r for r in records if r.stage in ("final", "base")]
+        done = [r for r in records if r.values]
+    failed = Counter(point_key(r.point) for r in records if r.state == "failed")
     groups: dict[str, list[TrialRecord]] = {}
     for record in done:
         groups.setdefault(point_key(record.point), []).append(record)
@@ -126,6 +132,7 @@ def ranking(records: Sequence[TrialRecord], sweep: Sweep) -> list[Ranked]:
                 sum(signs[0] * d < 0 for d in differences),
                 len(pairs),
                 not any(_dominates(other, scores) for other in others),
+                failed[key],
             )
         )
     return rows
@@ -136,7 +143,11 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def verdict(rows: Sequence[Ranked], sweep: Sweep) -> str:
-    """Says whether the search found what is better than the base config, or that it did not."""
+    """Says whether the search found what is better than the base config, or that it did not.
+
+    The best of several finalists is held to an interval that covers all of them with 95%
+    (Bonferroni): one that is equal to the base looks better by chance, the likelier the more are.
+    """
     base = next((row for row in rows if not row.point), None)
     finalists = [row for row in rows if row.point]
     if base is None or not finalists:
@@ -146,8 +157,10 @@ def verdict(rows: Sequence[Ranked], sweep: Sweep) -> str:
     if difference is None:
         return f"`{best.name}` and the base config have no seed in common yet."
     sign = 1 if sweep.objectives[0].direction == "min" else -1
-    judged = Estimate(sign * difference.mean, difference.half)
-    seeds = ", ".join(str(seed) for seed in sorted(set(best.values) & set(base.values)))
+    common = sorted(set(best.values) & set(base.values))
+    differences = [sign * (best.values[s][0] - base.values[s][0]) for s in common]
+    judged = estimate(differences, 1 - (1 - CONFIDENCE) / len(finalists))
+    seeds = ", ".join(map(str, common))
     told = (
         f"{sweep.objectives[0].name} {difference.mean:+.4f} to the base config on seeds {seeds}, "
         f"better on {best.better} of {best.pairs}; 95% interval of the paired difference "
@@ -155,6 +168,13 @@ def verdict(rows: Sequence[Ranked], sweep: Sweep) -> str:
         if difference.half is not None
         else f"{difference.mean:+.4f} on the one seed {seeds}"
     )
+    if len(finalists) > 1 and judged.half is not None:
+        told += f", ± {judged.half:.4f} as the best of {len(finalists)}"
+    if best.failed:
+        return (
+            f"**The search found nothing that beats the base config on every seed.** Of its best, "
+            f"`{best.name}`, {best.failed} failed; the others: {told}."
+        )
     if judged.below_zero and best.better == best.pairs:
         return f"**`{best.name}` beats the base config**: {told}."
     if best.better == best.pairs:
@@ -177,12 +197,12 @@ def write_report(study: Study) -> Path:
     parts = [f"# {study.workdir.name}", _summary(study, records)]
     if sweep.finalists:
         parts.append(verdict(rows, sweep))
-    parts += ["## Ranking", _explanation(sweep, rows), _table(_ranking_rows(rows, sweep)[:SHOWN])]
+    parts += ["## Ranking", _explanation(sweep, rows), _table(_ranking_rows(rows, sweep))]
     if any(r.stage == "search" for r in records):
         found = [r for r in records if r.stage == "search"]
-        parts += ["## Search", _table(_search_rows(found, sweep)[:SHOWN])]
+        parts += ["## Search", _table(_search_rows(found, sweep))]
     if failed := [r for r in records if r.state == "failed"]:
-        parts += ["## Failed", _table([_failure(r) for r in failed][:SHOWN])]
+        parts += ["## Failed", _table([_failure(r) for r in failed])]
     parts += _plots(study, records)
     page = study.workdir / REPORT
     page.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
@@ -213,6 +233,8 @@ def _explanation(sweep: Sweep, rows: Sequence[Ranked]) -> str:
         text += " `best` marks points that no other beats in every objective."
     if len(rows) > 2:
         text += " Many points were compared: the best of many looks better than it is."
+    if any(row.failed for row in rows):
+        text += " Trainings that failed are in no mean: it is that of the seeds that went well."
     return text
 
 
@@ -222,6 +244,8 @@ def _ranking_rows(rows: Sequence[Ranked], sweep: Sweep) -> list[dict[str, Any]]:
         cells: dict[str, Any] = {"rank": rank, "point": row.name}
         cells |= {f"solved {name}": value for name, value in row.solved.items()}
         cells["seeds"] = len(row.values)
+        if any(other.failed for other in rows):
+            cells["failed"] = row.failed
         for objective, mean in zip(sweep.objectives, row.means, strict=True):
             cells[objective.name] = str(mean)
         cells["difference"] = "" if row.difference is None else str(row.difference)
@@ -289,9 +313,14 @@ def _table(rows: Sequence[dict[str, Any]]) -> str:
         return "Nothing yet."
     columns = _columns(rows)
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    for row in rows:
-        cells = [" ".join(str(row.get(name, "")).split()).replace("|", "\\|") for name in columns]
-        lines.append("| " + " | ".join(cells) + " |")
+    for row in rows[:SHOWN]:
+        cells = (" ".join(str(row.get(name, "")).split()) for name in columns)
+        lines.append("| " + " | ".join(re.sub(r"([|<])", r"\\\1", cell) for cell in cells) + " |")
+    if len(rows) > SHOWN:
+        lines += [
+            "",
+            f"The first {SHOWN} of {len(rows)}; `{RANKING_CSV}`, `{TRIALS_CSV}` have all.",
+        ]
     return "\n".join(lines)
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moejax.errors import ConfigError, require
+from moejax.errors import ConfigError, UnavailableError, require
 from moejax.supervisor import newest_checkpoint
 from moejax.sweep_space import (
     Adaptive,
@@ -95,14 +95,33 @@ class TrialRecord(NamedTuple):
 
 
 def claim(file: Path) -> int | None:
-    """Locks a file for as long as this process lives; None: somebody else has it."""
+    """Locks a file for as long as this process lives; None: somebody else has it.
+
+    Raises:
+        ConfigError: the file system has no locks.
+    """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         return None
+    except ConfigError:
+        os.close(descriptor)
+        raise
     return descriptor
+
+
+def _lock(descriptor: int, file: Path, how: int) -> None:
+    try:
+        fcntl.flock(descriptor, how)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise ConfigError(
+            f"{file} cannot be locked ({error.strerror}), by which workers know whose a trial is; "
+            "give a --workdir on a file system that locks (Lustre does when mounted with flock)"
+        ) from None
 
 
 # The storage
@@ -145,6 +164,24 @@ def open_storage(url: str) -> optuna.storages.RDBStorage:
         raise ConfigError(f"--storage={shown} cannot be used: {error}; give another one") from None
 
 
+@contextlib.contextmanager
+def telling_of_loss(workdir: Path) -> Iterator[None]:
+    """Has a storage that is lost in the middle end with what to do, not with a traceback.
+
+    Raises:
+        UnavailableError: in place of Optuna's or SQLAlchemy's error.
+    """
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        cause = error.__cause__ or error
+        reason = str(getattr(cause, "orig", None) or cause).strip().splitlines()[0]
+        raise UnavailableError(
+            f"the storage of {workdir} was lost: {reason}; its trainings save and end; see that it "
+            "is there again, and go on with --resume"
+        ) from error
+
+
 # The study
 
 
@@ -185,8 +222,9 @@ class Study:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        with open(self.workdir / CLAIMS / "next", "a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+        name = self.workdir / CLAIMS / "next"
+        with open(name, "a") as file:
+            _lock(file.fileno(), name, fcntl.LOCK_EX)
             yield
 
     def run(self, point: Mapping[str, Any], seed: int) -> Run:

@@ -26,7 +26,7 @@ from moejax.lock import LOCK
 from moejax.metrics import read_metrics
 from moejax.supervisor import Forwarding, Group
 from moejax.sweep_space import MEASURED, QUANTITIES, Objective, override_words
-from moejax.sweep_study import BASE, Job, Study, open_study
+from moejax.sweep_study import BASE, Job, Study, open_study, telling_of_loss
 
 POLL_SECONDS = 0.3
 WAIT_SECONDS = 2.0  # between looks for a trial when all are somebody's
@@ -43,9 +43,10 @@ def work(workdir: Path, storage: str | None, cpu_devices: int | None) -> int:
 
     Raises:
         ConfigError: there is no sweep, or its storage cannot be reached.
+        UnavailableError: its storage was lost.
     """
     study = open_study(workdir, storage)
-    with Forwarding() as signals, contextlib.closing(study):
+    with telling_of_loss(workdir), Forwarding() as signals, contextlib.closing(study):
         while signals.asked is None:
             job = study.take()
             if job == "done":
@@ -118,7 +119,8 @@ def is_behind(study: Study, job: Job, folder: Path) -> bool:
     for step, value in evaluations(folder, objective.name):
         if step not in reported:
             job.trial.report(value, step)
-            if job.trial.should_prune():
+            # at its end a training is paid for: to stop it then would lose its result
+            if step < job.run.config.train.steps and job.trial.should_prune():
                 return True
     return False
 

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from rich.console import Console
 
 from moejax.cli import main
 from moejax.config import ConfigError
-from moejax.errors import BAD_INPUT
+from moejax.errors import BAD_INPUT, UNAVAILABLE
 from moejax.lock import RunLock
 from moejax.metrics import read_metrics
 from moejax.overrides import load_config
@@ -214,6 +215,24 @@ def test_finalists_are_never_stopped(study_of, tmp_path):
     )
 
 
+def test_a_training_is_not_stopped_at_its_end(study_of, tmp_path):
+    """Successive halving has a rung at step 450, and one at the last of 450 or 451 steps."""
+    stopped = []
+    for steps in (450, 451):
+        space = Adaptive({RATE: Between(0.1, 0.2)}, 3, startup=1, pruner="halving")
+        prepared = made(space, fixed={"train.steps": steps})
+        with contextlib.closing(create(tmp_path / str(steps), prepared, None)) as study:
+            for value in (1.0, 2.0, 3.0):
+                job = take(study)
+                (folder := study.trial_dir(job.number)).mkdir()
+                record = {"step": 450, "split": "eval", "loss": value}
+                (folder / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+                stopped.append(is_behind(study, job, folder))
+                study.complete(job.trial, [value])
+                os.close(job.claim)
+    assert stopped == 3 * [False] + [False, True, True]
+
+
 def test_the_table_shows_what_a_terminal_cannot_be_steered_by(study_of):
     study = study_of(Grid({K: [2, 4]}))
     job = take(study)
@@ -224,6 +243,14 @@ def test_the_table_shows_what_a_terminal_cannot_be_steered_by(study_of):
     assert "1 failed, 1 waiting" in text
     assert "000" in text
     assert "[/bold] \\x1b[2J" in text
+
+
+def test_the_table_stays_short_with_many_workers(study_of):
+    study = study_of(Grid({K: [2]}))
+    for workers, ended in ((3, 17), (20, 0), (30, 0)):
+        states = ["complete"] * 50 + ["running"] * workers
+        records = [record(i, {K: 2}, 0, 1.0)._replace(state=s) for i, s in enumerate(states)]
+        assert table(study, records).row_count == workers + ended
 
 
 # Errors
@@ -269,6 +296,34 @@ def test_one_sweep_at_a_time(study_of, tmp_path, monkeypatch, capsys):
     assert main(line) == BAD_INPUT
     assert "is in use by another `moejax sweep`" in capsys.readouterr().err
     os.close(held)
+
+
+def test_a_storage_that_is_lost_ends_with_what_to_do(study_of, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    study_of(Grid({K: [2]}))
+    monkeypatch.setattr("moejax.sweep.load_sweep", lambda *_: read_sweep(tmp_path / "s"))
+
+    def lose(study: Study, _):
+        with contextlib.closing(sqlite3.connect(study.workdir / "sweep.db")) as database:
+            database.execute("drop table trials")
+        study.records()
+
+    monkeypatch.setattr("moejax.sweep._run", lose)
+    line = ["sweep", "configs/sweeps/capacity.py", "--workdir", str(tmp_path / "s"), "--resume"]
+    assert main(line) == UNAVAILABLE
+    said = capsys.readouterr().err
+    assert "was lost: no such table: trials; its trainings save and end; see" in said
+
+
+def test_a_file_system_without_locks_is_named(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(ConfigError, match=r"x cannot be locked \(Function .* that locks \(Lustre"):
+        claim(tmp_path / "x")
+    with pytest.raises(ConfigError, match="next cannot be locked"):
+        create(tmp_path / "s", made(Grid({K: [2]})), None)
 
 
 def read_sweep(workdir: Path):
@@ -455,11 +510,55 @@ def test_an_axis_has_numbers_by_size_and_words_as_listed():
     assert _listed(sweep) == {"width": ["wide", "thin"], K: ["4", "2"]}
 
 
-def test_a_report_has_tables_and_pictures(study_of):
+def test_the_best_of_several_finalists_is_held_to_more():
+    """With 2 degrees of freedom 4.3 errors are enough for one finalist, 6.2 for one of two."""
+    losses = {4: (0.9, 0.9 + 0.035, 0.9 - 0.035), 8: (1.0, 1.1, 1.2)}  # 4.95 errors
+    space = Sweep("", Adaptive({K: [4, 8]}, 2), seeds=(0, 1, 2, 3), finalists=2)
+    rows = [({}, seed, 1.0) for seed in (1, 2, 3)]
+    records = [record(i, *row, stage="base") for i, row in enumerate(rows)]
+    for k, values in losses.items():
+        records += [
+            record(10 * k + s, {K: k}, s, x, stage="final") for s, x in enumerate(values, 1)
+        ]
+        said = verdict(ranking(records, space), space)
+        assert ("`moe.top_k=4` beats the base config" in said) == (k == 4)
+    assert "is better than the base config on every seed" in said
+    assert "± 0.0869, ± 0.1254 as the best of 2" in said
+
+
+def test_what_failed_is_told_next_to_the_mean_of_the_rest(study_of):
+    """The higher rate diverges on one seed of two, and is better on the other."""
+    study = study_of(Grid({RATE: [1e-3, 1e-1]}), seeds=(0, 1))
+    while isinstance(job := study.take(), Job):
+        if (job.run.config.optim.learning_rate, job.run.config.seed) == (0.1, 1):
+            study.fail(job.trial, "exit code 17: <lambda>")
+        else:
+            study.complete(job.trial, [2 - job.run.config.optim.learning_rate])
+        os.close(job.claim)
+    first, second = ranking(study.records(), study.sweep)
+    assert (first.name, first.text) == (f"{RATE}=0.1", "1.9000 (1 seed, 1 failed)")
+    assert second.text == "1.9990 ± 0.0000 (2 seeds)"
+    text = write_report(study).read_text()
+    assert "| 1 | optim.learning_rate=0.1 | 1 | 1 | 1.9000 |" in text
+    assert "Trainings that failed are in no mean" in text
+    assert r"exit code 17: \<lambda>" in text, "no markup"
+    space = Sweep("", Adaptive({K: [4]}, 1), seeds=(0, 1, 2, 3), finalists=1)
+    rows = [record(i, {}, i, 1.0, stage="base") for i in (1, 2, 3)]
+    rows += [record(5, {K: 4}, 1, 0.9, stage="final"), record(6, {K: 4}, 2, 0.9, stage="final")]
+    rows.append(record(7, {K: 4}, 3, stage="final")._replace(state="failed"))
+    assert "`moe.top_k=4`, 1 failed; the others" in verdict(ranking(rows, space), space)
+
+
+def test_a_report_has_tables_and_pictures(study_of, monkeypatch):
     study = study_of(Grid({K: [2, 4, 8], RATE: [1e-3, 1e-2]}))
     finish(study, lambda job: 1 / job.run.config.moe.top_k + job.run.config.optim.learning_rate)
     text = write_report(study).read_text()
     assert "| 1 | moe.top_k=8 optim.learning_rate=0.001 | 1 | 0.1260 |" in text
+    assert "The first" not in text
+    monkeypatch.setattr("moejax.sweep_report.SHOWN", 4)
+    assert (
+        "The first 4 of 6; `ranking.csv`, `trials.csv` have all." in write_report(study).read_text()
+    )
     for name in ("parallel.png", "importance.png"):
         assert f"({name})" in text
         assert (study.workdir / name).read_bytes().startswith(b"\x89PNG")
