@@ -276,7 +276,8 @@ def _report(line: Line) -> int:
             "--text and --against are shown next to single experts, which --no_atlas leaves out; "
             "leave it out, or them"
         )
-    other = None if options.against is None else read_config(options.against)
+    against = options.against is not None
+    other = read_config(options.against) if against else None
     wants = not options.no_atlas and wants_atlas(workdir, config)
     if wants or options.text or other:
         _start_jax(options.cpu_devices)
@@ -288,9 +289,9 @@ def _report(line: Line) -> int:
             _, views = views_of_workdir(config, workdir, None, options.text)
             looks = looks._replace(views=tuple(views))
         if other:
-            against = Path(options.against)
-            found = agreement_of_workdirs(config, workdir, None, other, against, None)
-            looks = looks._replace(against=(against.resolve().name, *found))
+            there = Path(options.against)
+            found = agreement_of_workdirs(config, workdir, None, other, there, None)
+            looks = looks._replace(against=(there.resolve().name, *found))
     print(report_workdir(workdir, options.output, looks, with_atlas=not options.no_atlas))
     return DONE
 
