@@ -25,8 +25,9 @@ from moejax.command_line import safe_path
 from moejax.errors import CHECK_FAILED, DONE, INTERRUPTED, PREEMPTED, ConfigError, require
 from moejax.progress import printable
 from moejax.supervisor import Forwarding, Group
+from moejax.sweep_points import describe_point, points
 from moejax.sweep_report import ranking, write_report
-from moejax.sweep_space import Prepared, describe_point, load_sweep, points, resolve
+from moejax.sweep_runs import Prepared, load_sweep, resolve
 from moejax.sweep_study import (
     CLAIMS,
     LOGS,

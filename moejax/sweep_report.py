@@ -15,17 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.special import stdtrit
 
-from moejax.sweep_space import (
-    Between,
-    Cases,
-    Point,
-    Sweep,
-    config_quantities,
-    describe_point,
-    point_key,
-    ranges,
-    value_text,
-)
+from moejax.sweep_points import Point, describe_point, point_key, value_text
+from moejax.sweep_runs import config_quantities
+from moejax.sweep_space import Between, Cases, Sweep, ranges
 from moejax.sweep_study import State, Study, TrialRecord
 
 REPORT, TRIALS_CSV, RANKING_CSV = "report.md", "trials.csv", "ranking.csv"

@@ -25,7 +25,8 @@ from moejax.errors import DONE, PREEMPTED, ConfigError, require
 from moejax.lock import LOCK
 from moejax.metrics import read_metrics
 from moejax.supervisor import Forwarding, Group
-from moejax.sweep_space import MEASURED, QUANTITIES, Objective, override_words
+from moejax.sweep_runs import override_words
+from moejax.sweep_space import MEASURED, QUANTITIES, Objective
 from moejax.sweep_study import BASE, Job, Study, open_study, telling_of_loss
 
 POLL_SECONDS = 0.3

@@ -38,7 +38,8 @@ ORDER = [
     *("checkpoint", "replay"),
     *("evaluate", "inspect", "generate", "score", "lm_eval_adapter", "eval_command"),
     *("describe", "plan", "plan_report", "search", "verify", "loop"),
-    *("sweep_space", "sweep_study", "sweep_worker", "sweep_report", "sweep"),
+    *("sweep_space", "sweep_points", "sweep_runs"),
+    *("sweep_study", "sweep_worker", "sweep_report", "sweep"),
     *("cli", "__main__"),
 ]
 SOURCES = {

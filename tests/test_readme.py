@@ -9,7 +9,7 @@ import pytest
 
 from moejax.cli import MAY_CHANGE_AFTER_TRAINING, VERBS
 from moejax.overrides import load_config, read_overrides
-from moejax.sweep_space import load_sweep
+from moejax.sweep_runs import load_sweep
 from moejax.workdir import matches
 
 ROOT = Path(__file__).parent.parent

@@ -28,16 +28,8 @@ from moejax.metrics import read_metrics
 from moejax.overrides import load_config
 from moejax.sweep import Options, SlurmWorkers, table
 from moejax.sweep_report import _listed, _places, estimate, ranking, verdict, write_report
-from moejax.sweep_space import (
-    Adaptive,
-    Between,
-    Cases,
-    Grid,
-    Objective,
-    Sweep,
-    prepare,
-    sweep_from_json,
-)
+from moejax.sweep_runs import prepare, sweep_from_json
+from moejax.sweep_space import Adaptive, Between, Cases, Grid, Objective, Sweep
 from moejax.sweep_study import (
     Job,
     Study,
@@ -48,13 +40,7 @@ from moejax.sweep_study import (
     shown_url,
     storage_url,
 )
-from moejax.sweep_worker import (
-    core_share,
-    describe_failure,
-    gpu_share,
-    is_behind,
-    wait_until_free,
-)
+from moejax.sweep_worker import core_share, describe_failure, gpu_share, is_behind, wait_until_free
 from moejax.workdir import read_config
 
 ROOT = Path(__file__).parents[1]
