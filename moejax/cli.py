@@ -281,7 +281,7 @@ def _report(line: Line) -> int:
     wants = not options.no_atlas and wants_atlas(workdir, config)
     if wants or options.text or other:
         _start_jax(options.cpu_devices)
-        from moejax.inspect import agreement_of_workdirs, atlas_of_workdir, views_of_workdir
+        from moejax.inspect_command import agreement_of_workdirs, atlas_of_workdir, views_of_workdir
 
         if wants:
             atlas_of_workdir(config, workdir, None)
@@ -400,7 +400,7 @@ def _inspect(line: Line) -> int:
     config = _stored_config(line, "inspect")
     other = read_config(options.against) if against else None
     _start_jax(options.cpu_devices)
-    from moejax.inspect import inspect_workdir
+    from moejax.inspect_command import inspect_workdir
 
     inspect_workdir(config, other, options)
     return DONE

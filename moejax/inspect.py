@@ -4,191 +4,42 @@ All of it is dropless, as evaluation is, on the validation text. Sums are taken 
 batch at a time; what is counted by token comes to the host, and memory does not grow with the text.
 """
 
-import argparse
-import dataclasses
-import itertools
-import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
-from moejax.atlas import PARTS, SNIPPETS, Atlas, Snippet, TokenView, save_atlas
-from moejax.atlas_show import (
-    agreement_json,
-    atlas_json,
-    plot_view,
-    show_agreement,
-    show_atlas,
-    show_view,
-    view_json,
-)
-from moejax.attention import packed_tokens
+from moejax.atlas import PARTS, SNIPPETS, Atlas, Snippet, TokenView
 from moejax.config import Config
 from moejax.corpus import Corpus, load_corpus
 from moejax.data import Batch, ValidationBatches, check_vocabulary
 from moejax.errors import require
-from moejax.evaluate import dropless, restore_for_use, with_moe
-from moejax.mesh import Device, mesh_config
+from moejax.evaluate import dropless, with_moe
+from moejax.inspect_step import Page, Sums, experts_by_layer, make_inspect_steps
+from moejax.mesh import mesh_config
 from moejax.moe_config import ALL_EXPERTS, NOT_CAUSAL
-from moejax.routing import KEEP, Inspected
-from moejax.sharding import place_batch, replicated
-from moejax.state import model_graph
-from moejax.tallies import (
-    Agreement,
-    TokenCounts,
-    agreement,
-    experts_to_remove,
-    information,
-    same_choices,
-)
-from moejax.tokenizer import Tokenizer, load_tokenizer
-from moejax.workdir import atlas_file, checkpoint_steps
+from moejax.sharding import place_batch
+from moejax.tallies import TokenCounts, experts_to_remove, information, same_choices
+from moejax.token_text import context, pieces, token_text
+from moejax.tokenizer import load_tokenizer
 
 log = logging.getLogger("moejax")
 
 REMOVED = 64  # experts that are taken out, unless more are asked for
 REMOVAL_TOKENS = 1 << 14  # over which what is lost without an expert is measured
 AGREEMENT_TOKENS = 1 << 16  # over which two checkpoints are compared
-EARLIER = 8  # checkpoints that the atlas looks back to
 VIEWS, VIEW_TOKENS = 8, 192  # texts of the atlas that are shown token by token, and their length
-BEFORE_TOKENS, AFTER_TOKENS = 64, 32  # of a snippet, which is cut to ...
-BEFORE, AFTER = 60, 40  # ... these characters around its token
-
-
-class Page(NamedTuple):
-    """Rows of validation text, arrays [B, T].
-
-    domain, part: int32; of the token itself: its domain, and the tenth of its document.
-    """
-
-    batch: Batch
-    domain: Any
-    part: Any
-
-
-class Sums(NamedTuple):
-    """What the tokens of a batch did, as sums; see `Atlas` for each."""
-
-    load_dle: Any
-    load_ple: Any
-    coactivation_lee: Any
-    norm_le: Any
-
-
-class Seen(NamedTuple):
-    """Choices and losses of a batch.
-
-    expert_albts: int32 [A, L, B, T, K]; E for none.
-    loss_abt: float32; nats of each target.
-    """
-
-    expert_albts: Any
-    loss_abt: Any
-
-
-def experts_by_layer(config: Config) -> np.ndarray:
-    """Returns int [L]: what a token chooses from in each MoE layer."""
-    counts = [[stack.config.choices] * stack.num_layers for stack, _ in config.moe_stacks()]
-    return np.array(list(itertools.chain(*counts)), np.int32)
+BEFORE_TOKENS, AFTER_TOKENS = 64, 32  # around the token of a snippet
 
 
 def layer_numbers(config: Config) -> np.ndarray:
     """Returns int [L]: which layers of the model are MoE layers."""
     every = config.moe.every or 1
     return config.moe.first_dense + every * (np.arange(config.num_moe_layers) + 1) - 1
-
-
-def _choices(seen: Inspected, config: Config) -> Inspected:
-    """Returns the choices that count, E of the largest layer for none.
-
-    Router `dense` takes every expert for every token: a token counts at that of the largest weight.
-    """
-    count_l111 = jnp.asarray(experts_by_layer(config))[:, None, None, None]
-    experts = config.moe.choices
-    seen = seen._replace(
-        expert_bts=jnp.where(seen.expert_bts < count_l111, seen.expert_bts, experts)
-    )
-    if config.moe.router != "dense":
-        return seen
-    best = jnp.argmax(seen.weight_bts, axis=-1)[..., None]
-    return Inspected(*(jnp.take_along_axis(leaf, best, axis=-1) for leaf in seen))
-
-
-def _layer_sums(seen: Inspected, domain_btd, part_btp, experts: int) -> Sums:
-    """Returns the sums of one layer. Counts are exact: float32 holds whole numbers to 2^24."""
-
-    def add(sums, choice):
-        expert_bt, norm_bt = choice
-        here_bte = jax.nn.one_hot(expert_bt, experts, dtype=jnp.float32)
-        taken_bte, norm_e = sums
-        return (taken_bte + here_bte, norm_e + (norm_bt[..., None] * here_bte).sum((0, 1))), None
-
-    columns = (jnp.moveaxis(seen.expert_bts, -1, 0), jnp.moveaxis(seen.norm_bts, -1, 0))
-    zeros = (jnp.zeros((*domain_btd.shape[:2], experts)), jnp.zeros(experts))
-    (taken_bte, norm_e), _ = jax.lax.scan(add, zeros, columns)
-
-    def count(letters: str, other) -> jax.Array:
-        return jnp.einsum(letters, taken_bte, other).astype(jnp.int32)
-
-    return Sums(
-        count("bte,btd->de", domain_btd),
-        count("bte,btp->pe", part_btp),
-        count("bte,btf->ef", taken_bte),
-        norm_e,
-    )
-
-
-def _functions(config: Config, mesh: Mesh, num_domains: int) -> tuple[Callable, Callable, Callable]:
-    """Returns three jitted functions of (params, router_state, keep_le, pages [A, B, T]).
-
-    The first gives (`Sums`, int16 choices [A, L, B, T, K]), the second `Seen`, the third all that
-    is seen of a text, `Inspected` with leaves [A, L, B, T, K], and losses. An expert whose entry in
-    keep_le is 0 is left out.
-    """
-    graph = model_graph(config, mesh)
-    experts = config.moe.choices
-
-    def forward(batch: Batch, params, router_state, keep_le):
-        model = nnx.merge(graph, params)
-        state = router_state | {KEEP: keep_le}
-        out = model(batch.tokens, packed_tokens(batch.segments), state)
-        assert out.inspected is not None
-        return model, out.hidden_btd, _choices(out.inspected, config)
-
-    def by_microbatch(one: Callable):
-        @partial(jax.jit, out_shardings=replicated(mesh))
-        def run(params, router_state, keep_le, pages: Page):
-            return jax.lax.map(lambda page: one(page, params, router_state, keep_le), pages)
-
-        return run
-
-    def sums(page: Page, *weights):
-        _, _, seen = forward(page.batch, *weights)
-        domain_btd = jax.nn.one_hot(page.domain, num_domains, dtype=jnp.float32)
-        part_btp = jax.nn.one_hot(page.part, PARTS, dtype=jnp.float32)
-        by_layer = jax.lax.map(
-            lambda layer: _layer_sums(layer, domain_btd, part_btp, experts), seen
-        )
-        return by_layer, seen.expert_bts.astype(jnp.int16)
-
-    def losses(page: Page, *weights):
-        model, hidden_btd, seen = forward(page.batch, *weights)
-        loss_bt = model.token_losses(hidden_btd, page.batch.targets)
-        return Seen(seen.expert_bts.astype(jnp.int16), loss_bt)
-
-    def text(page: Page, *weights):
-        model, hidden_btd, seen = forward(page.batch, *weights)
-        return seen, model.token_losses(hidden_btd, page.batch.targets)
-
-    return by_microbatch(sums), by_microbatch(losses), by_microbatch(text)
 
 
 class Inspector:
@@ -221,7 +72,9 @@ class Inspector:
         train = config.train
         unit = mesh_config(mesh).token_shards * config.moe.group_sequences
         self._rows = -(-train.batch_size // train.accumulation // unit) * unit * train.accumulation
-        self._sums, self._losses, self._text = _functions(config, mesh, len(self.corpus.domains))
+        self._sums, self._losses, self._text = make_inspect_steps(
+            config, mesh, len(self.corpus.domains)
+        )
 
     # Text
 
@@ -512,175 +365,3 @@ def _notes(config: Config, removed: int, experts: int) -> Iterable[str]:
             f"{config.moe.zero_experts} zero, {config.moe.copy_experts} copy, "
             f"{config.moe.constant_experts} constant."
         )
-
-
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """Returns how to show one token: its text, or a name in angle brackets where it has none."""
-    if token == tokenizer.end_of_document:
-        return "<end of document>"
-    text = tokenizer.decode([token])
-    if text in ("", "\ufffd"):
-        return f"<0x{token:02X}>" if tokenizer.bytes_v[token] == 1 and token < 256 else f"<{token}>"
-    return text
-
-
-def pieces(tokenizer: Tokenizer, token_t: np.ndarray) -> tuple[str, ...]:
-    """Returns the part of the text that each token adds; together they are the text.
-
-    Of a character that takes several tokens the first has it, and the others have nothing.
-    """
-    whole = tokenizer.decode(token_t)
-    lengths = [len(tokenizer.decode(token_t[:stop])) for stop in range(1, len(token_t))]
-    ends = np.minimum(np.maximum.accumulate([0, *lengths, len(whole)]), len(whole))
-    ends[-1] = len(whole)
-    return tuple(whole[a:b] for a, b in itertools.pairwise(ends))
-
-
-def context(tokenizer: Tokenizer, token_t: np.ndarray, at: int) -> tuple[str, int, int]:
-    """Returns a text around token `at`, and where in it the token begins and ends."""
-    whole, before = tokenizer.decode(token_t), tokenizer.decode(token_t[:at])
-    start, end = len(before), len(tokenizer.decode(token_t[: at + 1]))
-    if token_t[at] == tokenizer.end_of_document:
-        whole = before + token_text(tokenizer, int(token_t[at]))
-        end = len(whole)
-    elif end <= start:  # a further byte of one character
-        start = max(0, end - 1)
-    first = max(0, start - BEFORE)
-    return whole[first : end + AFTER], start - first, end - first
-
-
-# Workdirs
-
-
-def atlas_of_workdir(
-    config: Config,
-    workdir: Path,
-    step: int | None,
-    remove: int = REMOVED,
-    devices: list[Device] | None = None,
-) -> Atlas:
-    """Returns the atlas of a checkpoint, and writes it into the workdir.
-
-    It looks back to at most `EARLIER` of the checkpoints before it, the latest ones.
-
-    Args:
-        step: None for the last one.
-        devices: default: all.
-
-    Raises:
-        ConfigError: no such checkpoint, no expert, or the mesh does not fit.
-    """
-    restored = restore_for_use(config, workdir, step, devices)
-    inspector = Inspector(config, restored.mesh)
-    steps = [s for s in checkpoint_steps(workdir, config.checkpoint.local) if s < restored.step]
-
-    def earlier():
-        for one in steps[-EARLIER:]:
-            log.info("inspect: comparing with the checkpoint of step %d", one)
-            before = restore_for_use(config, workdir, one, devices)
-            yield one, before.params, before.router_state
-
-    atlas = inspector.atlas(
-        restored.step, restored.params, restored.router_state, remove=remove, earlier=earlier()
-    )
-    if jax.process_index() == 0:
-        save_atlas(atlas, atlas_file(workdir, restored.step))
-    return atlas
-
-
-def views_of_workdir(
-    config: Config,
-    workdir: Path,
-    step: int | None,
-    texts: Sequence[str],
-    devices: list[Device] | None = None,
-) -> tuple[int, list[TokenView]]:
-    """Returns a checkpoint's step and what it does with each text; see `Inspector.view`."""
-    restored = restore_for_use(config, workdir, step, devices)
-    inspector = Inspector(config, restored.mesh)
-    model = restored.params, restored.router_state
-    encode = inspector.tokenizer.encode
-    return restored.step, [inspector.view(*model, encode(text), text[:60]) for text in texts]
-
-
-class Compared(NamedTuple):
-    """The agreement of two checkpoints, the first and the second."""
-
-    steps: tuple[int, int]
-    tokens: int
-    layers_l: np.ndarray
-    agreement: Agreement
-
-
-def agreement_of_workdirs(
-    config: Config,
-    workdir: Path,
-    step: int | None,
-    other_config: Config,
-    other: Path,
-    other_step: int | None,
-    devices: list[Device] | None = None,
-) -> Compared:
-    """Compares how two checkpoints route the validation text of the first.
-
-    Raises:
-        ConfigError: they differ in tokenizer or in the number of MoE layers.
-    """
-    fingerprints = [load_tokenizer(c.data.tokenizer).fingerprint for c in (config, other_config)]
-    require(
-        fingerprints[0] == fingerprints[1],
-        f"{workdir} has data.tokenizer={config.data.tokenizer!r} and {other} "
-        f"{other_config.data.tokenizer!r}: they do not see the same tokens; compare runs of one "
-        "tokenizer",
-    )
-    require(
-        config.num_moe_layers == other_config.num_moe_layers,
-        f"{workdir} has {config.num_moe_layers} MoE layers and {other} "
-        f"{other_config.num_moe_layers}; routing is compared layer by layer, give runs with as "
-        "many",
-    )
-    experts = max(config.moe.choices, other_config.moe.choices)
-    corpus = load_corpus(config.data, "validation")
-    steps, found = [], []
-    for one, folder, at in ((config, workdir, step), (other_config, other, other_step)):
-        # the text of the first, in its batches: the same tokens in the same order
-        one = dataclasses.replace(one, data=config.data, eval=config.eval, mesh=config.mesh)
-        one = dataclasses.replace(one, train=config.train)
-        restored = restore_for_use(one, folder, at, devices)
-        inspector = Inspector(one, restored.mesh, corpus)
-        choices = inspector.choices(restored.params, restored.router_state)
-        found.append(np.where(choices < one.moe.choices, choices, experts))
-        steps.append(restored.step)
-    a, b = found
-    return Compared(
-        (steps[0], steps[1]), a.shape[1], layer_numbers(config), agreement(a, b, experts)
-    )
-
-
-def inspect_workdir(config: Config, other: Config | None, options: argparse.Namespace) -> None:
-    """Does what a line of `moejax inspect` asks for, and shows it.
-
-    Args:
-        other: config of `options.against`.
-    """
-    workdir, layers_l = Path(options.workdir), layer_numbers(config)
-    if options.text is not None:
-        step, (view,) = views_of_workdir(config, workdir, options.step, [options.text])
-        show_view(step, view, layers_l)
-        result = view_json(step, view, layers_l)
-        if options.png:
-            plot_view(view, layers_l, options.png)
-    elif other is not None:
-        compared = agreement_of_workdirs(
-            config, workdir, options.step, other, Path(options.against), options.against_step
-        )
-        show_agreement(*compared)
-        result = agreement_json(*compared)
-    else:
-        remove = REMOVED if options.remove is None else options.remove
-        atlas = atlas_of_workdir(config, workdir, options.step, remove)
-        show_atlas(atlas)
-        print(f"wrote {atlas_file(workdir, atlas.step)}")
-        result = atlas_json(atlas)
-    if options.json:
-        options.json.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,114 +1,22 @@
-"""Looking inside: against the oracle, against what was planted, and on a model that was trained."""
+"""Looking inside: what was planted is found, and texts that cannot be shown are refused."""
 
 import dataclasses
-import functools
-import json
-import types
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import moe, reference
-from moejax.atlas import load_atlas
-from moejax.cli import main
 from moejax.corpus import load_corpus, make_corpus
 from moejax.errors import ConfigError
-from moejax.inspect import Inspector, agreement_of_workdirs, context, pieces, token_text
-from moejax.mesh import make_mesh
-from moejax.metrics import read_metrics
-from moejax.moe_config import MoEConfig
-from moejax.overrides import apply_overrides, load_config
-from moejax.parameters import moe_parameters
-from moejax.router_state import initial_router_state
-from moejax.routing import KEEP, RouterInputs
+from moejax.inspect import Inspector
+from moejax.overrides import load_config
 from moejax.state import split_model
 from moejax.tallies import information
 from moejax.tokenizer import ByteTokenizer
-from moejax.workdir import read_config
-
-B, T, D, F, E = 8, 6, 8, 8, 8
-RANDOM = np.random.default_rng(0)
-X_BTD = RANDOM.normal(size=(B, T, D)).astype(np.float32)
-MASK_BT = np.arange(T) < np.array([6, 6, 3, 6, 0, 6, 6, 5])[:, None]
-KEEP_E = np.where(np.arange(E) == 3, 0, 1).astype(np.float32)
-
-
-def _moe(**changes) -> MoEConfig:
-    base = {"num_experts": E, "top_k": 2, "expert_hidden": F, "capacity_factor": None}
-    return MoEConfig(**{**base, **changes})
-
-
-CONFIGS = {
-    "top 2": _moe(),
-    "capacity": _moe(capacity_factor=0.5),
-    "free": _moe(num_experts=4, zero_experts=1, copy_experts=1, constant_experts=2),
-    "relu": _moe(router="relu", top_k=2),
-    "soft": _moe(router="soft", top_k=2, allow_noncausal=True),
-}
-
-
-def _weights(config: MoEConfig) -> dict[str, np.ndarray]:
-    random = np.random.default_rng(1)
-    table = moe_parameters(config, D)
-    return {n: random.normal(size=p.shape).astype(np.float32) for n, p in table.items()}
-
-
-def _look(apply, config, weights, keep_e, mesh=None):
-    state = {n: v[0] for n, v in initial_router_state(config, 1, 9, None).items()}
-    if keep_e is not None:
-        state[KEEP] = jnp.asarray(keep_e[: config.choices])
-
-    @jax.jit
-    def run(weights):
-        return apply(weights, X_BTD, RouterInputs(MASK_BT), state, config=config, mesh=mesh)
-
-    y_btd, _, seen = run(weights)
-    return np.asarray(y_btd), seen
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["free", "soft", *(pytest.param(n, marks=pytest.mark.slow) for n in ("relu", "capacity"))],
-)
-def test_what_is_seen_is_what_the_oracle_sees(mesh_of, name):
-    config = CONFIGS[name]
-    weights = _weights(config)
-    expected_btd, expected = _look(reference.apply_moe, config, weights, KEEP_E)
-    y_btd, seen = _look(moe.apply_moe, config, weights, KEEP_E, mesh_of(1, 2, 2, 2))
-    np.testing.assert_allclose(y_btd, expected_btd, atol=2e-5 * np.abs(expected_btd).max())
-    np.testing.assert_array_equal(seen.expert_bts, expected.expert_bts)
-    np.testing.assert_allclose(seen.weight_bts, expected.weight_bts, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(seen.norm_bts, expected.norm_bts, rtol=1e-4, atol=1e-4)
-    if name != "soft":
-        assert (np.asarray(expected.norm_bts) > 0).any()
-        assert (np.asarray(expected.weight_bts)[np.asarray(expected.expert_bts) == 3] == 0).all()
-
-
-@pytest.mark.parametrize("name", ["top 2", "relu", "soft"])
-def test_an_expert_that_is_left_out_is_one_whose_output_is_0(name):
-    """Weights and choices of the others stay: the same as if its last matrix were 0."""
-    config = CONFIGS[name]
-    weights = _weights(config)
-    without = weights | {"down": weights["down"] * KEEP_E[:, None, None]}
-    left_out, _ = _look(reference.apply_moe, config, weights, KEEP_E)
-    expected, _ = _look(reference.apply_moe, config, without, None)
-    whole, _ = _look(reference.apply_moe, config, weights, None)
-    np.testing.assert_allclose(left_out, expected, rtol=1e-5, atol=1e-5)
-    assert np.abs(whole - expected).max() > 0.1
-
-
-def test_the_norm_is_that_of_one_weighted_output():
-    """One choice a token: the layer's output is all that its expert gives."""
-    config = _moe(top_k=1, normalize_weights=False)
-    y_btd, seen = _look(reference.apply_moe, config, _weights(config), np.ones(E, np.float32))
-    norm_bt = np.linalg.norm(y_btd, axis=-1)
-    np.testing.assert_allclose(seen.norm_bts[..., 0], norm_bt, rtol=1e-5, atol=1e-6)
-
 
 # Planted specialisation: a router whose weights are set by hand
+
 
 CLASSES = ("aeiou", "bcdfghjklmnpqrstvwxyz", " \n", None)  # None: all other bytes
 SMALL = [
@@ -276,166 +184,8 @@ def test_texts_without_tokens_and_too_long_ones_are_refused(planted):
         inspector.view(params, {}, np.zeros(33, np.int32), "long")
 
 
-def test_pieces_are_the_text():
-    tokenizer = ByteTokenizer()
-    for text in ("plain", "ñandú 🙂!", "\x00\n"):
-        ids = tokenizer.encode(text)
-        found = pieces(tokenizer, ids)
-        assert "".join(found) == text
-        assert len(found) == len(ids)
-    assert pieces(tokenizer, tokenizer.encode("ñx")) == ("ñ", "", "x")
-
-
-def test_context_marks_the_token():
-    tokenizer = ByteTokenizer()
-    ids = np.append(tokenizer.encode("x" * 80 + "señor" + "y" * 80), tokenizer.end_of_document)
-    for at, marked in ((80, "s"), (82, "ñ"), (83, "ñ"), (84, "o"), (166, "<end of document>")):
-        text, start, end = context(tokenizer, ids, at)
-        assert text[start:end] == marked
-        assert start == min(60, at) or at > 82
-        assert len(text) <= 60 + 17 + 40
-    assert [token_text(tokenizer, token) for token in (97, 0xC3)] == ["a", "<0xC3>"]
-
-
 def test_embedded_text_is_the_default(planted):
     inspector, _, _ = planted
     expected = load_corpus(inspector.config.data, "validation").fingerprint
     assert inspector.corpus.fingerprint == expected
     assert dataclasses.is_dataclass(inspector.config)
-
-
-# A model that was trained, by the command line
-
-
-TRAINED = [
-    *("model.num_layers=2", "model.d_model=32", "model.num_heads=2", "model.num_kv_heads=1"),
-    *("model.head_dim=16", "moe.num_experts=4", "moe.expert_hidden=32", "data.sequence_length=64"),
-    *("train.batch_size=8", "train.steps=150", "checkpoint.every=50", "checkpoint.keep=3"),
-    *("eval.batches=8", "eval.every=150", "logging.every=50", "optim.learning_rate=0.01"),
-    *("mesh.data=1", "mesh.expert=1"),
-]
-
-
-@pytest.fixture(scope="module")
-def workdir(tmp_path_factory):
-    """A run on one device, which `inspect` uses too."""
-    workdir = tmp_path_factory.mktemp("inspect") / "run"
-    words = ["configs/quickstart.py", "--workdir", str(workdir), *TRAINED]
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("loop", "evaluate"):
-            make = functools.partial(make_mesh, devices=jax.devices()[:1])
-            patch.setattr(
-                f"moejax.{module}.make_mesh", lambda sizes, _=None, make=make: make(sizes)
-            )
-        assert main(["train", *words]) == 0
-        yield workdir
-
-
-@pytest.fixture(scope="module")
-def written(workdir):
-    file = workdir / "atlas.json"
-    assert main(["inspect", "--workdir", str(workdir), "--json", str(file)]) == 0
-    return load_atlas(workdir / "atlas" / "150.npz"), json.loads(file.read_text())
-
-
-@pytest.mark.slow
-def test_removing_an_expert_costs_its_own_tokens_most(written):
-    atlas, _ = written
-    load_le = atlas.load_dle.sum(0)
-    used_le = load_le > 0.02 * load_le.sum(1, keepdims=True)
-    assert used_le.sum() >= 6
-    own_le, other_le = atlas.removed_own_le, atlas.removed_other_le
-    assert (own_le[used_le] > other_le[used_le]).mean() >= 0.75
-    # the first layer carries most of so small a model
-    assert (own_le[0] > 0.05).all()
-    assert (own_le[0] > 5 * np.abs(other_le[0])).all()
-    assert (atlas.norm_le[used_le] > 0).all()
-    # the last layer reaches no other token's loss
-    np.testing.assert_allclose(atlas.removed_other_le[1], 0, atol=1e-6)
-
-
-def test_parts_of_the_loss_add_up(written):
-    """What is lost over all tokens is the mean over those that take an expert and the others."""
-    atlas, _ = written
-    low = np.minimum(atlas.removed_own_le, atlas.removed_other_le) - 1e-6
-    high = np.maximum(atlas.removed_own_le, atlas.removed_other_le) + 1e-6
-    assert ((low <= atlas.removed_le) & (atlas.removed_le <= high)).all()
-
-
-def test_counts_agree_with_each_other_and_with_evaluation(workdir, written):
-    atlas, _ = written
-    load_le = atlas.load_dle.sum(0)
-    assert (load_le.sum(1) == 2 * atlas.tokens).all()
-    np.testing.assert_array_equal(atlas.load_ple.sum(0), load_le)
-    np.testing.assert_array_equal(np.diagonal(atlas.coactivation_lee, axis1=1, axis2=2), load_le)
-    off_le = atlas.coactivation_lee.sum(2) - load_le
-    np.testing.assert_array_equal(off_le, load_le)  # top 2: one other expert each time
-    record = [r for r in read_metrics(workdir) if r["split"] == "eval"][-1]
-    share_le = load_le / load_le.sum(1, keepdims=True)
-    np.testing.assert_allclose(share_le, record["expert_load"], atol=1e-6)
-
-
-def test_saturation_is_of_the_earlier_checkpoints(written):
-    atlas, _ = written
-    assert atlas.saturation_steps.tolist() == [50, 100]
-    assert ((atlas.saturation_sl > 0.2) & (atlas.saturation_sl < 1)).all()
-
-
-def test_the_json_says_what_the_atlas_does(written):
-    atlas, record = written
-    assert record["tokens"] == atlas.tokens
-    assert len(record["experts"]) == 8
-    last = record["experts"][-1]
-    assert (last["layer"], last["expert"]) == (1, 3)
-    assert last["removed_own"] == pytest.approx(float(atlas.removed_own_le[1, 3]))
-    assert last["assignments"] == atlas.load_dle[:, 1, 3].sum()
-    assert list(record["saturation"]) == ["50", "100"]
-
-
-def test_a_text_is_shown_token_by_token(workdir, tmp_path, capsys):
-    files = ["--json", str(tmp_path / "t.json"), "--png", str(tmp_path / "t.png")]
-    text = "Señor $x_1$ [b] " * 3 + "漢"  # 54 tokens; nothing of it is markup
-    assert main(["inspect", "--workdir", str(workdir), "--text", text, *files]) == 0
-    record = json.loads((tmp_path / "t.json").read_text())
-    assert "".join(record["tokens"]) == text
-    assert record["loss"][0] is None
-    assert min(record["loss"][1:]) > 0
-    assert [layer["layer"] for layer in record["layers"]] == [0, 1]
-    for layer in record["layers"]:
-        assert {len(row) for row in layer["experts"]} == {2}
-        assert np.sum(layer["weights"], axis=1) == pytest.approx(1, rel=1e-5)
-        assert all(a >= b for a, b in layer["weights"])
-    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
-    assert "step 150" in capsys.readouterr().out
-
-
-def test_two_steps_of_one_run_are_compared(workdir, tmp_path, capsys):
-    file = tmp_path / "agreement.json"
-    line = ["inspect", "--workdir", str(workdir), "--against", str(workdir), "--json", str(file)]
-    assert main([*line, "--step", "50", "--against_step", "150"]) == 0
-    record = json.loads(file.read_text())
-    assert record["steps"] == [50, 150]
-    atlas = load_atlas(workdir / "atlas" / "150.npz")
-    assert record["same"] == pytest.approx(atlas.saturation_sl[0].tolist(), rel=1e-5)
-    assert main([*line, "--step", "150"]) == 0
-    assert json.loads(file.read_text())["same"] == [1, 1]
-    assert "by chance" in capsys.readouterr().out
-
-
-def test_other_layers_and_other_tokens_are_not_compared(workdir, monkeypatch):
-    config = read_config(workdir)
-    other = apply_overrides(config, ["model.num_layers=3"])
-    compare = functools.partial(agreement_of_workdirs, config, workdir, None)
-    with pytest.raises(ConfigError, match=r"has 2 MoE layers and .* 3; routing is compared layer"):
-        compare(other, Path("b"), None)
-    names = types.SimpleNamespace
-    monkeypatch.setattr("moejax.inspect.load_tokenizer", lambda name: names(fingerprint=name))
-    other = dataclasses.replace(config, data=dataclasses.replace(config.data, tokenizer="b.json"))
-    with pytest.raises(ConfigError, match="do not see the same tokens; compare runs of one"):
-        compare(other, Path("b"), None)
-
-
-def test_inspecting_an_empty_workdir_says_what_is_missing(workdir, tmp_path, capsys):
-    (tmp_path / "config.json").write_bytes((workdir / "config.json").read_bytes())
-    assert main(["inspect", "--workdir", str(tmp_path)]) == 2
-    assert "holds no checkpoint; train first" in capsys.readouterr().err
