@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moejax.errors import ConfigError
+from moejax.foreign import no_links, open_file
 
 FORMAT = 1  # of the file
 PARTS = 10  # of a document
@@ -165,7 +166,7 @@ def save_atlas(atlas: Atlas, file: str | os.PathLike) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with open(partial, "wb") as stream:
+        with open(partial, "wb", opener=no_links) as stream:
             np.savez_compressed(stream, allow_pickle=False, **entries)
         partial.replace(file)
     finally:
@@ -185,7 +186,7 @@ def load_atlas(file: str | os.PathLike) -> Atlas:
     """
     remedy = "write it with `moejax inspect --workdir W`"
     try:
-        with open(file, "rb") as stream, np.load(stream, allow_pickle=False) as stored:
+        with open_file(file) as stream, np.load(stream, allow_pickle=False) as stored:
             texts = json.loads(stored["texts"].tobytes())
             if texts["format"] != FORMAT:
                 raise ValueError(f"it has format {texts['format']}, and this reads {FORMAT}")

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 
 import numpy as np
 import pytest
@@ -111,6 +112,19 @@ def test_a_file_that_is_no_atlas_is_named(tmp_path):
         file.write_bytes(damaged)
         with pytest.raises(ConfigError, match=r"a.npz is not an atlas that can be read"):
             load_atlas(file)
+
+
+def test_a_link_is_not_followed_and_no_pipe_is_waited_for(tmp_path):
+    save_atlas(atlas(), tmp_path / "a.npz")
+    (tmp_path / "b.npz").symlink_to("a.npz")
+    os.mkfifo(tmp_path / "c.npz")
+    (tmp_path / f".d.npz.{os.getpid()}").symlink_to("precious")
+    for name, why in (("b", "it is a link"), ("c", "it is no file")):
+        with pytest.raises(ConfigError, match=rf"{name}.npz is not an atlas .*{why}"):
+            load_atlas(tmp_path / f"{name}.npz")
+    with pytest.raises(OSError, match="symbolic links"):
+        save_atlas(atlas(), tmp_path / "d.npz")
+    assert not (tmp_path / "precious").exists()
 
 
 def test_another_format_is_refused(tmp_path):
