@@ -63,7 +63,14 @@ class RunLock:
         self._descriptor = descriptor
         self._tell_of_the_dead(_read(descriptor))
         start = datetime.now(UTC).isoformat(timespec="seconds")
-        self._write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "start": start}))
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "start": start}
+        try:
+            self._write(json.dumps(owner))
+        except OSError as error:
+            raise ConfigError(
+                f"{self._file} cannot be written: {error.strerror}; make room, or give another "
+                "--workdir"
+            ) from None
 
     def _tell_of_the_dead(self, owner: dict[str, Any]) -> None:
         if not owner:  # it let go

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from hostile import file_limit
 
 from moejax.errors import ConfigError
 from moejax.events import read_events
@@ -94,6 +95,13 @@ def test_a_lock_that_cannot_be_had_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.flock", broken)
     with pytest.raises(ConfigError, match="cannot be locked: Input/output error"):
         RunLock(tmp_path).take()
+    monkeypatch.undo()
+    with (
+        file_limit(0),
+        RunLock(tmp_path) as lock,
+        pytest.raises(ConfigError, match=r"lock\.json cannot be written: File too large; mak"),
+    ):
+        lock.take()
 
 
 def test_what_a_lock_says_cannot_steer_the_terminal(tmp_path, capsys):
