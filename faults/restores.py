@@ -193,6 +193,7 @@ HARMS: dict[str, Callable[[Path], object]] = {
     "a file of data deleted": lambda f: _largest(f).unlink(),
     "ocdbt manifest deleted": lambda f: (f / "model" / "manifest.ocdbt").unlink(),
     "_sharding deleted": lambda f: (f / "training" / "_sharding").unlink(),
+    "commit marker deleted": lambda f: (f / "commit_success.txt").unlink(),
     "commit marker emptied": lambda f: (f / "commit_success.txt").write_text("gone"),
     "a file too many": lambda f: (f / "model" / "more").write_bytes(b"x"),
     "no manifest": lambda f: (f / "MANIFEST.json").unlink(),

@@ -28,14 +28,22 @@ from etils import epath
 from moejax.cluster import any_complains, appears, check_shared, from_first, refuse_together
 from moejax.config import CheckpointConfig, ConfigError
 from moejax.errors import NO_SPACE, NoSpaceError, StorageError
-from moejax.events import Events
+from moejax.events import EVENTS, Events
 from moejax.foreign import printable
-from moejax.manifest import MANIFEST, Newer, Table, Unsound, fingerprint, read_manifest
+from moejax.manifest import (
+    MANIFEST,
+    Newer,
+    Table,
+    Unsound,
+    fingerprint,
+    read_manifest,
+    sync_file,
+)
 from moejax.metrics import FIELDS
 from moejax.sharding import path_name, replicated
 from moejax.state import TrainState
-from moejax.store import Store, find_run, start_run
-from moejax.workdir import CHECKPOINTS, checkpoint_roots
+from moejax.store import Store, find_run, require_first_start, start_run
+from moejax.workdir import CHECKPOINTS, METRICS, checkpoint_roots
 
 ITEMS = ("model", "training", "meta")
 # What a run reads of the meta.
@@ -107,7 +115,9 @@ class Checkpoints:
 
     def _look(self) -> str | None:
         run = find_run(self._workdir)
-        if not any(store.steps() for store in self._stores_of(run)):
+        stores = self._stores_of(run)
+        if not any(store.steps() for store in stores):
+            require_first_start(self._workdir, stores[0])
             raise ConfigError(
                 f"{self._workdir / CHECKPOINTS} holds no checkpoint; train first, or wait for the "
                 "first checkpoint.every steps"
@@ -234,6 +244,8 @@ class Checkpoints:
                 f"{self._workdir} has checkpoints, and none is sound ({'; '.join(reasons[:5])}); "
                 "bring them back from a copy, or give another --workdir to begin anew"
             )
+        if at_most is None and not pairs:
+            require_first_start(self._workdir, self._stores[0])
         return None
 
     def _unsound(self, step: int, reason: str) -> ConfigError:
@@ -368,6 +380,9 @@ class Checkpoints:
             self._orbax.wait_until_finished()  # on process 0: the others have written theirs
             if not self._first:
                 return
+            # a resume keeps the lines up to the checkpoint: they are not written again
+            for name in (METRICS, EVENTS):
+                sync_file(self._workdir / name)
             manifest = store.seal(step, tables, metrics, about)
         except Exception as error:  # as in _read
             self._failed(store, step, error)

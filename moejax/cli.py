@@ -40,16 +40,7 @@ from moejax.overrides import (
     suggest,
     value_difference,
 )
-from moejax.workdir import check_workdir, matches, read_config
-
-# What a checkpoint does not fix: where the model runs and how it is measured.
-MAY_CHANGE_AFTER_TRAINING = (
-    "mesh.*",
-    "eval.*",
-    "moe.eval_capacity_factor",
-    "moe.transport",
-    "model.dtype",
-)
+from moejax.workdir import MAY_CHANGE_AFTER_TRAINING, check_workdir, matches, read_config
 
 
 def main(argv: Sequence[str] | None = None) -> int:

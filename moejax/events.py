@@ -91,11 +91,20 @@ def append_line(file: Path, line: str) -> None:
 
 
 def read_events(workdir: Path) -> list[dict[str, Any]]:
-    """Returns the events of a run, oldest first; lines that a crash cut off are left out."""
+    """Returns the events of a run, oldest first; lines that a crash cut off are left out.
+
+    Raises:
+        ConfigError: there is a file, and it cannot be read.
+    """
     try:
         text = read_file(workdir / EVENTS, 1024 * MIB).decode(errors="replace")
     except FileNotFoundError:
         return []
+    except OSError as error:
+        raise ConfigError(
+            f"{workdir / EVENTS} cannot be read: {error.strerror}; make it readable, or move it "
+            "away: the run then knows nothing of rollbacks that its last checkpoint does not have"
+        ) from None
     events = []
     for line in text.splitlines():
         with contextlib.suppress(ValueError, RecursionError):
@@ -120,7 +129,8 @@ def rollbacks_to(events: list[dict[str, Any]], step: int) -> list[tuple[int, int
             found = []
         elif event.get("kind") == "rollback" and event.get("to") == step:
             first, last = event.get("first"), event.get("last")
-            if not (isinstance(first, int) and isinstance(last, int) and 0 <= first <= last):
+            most = 10**10  # as `SkipList.parse` has it
+            if not (isinstance(first, int) and isinstance(last, int) and 0 <= first <= last < most):
                 raise ConfigError(
                     f"{EVENTS} has a rollback without the batches that it left out: "
                     f"{json.dumps(event)[:200]}; mend the line, with `first` and `last` as whole "

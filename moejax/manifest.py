@@ -5,6 +5,7 @@ of each, what arrays are inside, and whose they are. Orbax notices neither a fli
 of another run; a folder that fits its manifest has neither.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -202,6 +203,16 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_file(file: Path) -> None:
+    """Has what was written to a file so far survive a loss of power, if there is one."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _encode(manifest: Manifest) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.errors import ConfigError
+from moejax.events import EVENTS, read_events
 from moejax.foreign import has_link, read_file
 from moejax.manifest import (
     Manifest,
@@ -35,6 +36,7 @@ from moejax.workdir import (
     RUN,
     committed_steps,
     read_run,
+    steps_with,
     write_atomically,
 )
 
@@ -72,8 +74,46 @@ def start_run(workdir: Path) -> str:
     if run is None or read_run(workdir) is None:
         run = run or secrets.token_hex(8)
         started = datetime.now(UTC).isoformat(timespec="seconds")
-        write_atomically(workdir / RUN, json.dumps({"run": run, "started": started}) + "\n")
+        try:
+            write_atomically(workdir / RUN, json.dumps({"run": run, "started": started}) + "\n")
+        except OSError as error:
+            raise ConfigError(
+                f"{workdir / RUN} cannot be written: {error.strerror}; make room, or give another "
+                "--workdir"
+            ) from None
     return run
+
+
+def require_first_start(workdir: Path, store: "Store") -> None:
+    """Checks that a run without a checkpoint never had one, before it begins at step 0.
+
+    Args:
+        store: of the workdir; what a local disk had may be lost with its host.
+
+    Raises:
+        ConfigError: there are only those of other runs, or events tell of one that is gone.
+    """
+    others = store.strangers()
+    if others:
+        steps = ", ".join(map(str, others[:10]))
+        raise ConfigError(
+            f"{store.root} has checkpoints of another run only (steps {steps}) than the one that "
+            f"{workdir / RUN} names; if that file was damaged or replaced, delete it: the "
+            "checkpoints know whose they are; else move them away, or give another --workdir"
+        )
+    saved = [
+        event["step"]
+        for event in read_events(workdir)
+        if event.get("kind") == "checkpoint_saved"
+        and Path(str(event.get("folder"))).parent.name == store.root.name
+        and isinstance(event.get("step"), int)
+    ]
+    if saved:
+        raise ConfigError(
+            f"{store.root} has no checkpoint, and {workdir / EVENTS} tells of those of this run, "
+            f"the last of step {saved[-1]}; bring the folder back, or give another --workdir to "
+            "begin anew"
+        )
 
 
 class Store:
@@ -115,7 +155,12 @@ class Store:
 
     def steps(self) -> list[int]:
         """The steps that have a checkpoint of this run, sound or not, in order."""
-        return [step for step in committed_steps(self.root) if self._is_ours(step)]
+        committed = committed_steps(self.root)
+        # damage may have taken Orbax's marker; then only a manifest that fits says whose it is
+        unmarked = {*steps_with(self.root, MANIFEST)} - {*committed}
+        found = [step for step in committed if self._is_ours(step)]
+        unmarked = [step for step in unmarked if self._owner(step) == (self._run or "")]
+        return sorted(found + unmarked)
 
     def strangers(self) -> list[int]:
         """The steps that have a checkpoint of another run."""
@@ -130,10 +175,14 @@ class Store:
     def _is_ours(self, step: int) -> bool:
         if not (self.folder(step) / MANIFEST).exists():
             return step not in self.unfinished()
+        return self._owner(step) in (self._run, None)  # None: it is told so when somebody asks
+
+    def _owner(self, step: int) -> str | None:
+        """Returns the run that a manifest names; None where it is damaged."""
         try:
-            return read_manifest(self.folder(step)).run == self._run
+            return read_manifest(self.folder(step)).run
         except Unsound:
-            return True  # it is told so when somebody asks for it
+            return None
 
     def manifest(self, step: int) -> Manifest:
         """Returns the manifest of a step.
@@ -191,10 +240,8 @@ class Store:
 
     def _note(self, step: int) -> None:
         (self.root / UNFINISHED).mkdir(parents=True, exist_ok=True)
-        with open(self.root / UNFINISHED / str(step), "w", encoding="utf-8") as stream:
-            stream.write(self._run or "")
-            stream.flush()
-            os.fsync(stream.fileno())
+        # under another name first: one that is there may be a link, or a pipe
+        write_atomically(self.root / UNFINISHED / str(step), self._run or "")
         sync_folder(self.root / UNFINISHED)
 
     def _strike(self, step: int) -> None:
@@ -226,6 +273,11 @@ class Store:
         """Removes what an unfinished save has left, as far as it can; says if there was any."""
         folder = self.folder(step)
         there = folder.is_dir() and not folder.is_symlink()
+        try:  # at no moment is a part of it a checkpoint
+            if there:
+                (folder / MANIFEST).unlink(missing_ok=True)
+        except OSError:
+            return there
         for tried in range(_TRIES if there else 0):
             time.sleep(0.1 * tried)
             shutil.rmtree(folder, ignore_errors=True)
@@ -236,7 +288,11 @@ class Store:
         return there
 
     def delete(self, step: int) -> None:
-        """Deletes a checkpoint; at no moment is a part of it one."""
+        """Deletes a checkpoint.
+
+        Raises:
+            OSError: it cannot be, and nothing of it was.
+        """
         self._note(step)
         (self.folder(step) / MANIFEST).unlink(missing_ok=True)
         self.clear(step)
@@ -262,7 +318,7 @@ class Store:
     def set_aside(self, step: int) -> Path:
         """Renames an unsound checkpoint, so that nothing takes it for one; returns its new name."""
         names = (f"{step}.{CORRUPT}{f'.{n}' if n else ''}" for n in range(1000))
-        target = next(self.root / name for name in names if not (self.root / name).exists())
+        target = next(self.root / n for n in names if not os.path.lexists(self.root / n))
         os.rename(self.folder(step), target)
         sync_folder(self.root)
         return target

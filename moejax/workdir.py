@@ -8,10 +8,11 @@ import os
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from moejax.config import Config, ConfigError
 from moejax.foreign import MIB, has_link, no_links, read_file
-from moejax.overrides import config_difference, config_from_json, config_to_json
+from moejax.overrides import JSON_FORMAT, config_difference, config_from_json, config_to_json
 
 CONFIG = "config.json"  # the resolved config
 RUN = "run.json"  # the id of the run, by which it knows its checkpoints
@@ -25,10 +26,10 @@ LOSS_PLOT = "loss.png"
 EXPERT_LOAD_PLOT = "expert_load.png"
 # What a run reads and writes by name; tests hold the modules that name them to it.
 FILES = (
-    *(CONFIG, RUN, METRICS, "events.jsonl", "ledger.jsonl", "lock.json"),
+    *(CONFIG, RUN, METRICS, "events.jsonl", "ledger.jsonl", "lock.json", "eval.jsonl"),
     *(LOSS_PLOT, EXPERT_LOAD_PLOT),
 )
-FOLDERS = (CHECKPOINTS, TENSORBOARD, ATLAS, "choices")
+FOLDERS = (CHECKPOINTS, TENSORBOARD, ATLAS, "choices", "wandb")
 
 # What may differ on resume: how long, how often to look and save, and how the same mathematics is
 # laid out over devices. Everything else decides what a step computes: another training.
@@ -45,6 +46,14 @@ MAY_CHANGE = (
     "watch.*",
     "data.on_corrupt",
     "data.timeout_seconds",
+)
+# And where a checkpoint is used: where the model runs and how it is measured.
+MAY_CHANGE_AFTER_TRAINING = (
+    "mesh.*",
+    "eval.*",
+    "moe.eval_capacity_factor",
+    "moe.transport",
+    "model.dtype",
 )
 
 
@@ -89,11 +98,16 @@ def _finished_steps(root: Path) -> list[int]:
 
 def committed_steps(root: Path) -> list[int]:
     """Returns the steps of the folders that Orbax finished, with and without a manifest."""
+    return steps_with(root, COMMITTED)
+
+
+def steps_with(root: Path, name: str) -> list[int]:
+    """Returns the steps of the folders that have a file of that name, in order."""
     found = []
-    for marker in root.glob(f"*/{COMMITTED}"):
-        name = marker.parent.name
-        if name.isdecimal() and name == str(int(name)) and not marker.parent.is_symlink():
-            found.append(int(name))
+    for marker in root.glob(f"*/{name}"):
+        step = marker.parent.name
+        if step.isdecimal() and step == str(int(step)) and not marker.parent.is_symlink():
+            found.append(int(step))
     return sorted(found)
 
 
@@ -197,6 +211,40 @@ def _check_same_run(workdir: Path, config: Config, step: int) -> None:
             f"workdir {workdir} has checkpoints up to step {step} of another config ({rows}); give "
             "the stored values back to resume, or another --workdir; on resume these may change: "
             f"{', '.join(MAY_CHANGE)}"
+        )
+
+
+def require_config_of(
+    step: int, stored: Any, config: Config, may_change: tuple[str, ...] = MAY_CHANGE
+) -> None:
+    """Checks a config against the one that a checkpoint was written with and has checksums for.
+
+    `config.json` has none: a bit of it would be another model, or another training.
+
+    Args:
+        step: of the checkpoint.
+        stored: the config in its meta.
+        config: the one to use it with.
+        may_change: keys that may differ.
+
+    Raises:
+        ConfigError: which other keys differ.
+    """
+    text = json.dumps({"format": JSON_FORMAT, "config": stored})
+    try:
+        difference = config_difference(config_from_json(text), config)
+    except ConfigError as error:
+        raise ConfigError(
+            f"the checkpoint of step {step} has no usable config in its meta: {error}; move it away"
+        ) from None
+    rows = [
+        f"{key} {had!r} -> {has!r}" for key, had, has in difference if not matches(key, may_change)
+    ]
+    if rows:
+        raise ConfigError(
+            f"the checkpoint of step {step} was written with another config ({', '.join(rows)}); "
+            f"where {CONFIG} says so it was damaged or changed: give the checkpoint's values back, "
+            "there and on the command line"
         )
 
 

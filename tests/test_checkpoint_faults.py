@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -25,7 +26,7 @@ from moejax.errors import NoSpaceError, StorageError
 from moejax.events import read_events
 from moejax.manifest import read_manifest, write_manifest
 from moejax.store import Store
-from moejax.workdir import MANIFEST, checkpoint_steps
+from moejax.workdir import COMMITTED, MANIFEST, checkpoint_steps
 
 CONFIG = CheckpointConfig(keep=5)
 
@@ -141,6 +142,7 @@ def test_orbax_alone_restores_a_flipped_bit_in_silence(workdir, mesh):
         lambda f: (f / "training" / "_sharding").unlink(),
         lambda f: (f / "model" / "payload.pkl").write_bytes(b"x"),
         lambda f: (f / MANIFEST).unlink(),
+        lambda f: (f / COMMITTED).unlink(),
         lambda f: (f / MANIFEST).write_text("{}"),
     ],
 )
@@ -166,6 +168,28 @@ def test_where_none_is_sound_nothing_begins_anew(workdir, mesh):
     for step in (20, 40):
         (root / str(step)).rename(root / f"{step}.corrupt")
     with pytest.raises(ConfigError, match=r"none is sound \(.*20\.corrupt; .*40\.corrupt\)"):
+        resume(workdir, mesh)
+
+
+def test_a_run_that_lost_its_name_or_its_checkpoints_does_not_begin_anew(workdir, mesh):
+    """One bit of run.json, and all checkpoints are those of somebody else; then they are gone."""
+    id_file = workdir / "run.json"
+    sound = id_file.read_bytes()
+    at = sound.index(b'"run": "') + 8
+    digit = next(i for i in range(at, at + 16) if chr(sound[i] ^ 1) in "0123456789abcdef")
+    id_file.write_bytes(sound[:digit] + bytes([sound[digit] ^ 1]) + sound[digit + 1 :])
+    for read_only in (False, True):
+        with (
+            pytest.raises(ConfigError, match=r"another run only \(steps 20, 40\)"),
+            Checkpoints(workdir, CONFIG, read_only=read_only) as checkpoints,
+        ):
+            checkpoints.resume(abstract(random_state(20, mesh), mesh))
+    id_file.unlink()
+    resumed = resume(workdir, mesh)
+    assert resumed is not None
+    assert resumed.step == 40, "as the message says"
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(ConfigError, match="tells of those of this run, the last of step 40; bring"):
         resume(workdir, mesh)
 
 
@@ -357,6 +381,22 @@ def test_a_full_disk_is_told_and_the_next_save_works(workdir, mesh, capsys):
     kinds = [event["kind"] for event in read_events(workdir)]
     assert kinds[-2:] == ["checkpoint_failed", "checkpoint_saved"]
     gc.collect()
+
+
+def test_the_lines_up_to_a_checkpoint_are_on_the_disk_before_it_is_one(workdir, mesh, monkeypatch):
+    """A loss of power must not take records of steps that are not done again."""
+    synced, plain = [], os.fsync
+
+    def fsync(descriptor):
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        plain(descriptor)
+
+    (workdir / "metrics.jsonl").write_text('{"step": 60, "split": "train"}\n')
+    monkeypatch.setattr(os, "fsync", fsync)
+    with Checkpoints(workdir, CONFIG) as checkpoints:
+        assert checkpoints.save(random_state(60, mesh), {}, None)
+    sealed = synced.index(f".{MANIFEST}.{os.getpid()}")
+    assert {"metrics.jsonl", "events.jsonl"} <= {*synced[:sealed]}
 
 
 def test_no_space_for_the_manifest_is_no_checkpoint(workdir, mesh, monkeypatch):

@@ -62,9 +62,22 @@ def test_lines_that_are_no_events_are_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "line", [{}, {"first": 8}, {"first": "8", "last": 9}, {"first": 9, "last": 8}]
+    "line",
+    [
+        {},
+        {"first": 8},
+        {"first": "8", "last": 9},
+        {"first": 9, "last": 8},
+        {"first": 8, "last": 10**30},
+    ],
 )
 def test_a_rollback_that_does_not_say_which_batches_is_refused(line):
     """It cannot be guessed what the run has left out."""
     with pytest.raises(ConfigError, match=r"events\.jsonl has a rollback without the batches"):
         rollbacks_to([{"kind": "rollback", "to": 8, **line}], 8)
+
+
+def test_events_that_cannot_be_read_are_an_input_error(tmp_path):
+    (tmp_path / EVENTS).mkdir()
+    with pytest.raises(ConfigError, match=r"events\.jsonl cannot be read: it is no file; make it"):
+        read_events(tmp_path)

@@ -5,10 +5,12 @@ import os
 import shutil
 
 import pytest
+from hostile import file_limit
 
 from moejax.errors import ConfigError
+from moejax.events import Events
 from moejax.manifest import Unsound
-from moejax.store import UNFINISHED, Store, find_run, start_run
+from moejax.store import UNFINISHED, Store, find_run, require_first_start, start_run
 from moejax.workdir import COMMITTED, MANIFEST, RUN
 
 OURS, OTHERS = "0" * 16, "1" * 16
@@ -128,6 +130,20 @@ def test_a_kill_within_a_deletion_leaves_nothing_that_is_taken_for_a_checkpoint(
     assert names(tmp_path) == (["1", "2"] if kill_at == 0 else ["2"])
 
 
+def test_what_cannot_lose_its_manifest_loses_nothing(tmp_path, monkeypatch):
+    def denied(*_, **__):
+        raise PermissionError(1, "Operation not permitted")
+
+    add(tmp_path, 40)
+    store = Store(tmp_path, OURS)
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", denied)
+        assert store.clear(40)
+        with pytest.raises(PermissionError):
+            store.delete(40)
+    store.check(40)
+
+
 def test_a_note_that_cannot_be_removed_spoils_no_checkpoint(tmp_path, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(1, "Operation not permitted")
@@ -166,6 +182,9 @@ def test_unsound_ones_keep_their_files_under_another_name(tmp_path):
     assert names(tmp_path) == ["40.corrupt", "40.corrupt.1"]
     assert store.set_aside_ones() == [tmp_path / "40.corrupt", tmp_path / "40.corrupt.1"]
     assert store.steps() == []
+    add(tmp_path, 50)
+    (tmp_path / "50.corrupt").symlink_to(tmp_path / "nowhere")
+    assert store.set_aside(50) == tmp_path / "50.corrupt.1", "a link is a name that is taken"
 
 
 @pytest.mark.parametrize("damage", [None, "", "{", "[" * 9999, '{"run": 5}', '{"run": "../../x"}'])
@@ -205,6 +224,26 @@ def test_a_folder_without_manifest_is_a_checkpoint_that_is_unsound(tmp_path):
         store.check(40)
 
 
+def test_a_checkpoint_without_the_marker_of_orbax_is_not_overlooked(tmp_path):
+    """It is damaged like any other; another program's folder is not taken for such a one."""
+    add(tmp_path, 40)
+    add(tmp_path, 50, run=OTHERS)
+    for step in (40, 50):
+        (tmp_path / str(step) / COMMITTED).unlink()
+    (tmp_path / "2023").mkdir()
+    (tmp_path / "2023" / MANIFEST).write_text("{}")
+    for run in (OURS, None):
+        store = Store(tmp_path, run)
+        assert store.steps() == ([40] if run else [])
+        assert store.strangers() == []
+    with pytest.raises(Unsound, match=r"commit_success\.txt is missing"):
+        Store(tmp_path, OURS).check(40)
+    Store(tmp_path, OURS).begin(60)
+    shutil.copytree(tmp_path / "40", tmp_path / "60")
+    assert Store(tmp_path, OURS).clear(60)
+    assert names(tmp_path) == ["2023", "40", "50"]
+
+
 def test_a_link_or_a_pipe_among_the_notes_is_not_followed(tmp_path):
     """Notes are written and removed by name: through a link that would be elsewhere."""
     store = Store(tmp_path / "checkpoints", OURS)
@@ -218,3 +257,36 @@ def test_a_link_or_a_pipe_among_the_notes_is_not_followed(tmp_path):
     with pytest.raises(ConfigError, match=r"\.unfinished is a link or no folder: .* remove it"):
         store.open()
     assert list((tmp_path / "outside").iterdir()) == []
+
+
+def test_a_note_is_not_written_through_a_link_and_no_pipe_is_waited_for(tmp_path):
+    """In a run that was downloaded they can stand where the next save takes its note."""
+    store = Store(tmp_path / "checkpoints", OURS)
+    (store.root / UNFINISHED).mkdir(parents=True)
+    (tmp_path / "precious").write_text("precious")
+    (store.root / UNFINISHED / "7").symlink_to(tmp_path / "precious")
+    os.mkfifo(store.root / UNFINISHED / "8")
+    for step in (7, 8):
+        store.begin(step)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert store.unfinished() == [7, 8]
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path):
+    """By a bit of run.json, or a folder that is not mounted; it would clear its metrics."""
+    store = Store(tmp_path / "checkpoints", OURS)
+    require_first_start(tmp_path, store)
+    Events(tmp_path).write("checkpoint_saved", 5, folder=str(tmp_path / "fast" / OURS / "5"))
+    require_first_start(tmp_path, store)  # of a local disk, which may be gone with its host
+    Events(tmp_path).write("checkpoint_saved", 40, folder=str(store.folder(40)))
+    with pytest.raises(ConfigError, match=r"no checkpoint, and .*events.* of step 40; bring the"):
+        require_first_start(tmp_path, store)
+    add(store.root, 40)
+    with pytest.raises(ConfigError, match=r"another run only \(steps 40\).* delete it: the check"):
+        require_first_start(tmp_path, Store(store.root, OTHERS))
+
+
+def test_no_space_for_the_id_is_an_input_error(tmp_path):
+    with file_limit(0), pytest.raises(ConfigError, match=r"run\.json cannot be written: .*make ro"):
+        start_run(tmp_path)
+    assert list(tmp_path.iterdir()) == []

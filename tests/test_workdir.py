@@ -8,10 +8,11 @@ import stat
 import pytest
 
 from moejax.config import Config, ConfigError
+from moejax.eval_series import EVAL_SERIES
 from moejax.events import EVENTS
 from moejax.ledger import LEDGER
 from moejax.lock import LOCK
-from moejax.overrides import apply_overrides, keys
+from moejax.overrides import apply_overrides, config_to_dict, keys
 from moejax.replay import FOLDER as CHOICES
 from moejax.workdir import (
     CHECKPOINTS,
@@ -23,6 +24,7 @@ from moejax.workdir import (
     LOSS_PLOT,
     MANIFEST,
     MAY_CHANGE,
+    MAY_CHANGE_AFTER_TRAINING,
     METRICS,
     RUN,
     TENSORBOARD,
@@ -32,6 +34,7 @@ from moejax.workdir import (
     matches,
     open_workdir,
     read_config,
+    require_config_of,
 )
 
 
@@ -95,6 +98,20 @@ def test_what_may_change_may_change_and_is_stored(tmp_path):
     assert {word.partition("=")[0] for word in words} == {
         name for name in keys() if matches(name, MAY_CHANGE) and name != "data.on_corrupt"
     }  # which the embedded text does not read
+
+
+def test_the_config_that_a_checkpoint_has_checksums_for_is_the_true_one():
+    """Bits of config.json: those that may differ for a purpose, and those that make another run."""
+    stored = config_to_dict(Config())
+    changed = apply_overrides(Config(), ["train.steps=9", "model.dtype=bfloat16"])
+    require_config_of(40, stored, Config())
+    require_config_of(40, stored, changed, (*MAY_CHANGE, *MAY_CHANGE_AFTER_TRAINING))
+    said = r"step 40 was written with another config \(model\.dtype 'float32' -> 'bfloat16'\); wh"
+    with pytest.raises(ConfigError, match=said):
+        require_config_of(40, stored, changed)
+    for hostile in (None, [], {"model": 3}, {"model": {"d_model": "x"}}, {"no_such": {}}):
+        with pytest.raises(ConfigError, match="step 40 has no usable config in its meta: "):
+            require_config_of(40, hostile, Config())
 
 
 def test_a_folder_of_checkpoints_without_a_config_is_nobodys_to_resume(tmp_path):
@@ -208,7 +225,7 @@ def test_a_pipe_is_not_waited_for_and_a_workdir_may_itself_be_a_link(tmp_path):
 def test_every_name_that_a_module_gives_a_file_of_the_run_is_known():
     known = {*FILES, *FOLDERS}
     assert {EVENTS, LEDGER, LOCK, CONFIG, RUN, METRICS, LOSS_PLOT, EXPERT_LOAD_PLOT} <= known
-    assert {CHECKPOINTS, TENSORBOARD, CHOICES} <= known
+    assert {CHECKPOINTS, TENSORBOARD, CHOICES, EVAL_SERIES, "wandb"} <= known
 
 
 def test_the_config_is_not_written_through_a_link_of_the_temporary_name(tmp_path):
