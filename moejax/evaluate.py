@@ -35,6 +35,7 @@ from moejax.sharding import place_batch, replicated
 from moejax.state import abstract_state, model_graph, require_room
 from moejax.together import compiled_together, wait_for_all
 from moejax.tokenizer import load_tokenizer
+from moejax.workdir import MAY_CHANGE, MAY_CHANGE_AFTER_TRAINING, require_config_of
 
 log = logging.getLogger("moejax")
 
@@ -286,11 +287,17 @@ def mesh_for_use(config: Config, devices: list[Device] | None = None) -> Mesh:
 
 
 def load_for_use(config: Config, workdir: Path, step: int | None, mesh: Mesh) -> Restored:
-    """Returns a run's checkpoint on `mesh`; raises ConfigError if there is no sound one."""
+    """Returns a run's checkpoint on `mesh`.
+
+    Raises:
+        ConfigError: there is no sound one, or it was written with another config.
+    """
     abstract = abstract_state(config, mesh, make_optimizer(config.optim, config.train.steps))
     with Checkpoints(workdir, config.checkpoint, read_only=True) as checkpoints:
         restored = Restored(mesh, *checkpoints.load_model(abstract, step))
     require_meta(restored.meta, restored.step, ("counters", "validation"))
+    changed = (*MAY_CHANGE, *MAY_CHANGE_AFTER_TRAINING)
+    require_config_of(restored.step, restored.meta.get("config"), config, changed)
     return restored
 
 

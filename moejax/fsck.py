@@ -12,10 +12,10 @@ from rich.table import Table
 
 from moejax.config import ConfigError
 from moejax.events import EVENTS
-from moejax.foreign import MIB, open_file
+from moejax.foreign import MIB, open_file, read_file
 from moejax.manifest import Unsound, list_files
 from moejax.progress import printable
-from moejax.store import Store, find_run
+from moejax.store import Store, find_run, require_first_start
 from moejax.workdir import (
     CHECKPOINTS,
     CONFIG,
@@ -24,10 +24,12 @@ from moejax.workdir import (
     checkpoint_roots,
     read_config,
     read_run,
+    require_config_of,
     require_own,
 )
 
 SOUND = "sound"
+META = "meta/metadata"  # in a checkpoint: the JSON that Orbax wrote
 _LINE_BYTES = 64 * MIB  # that a line of metrics or events may have
 
 
@@ -65,8 +67,8 @@ def fsck(workdir: Path, console: Console | None = None) -> list[Finding]:
     if not findings[0].bad:
         local = read_config(workdir).checkpoint.local
     run = find_run(workdir)
-    findings.append(_run(workdir, run))
     stores = [Store(root, run) for root in checkpoint_roots(workdir, local, run)]
+    findings.append(_run(workdir, stores))
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn())
     total = sum(_size(store, step) for store in stores for step in store.steps())
     with Progress(
@@ -78,6 +80,8 @@ def fsck(workdir: Path, console: Console | None = None) -> list[Finding]:
                 progress.update(task, description=f"step {step}")
                 findings.append(_checkpoint(store, step, lambda n: progress.advance(task, n)))
             findings += _others(store)
+    if not findings[0].bad:
+        findings[0] = _config_of_checkpoints(workdir, findings)
     return findings
 
 
@@ -93,6 +97,8 @@ def _checkpoint(store: Store, step: int, progress: Callable[[int], None]) -> Fin
     try:
         manifest = store.check(step, progress)
     except Unsound as error:
+        if step not in store.steps():  # a training that goes on has deleted it
+            return Finding(str(folder), step, "deleted while it was read")
         return Finding(str(folder), step, str(error), bad=True)
     return Finding(str(folder), step, SOUND, bytes=manifest.bytes)
 
@@ -114,11 +120,31 @@ def _config(workdir: Path) -> Finding:
     return Finding(str(workdir / CONFIG), None, SOUND)
 
 
-def _run(workdir: Path, run: str | None) -> Finding:
+def _config_of_checkpoints(workdir: Path, findings: list[Finding]) -> Finding:
+    """Holds config.json to the newest sound checkpoint, whose config has a checksum."""
+    file, sound = workdir / CONFIG, [f for f in findings if f.step is not None and f.bytes]
+    stored = Path(max(sound, key=lambda f: f.step or 0).path) / META if sound else None
+    if stored is None or not stored.is_file():
+        return Finding(str(file), None, SOUND)
+    try:
+        meta = json.loads(read_file(stored, _LINE_BYTES))
+        require_config_of(max(f.step or 0 for f in sound), meta.get("config"), read_config(workdir))
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        return Finding(str(file), None, str(error), bad=True)
+    return Finding(str(file), None, SOUND)
+
+
+def _run(workdir: Path, stores: list[Store]) -> Finding:
+    file, verdict = str(workdir / RUN), SOUND
     if read_run(workdir) is None:
-        known = f"; the manifests say {run}" if run else ""
-        return Finding(str(workdir / RUN), None, f"missing or damaged{known}", bad=True)
-    return Finding(str(workdir / RUN), None, SOUND)
+        run = find_run(workdir)
+        verdict = "missing or damaged" + (f"; the manifests say {run}" if run else "")
+    elif not any([*store.steps(), *store.set_aside_ones()] for store in stores):
+        try:
+            require_first_start(workdir, stores[0])
+        except ConfigError as error:
+            verdict = str(error)
+    return Finding(file, None, verdict, bad=verdict != SOUND)
 
 
 def _json_lines(workdir: Path) -> list[Finding]:

@@ -55,7 +55,7 @@ from moejax.together import compiled_together
 from moejax.wandb_board import WandbBoard
 from moejax.watch import Finding, findings_of_router, findings_of_step, router_health
 from moejax.watchdog import Watchdog
-from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT, open_workdir
+from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT, open_workdir, require_config_of
 
 # Sums over the steps so far, in every record.
 COUNTERS = (
@@ -220,13 +220,15 @@ class Training:
     def _take(self, resumed: Resumed) -> None:
         """Takes the state and all else of a checkpoint; what is to be passed over is added to."""
         step, state, meta = resumed
+        require_config_of(step, meta.get("config"), self.config)
         self._check_data(meta)
         if step > self.config.train.steps:
             raise ConfigError(
                 f"train.steps={self.config.train.steps} is below the checkpoint of step {step} in "
                 f"{self.workdir}; use train.steps={step} or more"
             )
-        self.counters, self.streaks = meta["counters"], meta["watch"]["streaks"]
+        self.counters = dict.fromkeys(COUNTERS, 0) | meta["counters"]
+        self.streaks = meta["watch"]["streaks"]
         stored = SkipList.parse(meta["watch"]["skip_batches"])
         self.skip_list = resumed_list(stored, self.skip_list, step)
         self.start, self.state = step, state

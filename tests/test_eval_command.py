@@ -25,7 +25,7 @@ from moejax.eval_series import EVAL_SERIES, Watching, read_series
 from moejax.evaluate import Evaluator
 from moejax.loop import COUNTERS
 from moejax.metrics import read_metrics
-from moejax.overrides import apply_overrides
+from moejax.overrides import apply_overrides, config_to_dict
 from moejax.prepare import prepare
 from moejax.state import TrainState
 from moejax.workdir import CHECKPOINTS, MANIFEST, open_workdir
@@ -75,6 +75,7 @@ def save(checkpoints, config, params, step: int, scale: float) -> None:
         rng=jnp.asarray([1, step], jnp.uint32),
     )
     meta = {
+        "config": config_to_dict(config),
         "counters": dict.fromkeys(COUNTERS, step),
         "validation": load_corpus(config.data, "validation").fingerprint,
     }

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -12,10 +13,17 @@ from test_store import OTHERS, add
 
 from moejax.cli import main
 from moejax.config import Config
+from moejax.events import Events
 from moejax.fsck import fsck, show_findings
-from moejax.overrides import apply_overrides
+from moejax.overrides import apply_overrides, config_to_dict, config_to_json
 from moejax.store import Store, start_run
-from moejax.workdir import COMMITTED, MANIFEST, checkpoint_roots, open_workdir
+from moejax.workdir import (
+    COMMITTED,
+    MANIFEST,
+    checkpoint_roots,
+    open_workdir,
+    read_config,
+)
 
 
 @pytest.fixture
@@ -88,6 +96,49 @@ def test_a_damaged_config_and_a_lost_id(workdir):
     assert "not JSON" in found["config.json"]
     assert found["run.json"].startswith("missing or damaged; the manifests say ")
     assert (found["20"], found["40"]) == ("sound", "sound")
+
+
+def test_checkpoints_that_are_gone_or_have_another_id_are_told(workdir):
+    events, runs = Events(workdir), json.loads((workdir / "run.json").read_text())
+    shutil.rmtree(workdir.parent / "fast")
+    (workdir / "run.json").write_text(json.dumps(runs | {"run": OTHERS}))
+    assert "has checkpoints of another run only" in verdicts(workdir)["run.json"]
+    (workdir / "run.json").write_text(json.dumps(runs))
+    assert verdicts(workdir)["run.json"] == "sound"
+    shutil.rmtree(workdir / "checkpoints")
+    events.write("checkpoint_saved", 40, folder=str(workdir / "checkpoints" / "40"))
+    assert "tells of those of this run" in verdicts(workdir)["run.json"]
+
+
+def test_a_config_that_is_not_that_of_the_checkpoints_is_damaged(workdir):
+    """A digit of it is another model; nothing else has a checksum of it."""
+    config = read_config(workdir)
+    root = workdir / "checkpoints"
+    folder = Store(root, start_run(workdir)).begin(60)
+    (folder / "meta").mkdir(parents=True)
+    (folder / "meta" / "metadata").write_text(json.dumps({"config": config_to_dict(config)}))
+    (folder / COMMITTED).write_text("")
+    Store(root, start_run(workdir)).seal(60, {}, {}, {})
+    assert verdicts(workdir)["config.json"] == "sound"
+    for word, sound in (("train.steps=901", True), ("model.rope_theta=10001", False)):
+        (workdir / "config.json").write_text(config_to_json(apply_overrides(config, [word])))
+        assert (verdicts(workdir)["config.json"] == "sound") == sound
+    assert "step 60 was written with another config (model.rope" in verdicts(workdir)["config.json"]
+    (folder / MANIFEST).unlink()
+    assert verdicts(workdir)["config.json"] == "sound", "what is damaged itself says nothing"
+
+
+def test_a_checkpoint_that_a_training_deletes_meanwhile_is_no_damage(workdir, monkeypatch):
+    plain = Store.check
+
+    def deleted(self, step, progress=None):
+        if step == 20:
+            self.delete(step)
+        return plain(self, step, progress)
+
+    monkeypatch.setattr(Store, "check", deleted)
+    assert main(["fsck", "--workdir", str(workdir)]) == 0
+    assert "20" not in verdicts(workdir)
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path, capsys):

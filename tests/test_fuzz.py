@@ -39,7 +39,7 @@ from moejax.errors import BAD_INPUT, CHECK_FAILED, DONE, EXIT_CODES
 from moejax.manifest import Unsound, list_files, read_manifest, write_manifest
 from moejax.mesh import make_mesh
 from moejax.optim import make_optimizer
-from moejax.overrides import apply_overrides, keys
+from moejax.overrides import apply_overrides, config_to_dict, keys
 from moejax.prepare import prepare
 from moejax.state import abstract_state
 from moejax.workdir import MANIFEST, open_workdir
@@ -82,7 +82,7 @@ def workdir(place):
     zeros = jax.tree.map(lambda s: jax.device_put(np.zeros(s.shape, s.dtype), s.sharding), abstract)
     meta = json.loads((place / "data" / "meta.json").read_text())
     about = {
-        "config": {},
+        "config": config_to_dict(config),
         "data": "0" * 64,
         "validation": meta["splits"]["validation"]["fingerprint"],
         "counters": dict.fromkeys(loop.COUNTERS, 0),
