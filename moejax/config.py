@@ -378,6 +378,9 @@ class CheckpointConfig:
         return self.local_every is not None and step % self.local_every == 0
 
 
+_LONGEST = 1e9
+
+
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
     """Seconds without progress after which a process ends, to be started again; None: never."""
@@ -389,6 +392,13 @@ class WatchdogConfig:
 
     def __post_init__(self):
         require_above_zero("watchdog", self, "step_seconds", "slow_seconds")
+        for name in ("step_seconds", "slow_seconds"):
+            value = getattr(self, name)
+            require(
+                value is None or value <= _LONGEST,
+                f"watchdog.{name}={value} is above {_LONGEST:g} s, 31 years, which the clock of a "
+                "thread does not take; use None for no limit",
+            )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,6 +91,11 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
         ConfigError: the config does not fit the devices or the data, or processes differ.
     """
     begun = time.monotonic()
+    with Watchdog(config.watchdog, Events(workdir), Beats()) as watchdog:  # outlives all that hangs
+        return _train(config, workdir, wandb, watchdog, begun)
+
+
+def _train(config: Config, workdir: Path, wandb: bool, watchdog: Watchdog, begun: float) -> int:
     check_agreement("config", {**config_values(config), "--wandb": wandb})
     with failing_together("inputs"):
         mesh = make_mesh(config.mesh)
@@ -105,6 +110,8 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
     check_shared(workdir)
     hashed = config.moe.router == "hash"
     token_counts = corpus.token_counts(config.model.vocab_size) if hashed else None
+    # They are left in the other order: an error ends this process before the lifeline says
+    # goodbye, the lock goes when nothing writes any more.
     with RunLock(workdir) as lock, contextlib.ExitStack() as stack:
         from_first("lock", lock.take)
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
@@ -114,10 +121,8 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
                 "wandb", lambda: boards.append(stack.enter_context(WandbBoard(workdir, config)))
             )
         preemption = stack.enter_context(Preemption())
-        # They are left in the other order: an error ends this process before the lifeline says
-        # goodbye, the watchdog outlives all that can hang, the lock goes last.
         stack.enter_context(lifeline())
-        watchdog = stack.enter_context(Watchdog(config.watchdog, Events(workdir), Beats()))
+        stack.callback(watchdog.ends)  # a save may still be under way
         stack.enter_context(leaving_at_once())
         stack.enter_context(explaining_memory(config, mesh))
         training = Training(

@@ -78,6 +78,10 @@ class Watchdog:
         finally:
             self._arm(before, limit)
 
+    def ends(self) -> None:
+        """Allows what is left of the process the limit of slow things."""
+        self._arm("end", self._config.slow_seconds)
+
     def host_seconds(self) -> dict[int, float]:
         """Returns the host's part of a step, for each process of several that said so.
 

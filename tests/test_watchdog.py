@@ -188,3 +188,27 @@ def test_the_one_behind_is_named_in_time(tmp_path, monkeypatch, capfd, answers, 
 def test_a_limit_of_nothing_is_refused():
     with pytest.raises(ConfigError, match=r"watchdog.step_seconds=0.0 must be a finite number abo"):
         WatchdogConfig(step_seconds=0.0)
+    with pytest.raises(ConfigError, match=r"slow_seconds=2e\+20 is above 1e\+09 s.* use None"):
+        WatchdogConfig(slow_seconds=2e20)
+
+
+def test_the_longest_limit_is_one_that_clocks_take(tmp_path):
+    with guarded(tmp_path, 1e9, 1e9, leave=print) as watchdog:
+        watchdog.step(1)
+
+
+def test_a_save_that_hangs_while_an_error_ends_the_run_is_watched(tmp_path):
+    """It is waited for when all else is left; as long as slow things may take, no longer."""
+    codes, released = [], threading.Event()
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        released.set()
+
+    with guarded(tmp_path, 0.2, 1.0, leave=leave) as watchdog:
+        watchdog.step(6)
+        watchdog.ends()
+        time.sleep(0.6)
+        assert not codes, "a save may take longer than a step"
+        assert released.wait(20)
+    assert codes == [124]

@@ -7,9 +7,11 @@ embedding, whose loss and gradients are NaN; a batch of noise, whose loss is far
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,12 +26,14 @@ from moejax.checkpoint import Checkpoints, Resumed
 from moejax.config import Config, ConfigError
 from moejax.data import TrainBatches
 from moejax.errors import DIVERGED, DONE
+from moejax.evaluate import restore_for_use
 from moejax.events import read_events
-from moejax.overrides import apply_overrides, load_config
+from moejax.overrides import apply_overrides, config_to_json, load_config
 from moejax.prepare import prepare
 from moejax.replicas import Comparisons
 from moejax.sharding import path_name
 from moejax.step import parameter_group
+from moejax.store import Store
 from moejax.workdir import checkpoint_steps
 
 ROOT = Path(__file__).parents[1]
@@ -194,6 +198,52 @@ def test_skipped_killed_and_resumed_is_the_undisturbed_run(skipped, spoil, tmp_p
     assert _train(config, workdir) == DONE
     assert records(workdir) == records(straight)
     _assert_equal_states(_last(workdir, config), _last(straight, config))
+
+
+def test_a_changed_config_is_held_to_that_of_the_checkpoint(skipped, tmp_path):
+    """A bit of config.json, given back as its message asks: the checkpoint's has a checksum."""
+    straight, config = skipped
+    workdir = Path(shutil.copytree(straight, tmp_path / "run"))
+    config = apply_overrides(config, ["optim.learning_rate=0.007", "train.steps=15"])
+    (workdir / "config.json").write_text(config_to_json(config))
+    with pytest.raises(ConfigError, match=r"written with another config \(optim\.learning_rate"):
+        _train(config, workdir)
+    with pytest.raises(ConfigError, match=r"written with another config \(model\.rope_theta"):
+        restore_for_use(apply_overrides(skipped[1], ["model.rope_theta=9"]), straight, None)
+
+
+def test_a_save_that_hangs_while_an_error_ends_the_run_ends_it_too(monkeypatch, tmp_path):
+    """What is left then waits for the save: as long as slow things may take, not for ever."""
+    codes, released = [], threading.Event()
+
+    def leave(code: int) -> None:
+        codes.append(code)
+        released.set()
+
+    class Impatient(loop.Watchdog):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, leave)
+
+        def ends(self):
+            self._config = dataclasses.replace(self._config, slow_seconds=0.5)
+            super().ends()
+
+    def hangs(*_):
+        released.wait(60)
+        raise OSError(5, "Input/output error")
+
+    def fails(self, step, *arguments):
+        hooks(self, step, *arguments)
+        if step == 3:
+            raise RuntimeError("of this test")
+
+    hooks = loop.Training._hooks
+    monkeypatch.setattr(loop, "Watchdog", Impatient)
+    monkeypatch.setattr(Store, "seal", hangs)
+    monkeypatch.setattr(loop.Training, "_hooks", fails)
+    with pytest.raises(RuntimeError, match="of this test"):
+        _train(_config("checkpoint.every=2"), tmp_path)
+    assert codes == [124]
 
 
 def test_too_many_skips_in_a_row_stop(spoil, tmp_path, capsys):
