@@ -420,7 +420,7 @@ class Training:
             metrics.stats, positions, int(metrics.totals.tokens), self.config.moe
         )
         if metrics.choice_albts is not None and self.main_process:
-            save_choices(self.workdir, step, np.asarray(metrics.choice_albts))
+            self._save_choices(step, np.asarray(metrics.choice_albts))
         self.counters["tokens_seen"] += int(metrics.totals.targets)
         self.counters["routed_seen"] += routing["routed"]
         self.counters["dropped_seen"] += routing["dropped"]
@@ -438,6 +438,12 @@ class Training:
             if written:
                 self.writer.write(record)
         self._act(step, findings)
+
+    def _save_choices(self, step: int, choice_albts: np.ndarray) -> None:
+        try:
+            save_choices(self.workdir, step, choice_albts)
+        except OSError as error:  # a run is worth more than what it tells of itself
+            self._say(step, f"its choices cannot be written ({error}): no run can replay them")
 
     def _note_data(self, step: int, metrics: StepMetrics) -> None:
         """Writes the events of the data of a step."""
@@ -555,12 +561,7 @@ class Training:
         )
         if not self.main_process:
             return
-        files = [self.workdir / LOSS_PLOT]
-        records = read_metrics(self.workdir)
-        plot_loss(records, files[0])
-        if self.config.num_moe_layers:
-            files.append(self.workdir / EXPERT_LOAD_PLOT)
-            plot_expert_load(records, files[1])
+        files = self._plot()
         show_summary(
             self.last_eval,
             tokens_per_second=self._speed(),
@@ -569,6 +570,18 @@ class Training:
             record_train=self.last_train,
             spent=self.ledger.totals(),
         )
+
+    def _plot(self) -> list[Path]:
+        """Draws what it can; returns the files. A run is worth more than its pictures."""
+        plots = [(plot_loss, LOSS_PLOT)]
+        if self.config.num_moe_layers:
+            plots.append((plot_expert_load, EXPERT_LOAD_PLOT))
+        try:
+            records = read_metrics(self.workdir)
+            return [p for p in (plot(records, self.workdir / name) for plot, name in plots) if p]
+        except (OSError, ValueError) as error:
+            print(f"moejax train: not drawn: {error}", file=sys.stderr)
+            return []
 
     def _speed(self) -> float | None:
         if not self.seconds or self.last_train is None:

@@ -30,14 +30,20 @@ def save_choices(workdir: Path, step: int, choice_albts: np.ndarray) -> None:
 
     Args:
         choice_albts: int32 [accumulation, MoE layers, B, T, S].
+
+    Raises:
+        OSError: of the file system; nothing is left.
     """
     choice_lbts = np.concatenate(list(choice_albts), axis=1)
     file = _file(workdir, step)
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}")
-    with open(partial, "wb", opener=no_links) as stream:
-        np.savez_compressed(stream, choice_lbts=choice_lbts.astype(np.int16))
-    partial.replace(file)
+    try:
+        with open(partial, "wb", opener=no_links) as stream:
+            np.savez_compressed(stream, choice_lbts=choice_lbts.astype(np.int16))
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load_choices(config: Config, mesh: Mesh, step: int) -> jax.Array:

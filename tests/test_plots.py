@@ -1,13 +1,17 @@
 """The pictures: they exist, have the promised size, and show what the records hold."""
 
+import json
 import math
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from hostile import file_limit
 from PIL import Image
 
+from moejax.config import Config
+from moejax.loop import Training
 from moejax.plots import _binned_load, _smooth, plot_expert_load, plot_loss
 from moejax.records import layer_summary
 
@@ -34,6 +38,19 @@ def _pixels(path):
 
 def _share(pixels, red, green, blue, tolerance=12):
     return (np.abs(pixels - [red, green, blue]).max(axis=-1) <= tolerance).mean()
+
+
+def test_pictures_that_cannot_be_drawn_do_not_end_a_run(tmp_path, capsys):
+    """A disk that is full when a run is through must not hide what became of its last save."""
+    training = object.__new__(Training)
+    training.workdir, training.config = tmp_path, Config()
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(_records(2, 4, 2)[0]) + "\n")
+    with file_limit(1000):
+        assert training._plot() == []
+    assert "not drawn: [Errno 27] File too large" in capsys.readouterr().err
+    (tmp_path / "metrics.jsonl").write_text("torn\n")
+    assert training._plot() == []
+    assert "metrics.jsonl line 1 is not a record" in capsys.readouterr().err
 
 
 def test_loss_picture(tmp_path):

@@ -4,9 +4,10 @@ import dataclasses
 
 import numpy as np
 import pytest
+from hostile import file_limit
 
 from moejax.config import Config, ConfigError, MeshConfig
-from moejax.loop import train
+from moejax.loop import Training, train
 from moejax.mesh import make_mesh
 from moejax.metrics import read_metrics
 from moejax.overrides import apply_overrides
@@ -126,3 +127,17 @@ def test_choices_that_are_damaged_hostile_or_elsewhere_are_refused(config, tmp_p
         harm()
         with pytest.raises(ConfigError, match=r"no readable choices of step 1 .*logging\.choices"):
             load_choices(replaying, mesh, 1)
+
+
+def test_choices_that_cannot_be_written_leave_nothing_and_stop_nothing(tmp_path, capsys):
+    """A full disk: the run is worth more than what it tells of itself."""
+    choice_albts = np.random.default_rng(0).integers(0, 8, (1, 2, 4, 32, 2), np.int32)
+    with file_limit(100), pytest.raises(OSError, match="File too large"):
+        save_choices(tmp_path, 1, choice_albts)
+    training = object.__new__(Training)
+    training.workdir, training.main_process = tmp_path, True
+    with file_limit(100):
+        training._save_choices(1, choice_albts)
+    said = capsys.readouterr().err
+    assert "step 1: its choices cannot be written ([Errno 27] File too large" in said
+    assert list((tmp_path / "choices").iterdir()) == []
