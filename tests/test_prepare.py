@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import multiprocessing
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +126,20 @@ def test_the_folder_is_the_same_for_any_number_of_workers(monkeypatch):
         assert data[0] == data[1] == data[2], file
     corpus = _load("out3")[0]
     assert corpus.num_documents > 100
+
+
+def test_a_worker_that_is_killed_is_an_error_at_once(tmp_path):
+    """By the kernel, for want of memory, say."""
+    pieces = [prepare_module.Piece(str(tmp_path / f"{i}.txt"), 0, 0, 4, 4) for i in range(4)]
+    for piece in pieces:
+        Path(piece.path).write_text("text")
+    results = prepare_module._in_processes([[piece] for piece in pieces], "bytes", "text", 1)
+    next(results)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+        child.join()
+    with pytest.raises(ConfigError, match=r"one of 1 worker processes died .*use --workers 1"):
+        list(results)
 
 
 def test_an_error_in_a_worker_comes_out_and_leaves_nothing(monkeypatch):
