@@ -29,6 +29,7 @@ from jax._src import distributed  # its client has the key-value store, and no p
 
 import moejax
 from moejax.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, ConfigError, UnavailableError
+from moejax.foreign import printable
 
 COORDINATOR, PROCESSES, PROCESS_ID = (
     "JAX_COORDINATOR_ADDRESS",
@@ -568,7 +569,7 @@ def _say_why(error: BaseException) -> int:
         print(f"{here}: interrupted", file=sys.stderr)
         return INTERRUPTED
     if isinstance(error, ConfigError):
-        print(f"{here}: error: {error}", *error.details.splitlines(), sep="\n", file=sys.stderr)
+        print(printable(f"{here}: error: {error}\n{error.details}".rstrip()), file=sys.stderr)
         return error.code
     if is_loss(error):
         reason = str(error).splitlines()[0][:200]

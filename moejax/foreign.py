@@ -54,8 +54,8 @@ def read_file(path: str | os.PathLike, most: int, *, links: bool = False) -> byt
 
 
 def no_links(path: str, flags: int) -> int:
-    """The `opener` of files that are written: through a link that has the name they are not."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """The `opener` of files that are written: not through a link, nor into a pipe, of that name."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # nobody reads the pipe
 
 
 def require_path(path: str) -> None:

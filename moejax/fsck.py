@@ -13,7 +13,7 @@ from rich.table import Table
 from moejax.config import ConfigError
 from moejax.events import EVENTS
 from moejax.foreign import MIB, open_file, read_file
-from moejax.manifest import Unsound, list_files
+from moejax.manifest import Newer, Unsound, list_files
 from moejax.progress import printable
 from moejax.store import Store, find_run, require_first_start
 from moejax.workdir import (
@@ -96,6 +96,8 @@ def _checkpoint(store: Store, step: int, progress: Callable[[int], None]) -> Fin
     folder = store.folder(step)
     try:
         manifest = store.check(step, progress)
+    except Newer as error:  # nothing is wrong with it
+        return Finding(str(folder), step, str(error))
     except Unsound as error:
         if step not in store.steps():  # a training that goes on has deleted it
             return Finding(str(folder), step, "deleted while it was read")

@@ -512,3 +512,27 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_starts(tmp_p
     local = CheckpointConfig(local="/proc/x", local_every=1)
     with pytest.raises(ConfigError, match=r"cannot be written to /proc/x/.*checkpoint\.local"):
         Checkpoints(tmp_path / "other", local)
+
+
+# What Orbax alone does: the harm that the above is for
+
+
+def test_orbax_alone_restores_one_array_for_another_of_nearly_the_same_name(tmp_path):
+    saved = {"a.b": jnp.zeros(2), "a": {"b": jnp.ones(2)}}
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "x", saved)
+        checkpointer.wait_until_finished()
+        restored = checkpointer.restore(tmp_path / "x", saved)
+    np.testing.assert_array_equal(restored["a.b"], restored["a"]["b"])
+
+
+def test_orbax_alone_deletes_folders_of_others(tmp_path):
+    """Whatever has a number for its name is an old checkpoint, as it writes by default."""
+    (tmp_path / "2023").mkdir()
+    (tmp_path / "2023" / "thesis.tex").write_text("mine")
+    options = ocp.CheckpointManagerOptions(max_to_keep=1)
+    with ocp.CheckpointManager(tmp_path, options=options) as manager:
+        assert manager.latest_step() == 2023
+        manager.save(2024, args=ocp.args.StandardSave({"a": jnp.ones(2)}))  # pyright: ignore[reportCallIssue]
+        manager.wait_until_finished()
+    assert [path.name for path in tmp_path.iterdir()] == ["2024"]

@@ -228,6 +228,16 @@ def test_among_several_an_error_ends_the_process_at_once(monkeypatch, capfd, err
     assert said.replace("process 0 was", "another process was") in capfd.readouterr().err
 
 
+def test_names_in_an_error_cannot_steer_the_terminal(capsys):
+    """Those of arrays and domains are the checkpoint's and the data's."""
+    error = ConfigError("array 'a\x1b[2J' differs")
+    error.details = "a\x1b[2J  none"
+    assert cluster._say_why(error) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.endswith("array 'a\\x1b[2J' differs") for line in lines] == [True, False]
+    assert lines[1] == "a\\x1b[2J  none"
+
+
 def test_what_only_one_process_refuses_ends_it_at_once(monkeypatch, capfd):
     """The others are in a collective: an orderly exit would wait for them."""
 

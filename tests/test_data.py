@@ -3,6 +3,8 @@
 import dataclasses
 import threading
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -326,6 +328,12 @@ def test_an_id_beyond_the_vocabulary(corpus):
         rf"{document} of domain '[ab]', token {inside} of it, 29 of all; prepare",
     ):
         sequences[3]
+
+
+def test_a_device_takes_another_embedding_for_an_id_that_has_none():
+    """The harm: no error, the last row."""
+    table_vd = jnp.arange(6.0).reshape(3, 2)
+    np.testing.assert_array_equal(jax.jit(lambda ids: table_vd[ids])(jnp.array([300])), [[4, 5]])
 
 
 def test_a_damaged_sequence_is_padding_if_so_asked(corpus, caplog):

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from moejax.foreign import has_link, open_file, printable, read_file, require_path
+from moejax.foreign import has_link, no_links, open_file, printable, read_file, require_path
 
 
 @pytest.fixture
@@ -47,6 +47,18 @@ def test_where_links_are_allowed_they_lead_to_a_file(folder):
     assert read_file(folder / "link", 7, links=True) == b"content"
     with pytest.raises(OSError, match="it is no file"):
         open_file(folder / "zero", links=True)
+
+
+def test_what_is_written_goes_to_a_file_and_nobody_waits_for_a_reader(folder):
+    for name, reason in (("link", "symbolic links"), ("pipe", "No such device or address")):
+        with (
+            pytest.raises(OSError, match=reason),
+            open(folder / name, "wb", opener=no_links),
+        ):
+            pass
+    with open(folder / "file", "wb", opener=no_links) as stream:
+        stream.write(b"x" * 100_000)
+    assert (folder / "file").stat().st_size == 100_000
 
 
 def test_a_path_is_one_that_the_system_takes(folder):

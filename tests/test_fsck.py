@@ -128,6 +128,13 @@ def test_a_config_that_is_not_that_of_the_checkpoints_is_damaged(workdir):
     assert verdicts(workdir)["config.json"] == "sound", "what is damaged itself says nothing"
 
 
+def test_a_checkpoint_of_a_newer_format_is_no_damage(workdir):
+    file = workdir / "checkpoints" / "40" / MANIFEST
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 2}))
+    assert "has format 2, of a newer moejax" in verdicts(workdir)["40"]
+    assert main(["fsck", "--workdir", str(workdir)]) == 0
+
+
 def test_a_checkpoint_that_a_training_deletes_meanwhile_is_no_damage(workdir, monkeypatch):
     plain = Store.check
 
