@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from moejax.command_line import outliving_output
 from moejax.supervisor import Group, Retries, supervise, workdir_of
 
 JOIN_SECONDS = 60  # the processes start together
@@ -174,8 +175,9 @@ def main() -> int:
         return groups[0]
 
     workdir = workdir_of(options.command)
-    code = supervise(once_more, workdir, Retries(options.restarts))
-    show_failures(groups[0], logs)
+    with outliving_output():
+        code = supervise(once_more, workdir, Retries(options.restarts))
+        show_failures(groups[0], logs)
     return code
 
 

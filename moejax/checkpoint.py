@@ -144,7 +144,8 @@ class Checkpoints:
         return from_first(f"checkpoint {next(self._count)}", compute)
 
     def _tell(self, text: str) -> None:
-        print(f"moejax: {printable(text)}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # the log may be on the disk that is full
+            print(f"moejax: {printable(text)}", file=sys.stderr, flush=True)
 
     @property
     def steps(self) -> list[int]:

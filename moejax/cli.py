@@ -4,6 +4,7 @@ What the exit codes say is in `errors.EXIT_CODES`; `moejax --help` lists them.
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from moejax.command_line import (
     add_step,
     add_workdir,
     between,
+    outliving_output,
     output_file,
     plain_text,
     safe_path,
@@ -42,6 +44,8 @@ from moejax.overrides import (
 )
 from moejax.workdir import MAY_CHANGE_AFTER_TRAINING, check_workdir, matches, read_config
 
+OUTLIVING = ("train", "supervise")  # verbs that go on where nobody hears them any more
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
@@ -49,6 +53,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # names and texts hold what it has no bytes for
         sys.stdout.reconfigure(errors="backslashreplace")
     verb = words[0] if words and not words[0].startswith("-") else None
+    with outliving_output() if verb in OUTLIVING else contextlib.nullcontext():
+        return _main(verb, words)
+
+
+def _main(verb: str | None, words: list[str]) -> int:
     name = f"moejax {verb}" if verb in VERBS else "moejax"
     try:
         code = VERBS[verb].main(words[1:]) if verb in VERBS else _without_verb(words)

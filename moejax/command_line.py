@@ -1,12 +1,13 @@
 """What a line of the command line is made of: verbs, options anywhere, `key=value` words."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import re
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,44 @@ class Line:
     def load(self) -> Config:
         assert self.config is not None
         return load_config(self.config, self.overrides)
+
+
+class _Output:
+    """A stream whose disk may fill up, and whose reader may end: what cannot be said is lost."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def outliving_output() -> Iterator[None]:
+    """Has what is done inside go on when stdout or stderr cannot be written any more.
+
+    A training has its records in files, and is worth more than the log that it was started with.
+    """
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = map(_Output, before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+        for stream in before:
+            try:
+                stream.flush()
+            except OSError:  # Python would try again at its end, and end with 120 for it
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

@@ -413,6 +413,27 @@ def test_no_space_for_the_manifest_is_no_checkpoint(workdir, mesh, monkeypatch):
     assert checkpoint_steps(workdir) == [20, 40, 60]
 
 
+def test_a_log_on_the_full_disk_hides_no_failure(workdir, mesh, monkeypatch):
+    """Who says that a save failed may fail too: the run must not end as if it were saved."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Store, "seal", full)
+    with (
+        Checkpoints(workdir, CONFIG) as checkpoints,
+        open("/dev/full", "w", buffering=1) as log,
+        monkeypatch.context() as patch,
+    ):
+        patch.setattr(sys, "stderr", log)
+        with pytest.raises(OSError, match="No space left"):
+            print("the harm", file=sys.stderr, flush=True)
+        assert checkpoints.save(random_state(60, mesh), {}, None)
+        with pytest.raises(NoSpaceError, match="step 60 was not saved"):
+            checkpoints.require_saved()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), log.fileno())  # for it to be closed
+
+
 def test_what_cannot_be_cleared_away_hides_no_failure(workdir, mesh, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

@@ -1,14 +1,18 @@
 """The command line as a user meets it: forms, help, exit codes, and one line for every error."""
 
+import functools
 import json
+import os
 import subprocess
 import sys
 import types
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from moejax.cli import VERBS, main
+from moejax.command_line import outliving_output
 from moejax.config import Config, ConfigError
 from moejax.overrides import config_values, keys, load_config, sections
 from moejax.topology import parse_topology
@@ -448,3 +452,25 @@ def test_odd_paths_are_errors_of_one_line(workdir, words, message, capsys):
     assert message in error
     assert "\n" not in error
     assert "\x1b" not in error
+
+
+@pytest.mark.parametrize(
+    ("say", "harm"),
+    [(functools.partial(print, flush=True), BrokenPipeError), (Console().print, SystemExit)],
+)
+def test_what_nobody_hears_any_more_ends_no_training(monkeypatch, say, harm):
+    """Behind `| head`, say, or `> log` on a disk that is full; rich would end the process."""
+    for outlives in (True, False):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with os.fdopen(writer, "w", buffering=1) as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            if outlives:
+                with outliving_output():
+                    say("lost")
+                    assert not sys.stdout.isatty()
+            else:
+                with pytest.raises(harm):
+                    say("lost")
+                os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for it to be closed
+            assert sys.stdout is stream

@@ -180,6 +180,14 @@ def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_undisturbed_run(strai
     assert records(workdir) == expected
 
 
+@pytest.mark.slow
+def test_a_log_on_a_full_disk_does_not_end_a_training(tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command(tmp_path), stdout=full, stderr=full, timeout=300)
+    assert done.returncode == 0
+    assert checkpoint_steps(tmp_path)[-1] == 20
+
+
 def test_the_last_checkpoints_are_kept(straight):
     """keep=2 of steps 4, 8, 12, 16, 20; the best, at 20, is among them."""
     assert checkpoint_steps(straight) == [16, 20]

@@ -154,6 +154,16 @@ def test_a_run_that_fell_back_gets_on_from_there(tmp_path):
     assert supervise(start, tmp_path, QUICK) == 0
 
 
+def test_a_log_on_a_full_disk_stops_no_restart(tmp_path):
+    """What it says is lost; the next try, its events and its exit code are not."""
+    child = [sys.executable, "-S", "-c", "raise SystemExit(3)", "--workdir", str(tmp_path)]
+    words = [sys.executable, "-m", "moejax", "supervise", "--restarts", "1", "--", *child]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(words, stdout=full, stderr=full, cwd=ROOT, timeout=60)
+    assert done.returncode == 70
+    assert [event["kind"] for event in read_events(tmp_path)] == ["restart", "crash_loop"]
+
+
 def test_any_number_of_restarts_has_a_wait():
     class Failed(Group):
         def wait(self) -> int:
