@@ -99,6 +99,24 @@ def test_one_signal_while_the_main_thread_is_long_in_c_is_one():
         assert codes == []
 
 
+def test_one_signal_that_the_thread_hears_late_is_one():
+    """On a machine that is busy: the handler took it more than a second before."""
+    codes = []
+    with Preemption(codes.append) as preemption:
+        assert not preemption.reached()
+        preemption._note(signal.SIGTERM)
+        preemption._since -= 5
+        os.kill(os.getpid(), signal.SIGTERM)  # whose number the thread hears first
+        time.sleep(0.3)
+        assert codes == []
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 10
+        while not codes:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert codes == [143]
+
+
 @pytest.mark.parametrize(
     ("preempted", "expected"), [(False, ["evaluate", "save"]), (True, ["save"])]
 )
