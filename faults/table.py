@@ -134,9 +134,13 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row(
             "13",
             "a flipped bit in every checkpoint",
-            "as above, in all three",
+            "as above, in all three; the tests: a bit of the run's id, and all of them gone",
             "refused, exit code 2; never begins anew",
             restores.in_process("13"),
+            (
+                "test_checkpoint_faults."
+                "test_a_run_that_lost_its_name_or_its_checkpoints_does_not_begin_anew",
+            ),
         ),
         Row(
             "14",
@@ -365,6 +369,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
                 "test_data.test_a_thread_that_is_gone_is_an_error_at_once",
                 "test_data.test_an_error_in_the_thread_comes_out_in_the_caller",
                 "test_prepare.test_an_error_in_a_worker_comes_out_and_leaves_nothing",
+                "test_prepare.test_a_worker_that_is_killed_is_an_error_at_once",
             ),
         ),
         Row(
@@ -569,7 +574,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
         Row(
             "58",
             "a sink of metrics fails",
-            "a full disk under metrics.jsonl, TensorBoard, events, ledger",
+            "a full disk under metrics.jsonl, TensorBoard, events, ledger, choices, pictures, log",
             "training goes on; said once",
             None,
             (
@@ -577,6 +582,10 @@ GROUPS: dict[str, tuple[Row, ...]] = {
                 "test_tensorboard.test_tensorboard_failure_is_logged_once_and_training_goes_on",
                 "test_events.test_a_file_that_cannot_be_written_is_said_once",
                 "test_ledger.test_a_full_disk_is_said_once",
+                "test_replay.test_choices_that_cannot_be_written_leave_nothing_and_stop_nothing",
+                "test_plots.test_pictures_that_cannot_be_drawn_do_not_end_a_run",
+                "test_checkpoint_faults.test_a_log_on_the_full_disk_hides_no_failure",
+                "test_resume.test_a_log_on_a_full_disk_does_not_end_a_training",
             ),
         ),
         Row(
