@@ -1,5 +1,6 @@
 """What the user asked for cannot be: the error, the checks that raise it, exit codes. No JAX."""
 
+import errno
 import math
 from typing import NamedTuple
 
@@ -38,8 +39,8 @@ EXIT_CODES = (
     ExitCode(
         UNAVAILABLE,
         True,
-        "another process of the run did not come, or was lost; or the last checkpoint could not be "
-        "saved, or a sweep's storage was lost",
+        "another process of the run did not come, or was lost; the last checkpoint could not be "
+        "saved; a disk, a file server or a sweep's storage fails",
     ),
     ExitCode(CRASH_LOOP, False, "it failed again and again without a newer checkpoint"),
     ExitCode(PREEMPTED, True, "SIGTERM: saved; the same command goes on from there"),
@@ -65,7 +66,7 @@ class UnavailableError(ConfigError):
 
 
 class StorageError(ConfigError):
-    """What had to be saved was not: the message says why. The same command may do later."""
+    """What had to be written or read was not: the message says why. The same may do later."""
 
     code = UNAVAILABLE
 
@@ -74,6 +75,16 @@ class NoSpaceError(StorageError):
     """There was no space for it."""
 
     code = NO_SPACE
+
+
+# What a disk or a file server says that fails; what else the system says lasts until it is mended.
+_FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY, errno.ENOTCONN)
+_FAILING += (errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH)
+
+
+def file_error(message: str, error: OSError) -> ConfigError:
+    """Returns what to raise for a file: a StorageError where another try may do better."""
+    return StorageError(message) if error.errno in _FAILING else ConfigError(message)
 
 
 def require(condition: bool, message: str) -> None:

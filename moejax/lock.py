@@ -9,15 +9,17 @@ import json
 import os
 import socket
 import sys
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, file_error
 from moejax.events import Events
 from moejax.foreign import printable
 
 LOCK = "lock.json"  # in a workdir
+LEASE_SECONDS = 120.0  # NFS 4 keeps the locks of a host that it does not hear of for 90 s
 _UNSUPPORTED = (38, 95)  # ENOSYS, EOPNOTSUPP: of file systems without locks
 
 
@@ -38,11 +40,11 @@ class RunLock:
             self._workdir.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except OSError as error:
-            raise ConfigError(
-                f"{self._file} cannot be written: {error.strerror}; give another --workdir"
+            raise file_error(
+                f"{self._file} cannot be written: {error.strerror}; give another --workdir", error
             ) from None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._lock(descriptor)
         except BlockingIOError:
             owner = _read(descriptor)
             os.close(descriptor)
@@ -54,7 +56,11 @@ class RunLock:
         except OSError as error:
             if error.errno not in _UNSUPPORTED:
                 os.close(descriptor)
-                raise ConfigError(f"{self._file} cannot be locked: {error.strerror}") from None
+                raise file_error(
+                    f"{self._file} cannot be locked: {error.strerror}; mount its file system with "
+                    "locks (NFS 3 needs lockd), or give a --workdir on another one",
+                    error,
+                ) from None
             print(
                 f"moejax train: {self._workdir} is on a file system without locks: a second run "
                 "in it would not be noticed",
@@ -67,10 +73,34 @@ class RunLock:
         try:
             self._write(json.dumps(owner))
         except OSError as error:
-            raise ConfigError(
+            raise file_error(
                 f"{self._file} cannot be written: {error.strerror}; make room, or give another "
-                "--workdir"
+                "--workdir",
+                error,
             ) from None
+
+    def _lock(self, descriptor: int) -> None:
+        """Takes the kernel's lock; waits for one of another host, which may be dead.
+
+        Raises:
+            BlockingIOError: somebody has it.
+        """
+        deadline, said = time.monotonic() + LEASE_SECONDS, False
+        while True:
+            try:
+                return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                host = _read(descriptor).get("host")
+                if host in (None, socket.gethostname()) or time.monotonic() > deadline:
+                    raise
+            if not said:
+                text = (
+                    f"moejax train: {self._workdir} is in use on {host}; waits {LEASE_SECONDS:g} "
+                    "s, in which a file server takes the lock from a host that is gone"
+                )
+                print(printable(text), file=sys.stderr, flush=True)
+            said = True
+            time.sleep(min(1.0, LEASE_SECONDS / 10))
 
     def _tell_of_the_dead(self, owner: dict[str, Any]) -> None:
         if not owner:  # it let go

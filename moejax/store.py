@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, file_error
 from moejax.events import EVENTS, read_events
 from moejax.foreign import has_link, read_file
 from moejax.manifest import (
@@ -77,9 +77,10 @@ def start_run(workdir: Path) -> str:
         try:
             write_atomically(workdir / RUN, json.dumps({"run": run, "started": started}) + "\n")
         except OSError as error:
-            raise ConfigError(
+            raise file_error(
                 f"{workdir / RUN} cannot be written: {error.strerror}; make room, or give another "
-                "--workdir"
+                "--workdir",
+                error,
             ) from None
     return run
 
@@ -141,9 +142,10 @@ class Store:
             with tempfile.TemporaryFile(dir=self.root):
                 pass
         except OSError as error:
-            raise ConfigError(
+            raise file_error(
                 f"checkpoints cannot be written to {self.root}: {error.strerror or error}; give a "
-                "folder that this process may write, by --workdir or checkpoint.local"
+                "folder that this process may write, by --workdir or checkpoint.local",
+                error,
             ) from None
         if has_link(self.root, (UNFINISHED,), folders=True):
             raise ConfigError(

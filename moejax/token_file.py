@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from moejax.errors import ConfigError
+from moejax.errors import UNAVAILABLE, ConfigError
 from moejax.foreign import open_file
 
 CHUNK_BYTES = 1 << 20
@@ -21,6 +21,12 @@ CHUNK_BYTES = 1 << 20
 
 class CorruptData(ConfigError):
     """A part of the data is not what was written; the message names the file and the place."""
+
+
+class UnreadableData(CorruptData):
+    """The disk or file server fails: the same may do later."""
+
+    code = UNAVAILABLE
 
 
 def chunk_checksums(data: bytes | memoryview, checksums: list[int], size: int) -> int:
@@ -123,7 +129,7 @@ class TokenFile:
             try:
                 data = os.pread(self._file, stop - at, at)
             except OSError as error:
-                raise CorruptData(
+                raise UnreadableData(
                     f"{self.path} cannot be read at byte {at} ({error.strerror}); copy the folder "
                     "to another disk"
                 ) from error

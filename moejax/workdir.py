@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config, ConfigError
+from moejax.errors import file_error
 from moejax.foreign import MIB, has_link, no_links, read_file
 from moejax.overrides import JSON_FORMAT, config_difference, config_from_json, config_to_json
 
@@ -174,7 +175,8 @@ def open_workdir(path: str | os.PathLike, config: Config) -> Path:
 
 def _unwritable(workdir: Path, error: OSError) -> ConfigError:
     reason = error.strerror or str(error)
-    return ConfigError(f"workdir {workdir} cannot be written: {reason}; give another --workdir")
+    message = f"workdir {workdir} cannot be written: {reason}; give another --workdir"
+    return file_error(message, error)
 
 
 def read_config(path: str | os.PathLike) -> Config:
@@ -191,7 +193,9 @@ def read_config(path: str | os.PathLike) -> Config:
         raise ConfigError(
             f"{file} does not exist; give a workdir that `moejax train` wrote"
         ) from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise file_error(f"{file} cannot be read: {error}", error) from None
+    except ValueError as error:
         raise ConfigError(f"{file} cannot be read: {error}") from None
     try:
         return config_from_json(text)

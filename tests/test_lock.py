@@ -6,10 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 from hostile import file_limit
 
+from moejax import lock as lock_module
 from moejax.errors import ConfigError
 from moejax.events import read_events
 from moejax.lock import LOCK, RunLock
@@ -59,6 +61,23 @@ def test_the_lock_of_a_dead_owner_is_taken_over_loudly(tmp_path, owner, capsys):
     assert (event["kind"], event["owner"]["pid"]) == ("lock_taken_over", owner.pid)
 
 
+@pytest.mark.parametrize("dies", [True, False])
+def test_the_lock_of_another_host_is_waited_for(tmp_path, owner, monkeypatch, capsys, dies):
+    """A file server keeps that of a host that died for a while; the living keeps it for longer."""
+    said = json.loads((tmp_path / LOCK).read_text())
+    (tmp_path / LOCK).write_text(json.dumps(said | {"host": "node7"}))
+    monkeypatch.setattr(lock_module, "LEASE_SECONDS", 30.0 if dies else 0.3)
+    if dies:
+        threading.Timer(0.3, owner.kill).start()
+        with RunLock(tmp_path) as lock:
+            lock.take()
+            assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    else:
+        with pytest.raises(ConfigError, match=rf"in use by process {owner.pid} on node7"):
+            RunLock(tmp_path).take()
+    assert "is in use on node7; waits" in capsys.readouterr().err
+
+
 def test_without_the_kernels_lock_both_would_write(tmp_path, owner, monkeypatch, capsys):
     """The harm: where the file system has no locks, the second run starts; it is told."""
 
@@ -93,8 +112,9 @@ def test_a_lock_that_cannot_be_had_is_an_input_error(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr("fcntl.flock", broken)
-    with pytest.raises(ConfigError, match="cannot be locked: Input/output error"):
+    with pytest.raises(ConfigError, match="cannot be locked: Input/output error; mount") as e:
         RunLock(tmp_path).take()
+    assert e.value.code == 69, "a file server that fails may do later"
     monkeypatch.undo()
     with (
         file_limit(0),

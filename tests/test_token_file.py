@@ -95,8 +95,11 @@ def test_a_disk_that_fails(path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "pread", fail)
-    with pytest.raises(CorruptData, match=r"tokens\.bin cannot be read at byte 0 \(Input/output"):
+    message = r"tokens\.bin cannot be read at byte 0 \(Input/output"
+    with pytest.raises(CorruptData, match=message) as caught:
         ids[:5]
+    assert caught.value.code == 69, "it may do later; what was changed stays so"
+    assert CorruptData("").code == 2
 
 
 def test_files_are_closed(path):

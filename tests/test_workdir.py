@@ -8,6 +8,7 @@ import stat
 import pytest
 
 from moejax.config import Config, ConfigError
+from moejax.errors import StorageError
 from moejax.eval_series import EVAL_SERIES
 from moejax.events import EVENTS
 from moejax.ledger import LEDGER
@@ -191,7 +192,7 @@ def test_a_crash_while_writing_keeps_the_old_config(tmp_path, monkeypatch):
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(ConfigError, match="Input/output error"):
+    with pytest.raises(StorageError, match="Input/output error"):
         open_workdir(tmp_path, dataclasses.replace(Config(), seed=1))
     assert read_config(tmp_path) == Config()
 
