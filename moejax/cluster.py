@@ -28,7 +28,16 @@ import jax
 from jax._src import distributed  # its client has the key-value store, and no public name
 
 import moejax
-from moejax.errors import CHECK_FAILED, INTERRUPTED, UNAVAILABLE, ConfigError, UnavailableError
+from moejax.errors import (
+    BAD_INPUT,
+    CHECK_FAILED,
+    FINAL,
+    INTERRUPTED,
+    UNAVAILABLE,
+    ConfigError,
+    UnavailableError,
+    file_error,
+)
 from moejax.foreign import printable
 
 COORDINATOR, PROCESSES, PROCESS_ID = (
@@ -494,35 +503,46 @@ def failing_together(topic: str) -> Iterator[None]:
         ConfigError: what that process said, or on itself what the system said of a file.
     """
     try:
-        yield
-    except (ConfigError, OSError) as error:
+        try:
+            yield
+        except OSError as error:
+            raise file_error(f"{error}; let every process read it", error) from error
+    except ConfigError as error:
         with contextlib.suppress(ConfigError):  # the complaint itself, or the others are gone too
-            refuse_together(topic, f"cannot go on: {error}")
-        if isinstance(error, OSError):
-            raise ConfigError(f"{error}; let every process read it") from error
+            refuse_together(topic, f"cannot go on: {error}", error.code)
         raise
     refuse_together(topic, "")
 
 
-def refuse_together(topic: str, complaint: str) -> None:
+def refuse_together(topic: str, complaint: str, code: int = BAD_INPUT) -> None:
     """Waits for all processes; if any has a complaint, all of them raise it.
 
+    Args:
+        topic: a name used once in a run.
+        complaint: of this process; "" for none.
+        code: with which this process ends for it.
+
     Raises:
-        ConfigError: the complaints, each with its process.
+        ConfigError: the complaints, each with its process; its code is theirs, of several one by
+            which another try would end alike.
     """
     client, index = distributed.global_state.client, distributed.global_state.process_id
     if client is None:
         return
     if complaint:
-        client.key_value_set(f"moejax/{topic}/complaints/{index}", f"process {index} {complaint}")
+        said = json.dumps([f"process {index} {complaint}", code])
+        client.key_value_set(f"moejax/{topic}/complaints/{index}", said)
     with _explained(topic):
         client.wait_at_barrier(f"moejax/{topic}", _join_seconds() * 1000)
-    complaints = [text for _, text in client.key_value_dir_get(f"moejax/{topic}/complaints/")]
+    pairs = client.key_value_dir_get(f"moejax/{topic}/complaints/")
+    complaints = sorted(json.loads(said) for _, said in pairs)
     if complaints:
-        raise ConfigError(
-            f"{'; '.join(sorted(complaints)[:3])}; start every process with the same command, the "
-            "same files and the same software"
+        error = ConfigError(
+            f"{'; '.join(text for text, _ in complaints[:3])}; start every process with the same "
+            "command, the same files and the same software"
         )
+        error.code = min((code for _, code in complaints), key=lambda code: code not in FINAL)
+        raise error
 
 
 # Ending

@@ -341,13 +341,19 @@ def test_an_error_of_one_process_ends_all(monkeypatch):
             if error is not None:
                 raise error
 
-    missing = [FileNotFoundError(2, "No such file", "a.bin"), ConfigError("text of 3 bytes")]
-    for error in missing:
+    missing = [
+        (FileNotFoundError(2, "No such file", "a.bin"), 2),
+        (OSError(116, "Stale file handle", "a.bin"), 69),
+        (ConfigError("text of 3 bytes"), 2),
+        (UnavailableError("a server that does not answer"), 69),
+    ]
+    for error, code in missing:
         first, second = _run_each(monkeypatch, [lambda: reads(None), lambda e=error: reads(e)])
         assert isinstance(first, ConfigError)
         assert isinstance(second, ConfigError)
-        assert f"process 1 cannot go on: {error}; start every process" in str(first)
+        assert str(first).startswith(f"process 1 cannot go on: {error}; ")
         assert str(second).startswith(str(error))
+        assert (first.code, second.code) == (code, code)
     assert _run_each(monkeypatch, [lambda: reads(None)] * 2) == [None, None]
 
 
