@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moejax.errors import ConfigError, UnavailableError
+from moejax.errors import ConfigError, UnavailableError, file_error
 from moejax.events import EVENTS, append_line
 from moejax.ledger import LEDGER
 from moejax.manifest import Manifest, Unsound, fingerprint
@@ -131,9 +131,20 @@ class Series:
         return checkpoint in self._done
 
     def append(self, report: dict[str, Any]) -> None:
-        """Writes the evaluation of a checkpoint; it is on the disk when this returns."""
-        append_line(self._file, json.dumps(report, allow_nan=False))
-        os.fsync(self._descriptor)
+        """Writes the evaluation of a checkpoint; it is on the disk when this returns.
+
+        Raises:
+            ConfigError: the file takes no more.
+        """
+        try:
+            append_line(self._file, json.dumps(report, allow_nan=False))
+            os.fsync(self._descriptor)
+        except OSError as error:
+            raise file_error(
+                f"{self._file} cannot be written: {error.strerror}; make room, and give the same "
+                "command again: it goes on with what is new",
+                error,
+            ) from None
         self._done.add(report["checkpoint"])
 
 

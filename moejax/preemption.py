@@ -1,5 +1,6 @@
 """Being asked to stop: SIGTERM or Ctrl-C, and the step after which every process saves and ends."""
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -137,4 +138,5 @@ def _handler_of_c(number: signal.Signals) -> int | None:
 
 
 def _say(text: str) -> None:
-    os.write(2, text.encode())  # in a signal handler a stream's lock may be taken
+    with contextlib.suppress(OSError):  # a log on a full disk must not hold up what follows
+        os.write(2, text.encode())  # in a signal handler a stream's lock may be taken

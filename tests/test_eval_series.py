@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from hostile import file_limit
 from test_store import add
 
 from moejax.config import Config
@@ -146,6 +147,17 @@ def test_two_watches_of_one_run_are_refused(run):
 def test_a_workdir_that_cannot_be_written_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"eval.jsonl cannot be written: No such .*; make the"):
         Series(tmp_path / "nothing", RECIPE).__enter__()
+
+
+def test_a_full_disk_is_an_input_error(run):
+    with (
+        Series(run.workdir, RECIPE) as series,
+        file_limit(0),
+        pytest.raises(
+            ConfigError, match=r"eval\.jsonl cannot be written: File too large; make room"
+        ),
+    ):
+        series.append({"step": 40, "checkpoint": "c", "recipe": RECIPE})
 
 
 def test_the_watch_gives_up_when_nobody_trains(run):

@@ -99,6 +99,19 @@ def test_one_signal_while_the_main_thread_is_long_in_c_is_one():
         assert codes == []
 
 
+def test_a_log_that_cannot_be_written_holds_up_no_second_signal(monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    codes, preemption = [], Preemption(lambda code: codes.append(code))
+    preemption._note(signal.SIGTERM)
+    preemption._since -= 5
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        preemption._note(signal.SIGTERM)
+    assert codes == [143]
+
+
 def test_one_signal_that_the_thread_hears_late_is_one():
     """On a machine that is busy: the handler took it more than a second before."""
     codes = []
