@@ -97,6 +97,7 @@ class Checkpoints:
         self._rejected: dict[tuple[int, int], str] = {}  # (store, step) -> why
         self._thread: threading.Thread | None = None
         self._error: StorageError | None = None  # of the last save
+        self._patience = 0.0  # seconds that saves may still wait for the one under way
         run = self._agree(self._look if read_only else self._open)
         self._stores = self._stores_of(run)
         if config.local and not read_only:
@@ -350,6 +351,7 @@ class Checkpoints:
         except Exception as error:  # as in _read
             self._failed(store, step, error)
             return False
+        self._patience = self._config.wait_seconds
         self._thread = threading.Thread(
             target=self._finish, args=(store, step, tables, metrics, about), name="save"
         )
@@ -359,10 +361,14 @@ class Checkpoints:
     def _begin(self, store: Store, step: int, final: bool) -> bool:
         """Says whether a save can start, and notes that it did."""
         if self._thread is not None:
-            self._thread.join(None if final else self._config.wait_seconds)
+            start = time.monotonic()
+            self._thread.join(None if final else self._patience)
+            waited = time.monotonic() - start
+            self._patience = max(0.0, self._patience - waited)
             if self._thread.is_alive():
-                waited = self._config.wait_seconds
-                self._tell(f"step {step} is not saved: the save before it takes {waited:g} s more")
+                self._tell(
+                    f"step {step} is not saved: the save before it takes {waited:.1f} s more"
+                )
                 self._events.write("checkpoint_skipped", step, folder=str(store.folder(step)))
                 return False
         if step in store.steps():

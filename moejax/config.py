@@ -363,7 +363,7 @@ class CheckpointConfig:
     keep: int = 2
     local: str | None = None  # folder on a fast disk, where the last of more frequent saves is
     local_every: int | None = None  # steps between those; every process must see the folder
-    wait_seconds: float = 60.0  # for which a save waits for the one before; then it is left out
+    wait_seconds: float = 60.0  # for which saves wait for the one before; then they are left out
 
     def __post_init__(self):
         require_positive("checkpoint", self, "every", "keep", "local_every")

