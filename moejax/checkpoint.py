@@ -49,6 +49,7 @@ ITEMS = ("model", "training", "meta")
 # What a run reads of the meta.
 META = {"counters": dict, "watch": dict, "environment": dict, "data": str, "validation": str}
 _SHOWN_ROWS = 20  # of the differences between a checkpoint and a config
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|[Oo]ut of memory")
 _NO_SPACE = re.compile(r"No space left|Disk quota exceeded|File too large")
 
 
@@ -275,7 +276,7 @@ class Checkpoints:
         """Returns items, meta and what is wrong with them, "" for nothing.
 
         Raises:
-            ConfigError: the checkpoint is of another config.
+            ConfigError: the checkpoint is of another config, or memory is too small for it.
         """
         try:
             manifest = read_manifest(folder)
@@ -292,6 +293,11 @@ class Checkpoints:
                 args=ocp.args.Composite(**args, meta=ocp.args.JsonRestore()),  # pyright: ignore[reportCallIssue]
             )
         except Exception as error:  # whatever Orbax and TensorStore raise, they name no class
+            if isinstance(error, MemoryError) or _NO_MEMORY.search(str(error)):
+                raise ConfigError(
+                    f"{folder} is sound, and there is no memory here to restore it "
+                    f"({_first_line(error)}); use more devices by mesh.fsdp, or free some"
+                ) from error
             return {}, {}, f"it cannot be restored: {_first_line(error)}"
         return {item: restored[item] for item in tables}, restored["meta"], ""
 

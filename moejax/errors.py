@@ -82,6 +82,10 @@ _FAILING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.EBUSY,
 _FAILING += (errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH)
 
 
+# Of these none is of the file itself: a bad sector is EIO.
+SERVER_FAILS = tuple(code for code in _FAILING if code != errno.EIO)
+
+
 def file_error(message: str, error: OSError) -> ConfigError:
     """Returns what to raise for a file: a StorageError where another try may do better."""
     return StorageError(message) if error.errno in _FAILING else ConfigError(message)

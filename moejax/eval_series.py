@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moejax.errors import ConfigError, UnavailableError, file_error
+from moejax.errors import ConfigError, StorageError, UnavailableError, file_error
 from moejax.events import EVENTS, append_line
 from moejax.ledger import LEDGER
 from moejax.manifest import Manifest, Unsound, fingerprint
@@ -55,7 +55,7 @@ def find_checkpoints(workdir: Path) -> dict[int, str]:
     for root in checkpoint_roots(workdir, read_config(workdir).checkpoint.local, run):
         store = Store(root, run)
         for step in store.steps():
-            with contextlib.suppress(Unsound):
+            with contextlib.suppress(Unsound, StorageError):
                 found.setdefault(step, checkpoint_id(store.manifest(step)))
     return dict(sorted(found.items()))
 

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from moejax.errors import SERVER_FAILS, StorageError
 from moejax.workdir import MANIFEST, RUN_ID, write_atomically
 
 FORMAT = 1
@@ -93,6 +94,7 @@ def read_manifest(folder: Path) -> Manifest:
     Raises:
         Newer: it is of a later format.
         Unsound: there is none, or one that is not as it was written.
+        StorageError: a file server does not answer.
     """
     file = folder / MANIFEST
     try:
@@ -105,7 +107,7 @@ def read_manifest(folder: Path) -> Manifest:
         # the digest in it too: no bit is free to flip
         damaged = _encode(manifest).encode() != text
     except OSError as error:
-        raise Unsound(f"{MANIFEST} cannot be read: {error.strerror or error}") from None
+        raise _unread(file, MANIFEST, error) from None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError, OverflowError):
         raise Unsound(f"{MANIFEST} is damaged") from None
     if damaged:
@@ -123,6 +125,7 @@ def check_files(
 
     Raises:
         Unsound: a file is missing, too many, or not as it was written; the first one is named.
+        StorageError: a file server does not answer.
     """
     there = list_files(folder)
     for name in sorted({*manifest.files} ^ {*there}):
@@ -134,10 +137,18 @@ def check_files(
     try:
         hashed = _hashed(folder, there, progress=progress)
     except OSError as error:
-        raise Unsound(f"{error.filename} cannot be read: {error.strerror or error}") from None
+        raise _unread(folder, str(error.filename), error) from None
     for name, (_, digest) in manifest.files.items():
         if hashed[name][1] != digest:
             raise Unsound(f"{name} has another SHA-256 than when it was written")
+
+
+def _unread(path: Path, name: str, error: OSError) -> Exception:
+    """What a file that cannot be read says of its checkpoint: nothing, where the server fails."""
+    reason = error.strerror or str(error)
+    if error.errno in SERVER_FAILS:
+        return StorageError(f"{path} cannot be read: {reason}; see whether the file server answers")
+    return Unsound(f"{name} cannot be read: {reason}")
 
 
 def list_files(folder: Path) -> dict[str, int]:
@@ -161,7 +172,7 @@ def _walk(folder: Path, prefix: str) -> Iterator[tuple[str, int]]:
             elif name != MANIFEST:
                 yield name, entry.stat(follow_symlinks=False).st_size
     except OSError as error:
-        raise Unsound(f"{folder} cannot be listed: {error.strerror or error}") from None
+        raise _unread(folder, str(folder), error) from None
     except RecursionError:
         raise Unsound("its folders are nested without end") from None
 

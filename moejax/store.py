@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import ConfigError, file_error
+from moejax.errors import ConfigError, StorageError, file_error
 from moejax.events import EVENTS, read_events
 from moejax.foreign import has_link, read_file
 from moejax.manifest import (
@@ -180,10 +180,10 @@ class Store:
         return self._owner(step) in (self._run, None)  # None: it is told so when somebody asks
 
     def _owner(self, step: int) -> str | None:
-        """Returns the run that a manifest names; None where it is damaged."""
+        """Returns the run that a manifest names; None where it is damaged or cannot be read now."""
         try:
             return read_manifest(self.folder(step)).run
-        except Unsound:
+        except (Unsound, StorageError):
             return None
 
     def manifest(self, step: int) -> Manifest:
@@ -306,7 +306,7 @@ class Store:
         """
         losses: dict[int, float | None] = {}
         for step in self.steps():
-            with contextlib.suppress(Unsound):
+            with contextlib.suppress(Unsound, StorageError):
                 losses[step] = self.manifest(step).metrics.get("loss")
         known = {step: loss for step, loss in losses.items() if loss is not None}
         kept = {*sorted(losses)[-keep:]}

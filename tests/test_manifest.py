@@ -8,6 +8,7 @@ import subprocess
 import pytest
 
 from moejax import manifest as module
+from moejax.errors import StorageError
 from moejax.manifest import MANIFEST, Newer, Unsound, check_files, read_manifest, write_manifest
 
 RUN = "0123456789abcdef"
@@ -100,6 +101,25 @@ def test_each_harm_is_named(folder, harm, reason):
     harm(folder)
     with pytest.raises(Unsound, match=reason):
         check(folder)
+
+
+def test_a_file_server_that_does_not_answer_says_nothing_of_a_checkpoint(folder, monkeypatch):
+    """It would be set aside, and the steps since the one before be lost; a bad sector is damage."""
+    manifest = read_manifest(folder)
+    for number, kind in ((116, StorageError), (110, StorageError), (5, Unsound)):
+
+        def fails(*_, number=number, **__):
+            raise OSError(number, os.strerror(number), "x")
+
+        for name, look in (
+            ("builtins.open", lambda: check_files(folder, manifest)),
+            ("pathlib.Path.read_bytes", lambda: read_manifest(folder)),
+            ("os.scandir", lambda: module.list_files(folder)),
+        ):
+            with monkeypatch.context() as patch:
+                patch.setattr(name, fails)
+                with pytest.raises(kind, match=os.strerror(number)):
+                    look()
 
 
 def test_links_and_special_files_are_refused(folder, tmp_path):
