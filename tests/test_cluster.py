@@ -357,6 +357,23 @@ def test_an_error_of_one_process_ends_all(monkeypatch):
     assert _run_each(monkeypatch, [lambda: reads(None)] * 2) == [None, None]
 
 
+def test_a_folder_that_a_process_does_not_share_is_refused_by_all(monkeypatch, tmp_path):
+    """A disk that each host has for itself, as a place of checkpoints: parts of them were lost."""
+    monkeypatch.setattr(cluster, "APPEAR_SECONDS", 0.3)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+
+    def check(name: str):
+        return lambda: cluster.check_shared(tmp_path / name, "checkpoint.local")
+
+    assert _run_each(monkeypatch, [check("a"), check("a")]) == [None, None]
+    for error in _run_each(monkeypatch, [check("a"), check("b")]):
+        assert isinstance(error, ConfigError)
+        assert "process 1 has another checkpoint.local" in str(error)
+        assert "use a shared file system" in str(error)
+    assert list(tmp_path.glob("*/*")) == [], "nothing is left of it"
+
+
 def test_an_error_of_a_process_alone_stays_as_it_is():
     with (
         pytest.raises(ConfigError, match=r"^text of 3 bytes$"),

@@ -212,6 +212,7 @@ def test_a_changed_config_is_held_to_that_of_the_checkpoint(skipped, tmp_path):
         restore_for_use(apply_overrides(skipped[1], ["model.rope_theta=9"]), straight, None)
 
 
+@pytest.mark.slow
 def test_a_save_that_hangs_while_an_error_ends_the_run_ends_it_too(monkeypatch, tmp_path):
     """What is left then waits for the save: as long as slow things may take, not for ever."""
     codes, released = [], threading.Event()
