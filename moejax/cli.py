@@ -50,6 +50,9 @@ OUTLIVING = ("train", "supervise")  # verbs that go on where nobody hears them a
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line and returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # whoever started this process has closed it
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
     if isinstance(sys.stdout, io.TextIOWrapper):  # names and texts hold what it has no bytes for
         sys.stdout.reconfigure(errors="backslashreplace")
     verb = words[0] if words and not words[0].startswith("-") else None

@@ -474,3 +474,8 @@ def test_what_nobody_hears_any_more_ends_no_training(monkeypatch, say, harm):
                     say("lost")
                 os.dup2(os.open(os.devnull, os.O_WRONLY), writer)  # for it to be closed
             assert sys.stdout is stream
+
+
+def test_without_stdout_and_stderr_it_works_as_with_them():
+    line = f"{sys.executable} -m moejax --version >&- 2>&-"
+    assert subprocess.run(["sh", "-c", line]).returncode == 0
