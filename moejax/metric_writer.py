@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from moejax.config import ConfigError
+from moejax.errors import file_error
 from moejax.foreign import no_links
 from moejax.metrics import decode_line, encode_record
 from moejax.tensorboard import TensorBoard
@@ -70,8 +70,10 @@ class MetricWriter:
             _drop_lines_after(path, start_step)
             self._lines = _LineFile(path)
         except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be written: {error.strerror or error}; give another --workdir"
+            raise file_error(
+                f"{path} cannot be written: {error.strerror or error}; make room, or give another "
+                "--workdir",
+                error,
             ) from error
         self._board = TensorBoard(workdir / TENSORBOARD, start_step, image_every)
 

@@ -75,7 +75,7 @@ def test_disabled_writer_touches_nothing(tmp_path):
 
 def test_unwritable_workdir_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"cannot be written: .*; give another --workdir"):
+    with pytest.raises(ConfigError, match=r"cannot be written: .*; make room, or give ano"):
         MetricWriter(tmp_path / "file", 0)
 
 
