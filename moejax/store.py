@@ -7,6 +7,7 @@ renamed, never deleted. Anything else in the folder belongs to somebody else.
 """
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -295,7 +296,11 @@ class Store:
         Raises:
             OSError: it cannot be, and nothing of it was.
         """
-        self._note(step)
+        try:
+            self._note(step)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise  # without room for a note only this makes some
         (self.folder(step) / MANIFEST).unlink(missing_ok=True)
         self.clear(step)
 

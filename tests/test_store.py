@@ -130,6 +130,19 @@ def test_a_kill_within_a_deletion_leaves_nothing_that_is_taken_for_a_checkpoint(
     assert names(tmp_path) == (["1", "2"] if kill_at == 0 else ["2"])
 
 
+def test_a_disk_without_room_for_a_note_gets_room(tmp_path, monkeypatch):
+    """Else the last save that fitted would leave no room for the next, and nothing would go."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    add(tmp_path, 1)
+    add(tmp_path, 2)
+    monkeypatch.setattr(Store, "_note", full)
+    assert Store(tmp_path, OURS).retain(1) == [1]
+    assert names(tmp_path) == ["2"]
+
+
 def test_what_cannot_lose_its_manifest_loses_nothing(tmp_path, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(1, "Operation not permitted")
