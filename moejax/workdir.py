@@ -56,6 +56,8 @@ MAY_CHANGE_AFTER_TRAINING = (
     "moe.transport",
     "model.dtype",
 )
+# Where files are that somebody may have moved; what is in them is looked at by itself.
+PLACES = ("data.path", "data.tokenizer", "train.replay")
 
 
 def matches(key: str, patterns: tuple[str, ...]) -> bool:
@@ -229,7 +231,7 @@ def require_config_of(
         step: of the checkpoint.
         stored: the config in its meta.
         config: the one to use it with.
-        may_change: keys that may differ.
+        may_change: keys that may differ, besides PLACES.
 
     Raises:
         ConfigError: which other keys differ.
@@ -242,7 +244,9 @@ def require_config_of(
             f"the checkpoint of step {step} has no usable config in its meta: {error}; move it away"
         ) from None
     rows = [
-        f"{key} {had!r} -> {has!r}" for key, had, has in difference if not matches(key, may_change)
+        f"{key} {had!r} -> {has!r}"
+        for key, had, has in difference
+        if not matches(key, (*may_change, *PLACES))
     ]
     if rows:
         raise ConfigError(

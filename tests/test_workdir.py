@@ -106,6 +106,9 @@ def test_the_config_that_a_checkpoint_has_checksums_for_is_the_true_one():
     stored = config_to_dict(Config())
     changed = apply_overrides(Config(), ["train.steps=9", "model.dtype=bfloat16"])
     require_config_of(40, stored, Config())
+    moved = ["data.source=prepared", "data.path=elsewhere", "data.tokenizer=x/tokenizer.json"]
+    at_first = apply_overrides(Config(), ["data.source=prepared", "data.path=here"])
+    require_config_of(40, config_to_dict(at_first), apply_overrides(Config(), moved))
     require_config_of(40, stored, changed, (*MAY_CHANGE, *MAY_CHANGE_AFTER_TRAINING))
     said = r"step 40 was written with another config \(model\.dtype 'float32' -> 'bfloat16'\); wh"
     with pytest.raises(ConfigError, match=said):
