@@ -124,8 +124,8 @@ class ModelConfig:
         )
         require(
             every is None or 2 <= every <= self.num_layers,
-            f"model.full_attention_every={every} of model.num_layers={self.num_layers} leaves "
-            "windows to all layers or to none; use 2 up to model.num_layers, or leave out "
+            f"model.full_attention_every={every} of model.num_layers={self.num_layers} gives "
+            "a window to all layers or to none; use 2 up to model.num_layers, or leave out "
             "model.full_attention_every or model.attention_window",
         )
 
@@ -171,8 +171,8 @@ class DataConfig:
         require_positive("data", self, "sequence_length")
         require(
             (self.source == "prepared") == (self.path is not None),
-            f"data.source={self.source!r} with data.path={self.path!r}: give data.path exactly "
-            "when data.source is 'prepared'",
+            f"data.source={self.source!r} with data.path={self.path!r}: data.source=prepared "
+            "needs data.path, and no other source reads it",
         )
         require(
             self.source == "prepared" or self.on_corrupt == "stop",
@@ -227,8 +227,8 @@ class OptimConfig:
             # 0.98 a gradient whose square is off the moment by less than a fifth
             require(
                 self.state_dtype == "float32" or value <= 0.98,
-                f"optim.{name}={value} with optim.state_dtype={self.state_dtype!r}: a step moves "
-                "the moment by less than bfloat16 can hold, and it would stand still; use at most "
+                f"optim.{name}={value} with optim.state_dtype={self.state_dtype!r}: a step changes "
+                "the moment by less than bfloat16 can hold, so it would never change; use at most "
                 "0.98, or optim.state_dtype=float32",
             )
         for name in ("eps", "clip_norm"):
@@ -306,14 +306,14 @@ class MeshConfig:
         asked = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n != 1) or "data 1"
         require(
             product <= num_devices,
-            f"mesh {asked} needs {product} devices and {num_devices} are there; make an axis "
+            f"mesh {asked} needs {product} devices (available: {num_devices}); make an axis "
             f"smaller, or on a CPU give --cpu_devices {product}",
         )
         free = [axis for axis in AXES if sizes[axis] is None]
         require(
             num_devices % product == 0 and (bool(free) or product == num_devices),
-            f"mesh {asked} takes {product} devices and {num_devices} are there; sizes must "
-            f"multiply to {num_devices}: set one axis to None to take what is left",
+            f"mesh {asked} uses {product} devices (available: {num_devices}); sizes must multiply "
+            f"to {num_devices}: set one axis to None to take the remaining devices",
         )
         for axis in free:
             sizes[axis] = num_devices // product
@@ -448,15 +448,15 @@ class Config:
             reason = moe.noncausal_reason
             require(
                 reason is None or moe.allow_noncausal,
-                f"{reason}; a decoder that is trained so reads ahead, and its loss means nothing "
-                "for generation. Use another one, or moe.allow_noncausal=True to study it",
+                f"{reason}; a decoder trained this way reads ahead, and its loss means nothing for "
+                "generation. Use another one, or moe.allow_noncausal=True to study it",
             )
         microbatch = self.train.batch_size // self.train.accumulation
         require(
             microbatch % moe.group_sequences == 0,
             f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulation) is "
-            f"not a multiple of moe.group_sequences={moe.group_sequences}; capacity groups are "
-            "whole",
+            f"not a multiple of moe.group_sequences={moe.group_sequences}; it must hold whole "
+            "capacity groups",
         )
 
         for name in ("num_experts_by_layer", "expert_hidden_by_layer"):
@@ -487,7 +487,7 @@ class Config:
         passes = "watch.skip_batches" if watch.skip_batches else "rollback"
         require(
             self.train.replay is None or not (watch.skip_batches or "rollback" in watch.policies),
-            f"train.replay={self.train.replay} has the choices of the batches of every step, and "
+            f"train.replay={self.train.replay} repeats the choices recorded for each batch, but "
             f"{passes} gives steps other batches; leave one out",
         )
 
@@ -541,7 +541,7 @@ class Config:
         divides(("context",), "data.sequence_length", self.data.sequence_length)
         require(
             mesh.context == 1 or moe.every is None or moe.router != "soft",
-            f"mesh.context={mesh.context} splits sequences, and moe.router='soft' mixes all tokens "
+            f"mesh.context={mesh.context} splits sequences, but moe.router='soft' mixes all tokens "
             "of one; use mesh.context=1 or another moe.router",
         )
         if moe.every is not None:

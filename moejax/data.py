@@ -255,8 +255,8 @@ class Prefetch:
                     continue
             state = "hangs" if alive else "ended without a word"
             raise UnavailableError(
-                f"batch {self._next} did not come in data.timeout_seconds={self._timeout:g}: the "
-                f"thread that reads data {state}{self._place()}; see whether the disk or file "
+                f"batch {self._next} did not arrive in data.timeout_seconds={self._timeout:g}: the "
+                f"thread that reads data {state}{self._place()}; check that the disk or file "
                 "server answers, and raise data.timeout_seconds if it is only slow"
             )
 
@@ -287,6 +287,6 @@ def check_vocabulary(corpus: Corpus, model_vocab_size: int) -> None:
     """
     if corpus.vocab_size > model_vocab_size:
         raise ConfigError(
-            f"the tokenizer has {corpus.vocab_size} ids and model.vocab_size={model_vocab_size}; "
+            f"the tokenizer has {corpus.vocab_size} ids, but model.vocab_size={model_vocab_size}; "
             f"every id needs an embedding, use model.vocab_size={-(-corpus.vocab_size // 8) * 8}"
         )

@@ -141,10 +141,10 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
 
 @contextlib.contextmanager
 def explaining_memory(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """Has a device's want of memory end with what takes it and what helps, not with a traceback.
+    """Turns a device's out-of-memory error into one that says what takes memory and what helps.
 
     Raises:
-        ConfigError: in place of JAX's error.
+        ConfigError: instead of JAX's error.
     """
     try:
         yield
@@ -156,9 +156,9 @@ def explaining_memory(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]
         state = bytes_text(sum(row.per_device for rows in kinds.values() for row in rows))
         raise ConfigError(
             f"out of memory ({text.splitlines()[0][:200]}); state and gradients alone are {state} "
-            "a device, activations come on top: use model.remat=full, more train.accumulation, a "
-            "smaller train.batch_size or more devices by mesh.fsdp; moejax plan says before a run "
-            "what fits; committed checkpoints stay"
+            "a device, and activations come on top: use model.remat=full, a larger "
+            "train.accumulation, a smaller train.batch_size, or more devices with mesh.fsdp; "
+            "moejax plan tells before a run what fits; committed checkpoints are kept"
         ) from error
 
 
@@ -245,8 +245,8 @@ class Training:
         if differing:
             Events(self.workdir).write("environment", start, differing=differing)
             print(
-                f"moejax train: since step {start} this is another environment "
-                f"({'; '.join(differing)}): numbers agree with those of the old one to rounding, "
+                f"moejax train: the environment has changed since step {start} "
+                f"({'; '.join(differing)}): results agree with those of the old one to rounding, "
                 "not bit for bit",
                 file=sys.stderr,
             )
@@ -256,10 +256,10 @@ class Training:
         for name, fingerprint in ours.items():
             if fingerprint != meta[name]:
                 raise ConfigError(
-                    f"the {name} of {self.workdir} were others (fingerprint {meta[name][:12]}, now "
-                    f"{fingerprint[:12]}); a resumed run goes on in the same order of the same "
-                    "text: give it back (the embedded Python text is that of the running "
-                    "interpreter), or give another --workdir"
+                    f"the {name} text of {self.workdir} has changed (fingerprint "
+                    f"{meta[name][:12]}, now {fingerprint[:12]}); a resumed run reads the same "
+                    "text in the same order: bring it back (the embedded Python text is that of the"
+                    " running interpreter), or give another --workdir"
                 )
 
     def train(self, preemption: Preemption) -> bool:
@@ -307,7 +307,7 @@ class Training:
         self.checkpoints.wait()
         resumed = self.checkpoints.resume(self.abstract, back.step - 1)
         if resumed is None:
-            raise Diverged(self._explain(back.step, f"{back}; there is nothing to go back to"))
+            raise Diverged(self._explain(back.step, f"{back}; no checkpoint to go back to"))
         step, times = resumed.step, self.rollbacks.get(resumed.step, 0)
         self.rollbacks[step] = times + 1
         if times >= self.config.watch.max_rollbacks:  # fewer may be allowed than at the start
@@ -329,7 +329,7 @@ class Training:
             self.checkpoints.require_saved()
         if self.main_process:
             ended = f"stopped by {preemption.name}, saved at step {step}"
-            print(f"moejax train: {ended}; the same command goes on from there", file=sys.stderr)
+            print(f"moejax train: {ended}; the same command resumes from there", file=sys.stderr)
         return False
 
     def _next(self, step: int, batches: Prefetch, late: "LateMetrics") -> Batch:

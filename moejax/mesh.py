@@ -47,7 +47,7 @@ def start_jax(cpu_devices: int | None = None, preemptible: bool = False) -> None
     join_processes(preemptible)
     if cpu_devices is not None and jax.default_backend() != "cpu":
         raise ConfigError(
-            f"--cpu_devices {cpu_devices} was given and JAX runs on {jax.default_backend()}; "
+            f"--cpu_devices {cpu_devices} was given, but JAX runs on {jax.default_backend()}; "
             "leave it out, or set JAX_PLATFORMS=cpu"
         )
 
@@ -91,7 +91,7 @@ def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:
     if len({len(group) for group in groups}) > 1:
         raise ConfigError(
             f"the {len(groups)} TPU slices have {', '.join(str(len(g)) for g in groups)} devices; "
-            "a mesh needs slices of one size"
+            "a mesh needs slices of equal size"
         )
     inner = (shape[0] // len(groups), *shape[1:])
     order = np.concatenate([_in_order(group, inner) for group in groups])

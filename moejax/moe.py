@@ -93,7 +93,7 @@ class MoE(nnx.Module):
             raise ConfigError(
                 f"moe.num_experts_by_layer={config.num_experts_by_layer} and "
                 f"moe.expert_hidden_by_layer={config.expert_hidden_by_layer} are of a model's "
-                "layers and this is one; give it config.of_layer(0), or that of another layer"
+                "layers, but this is one; give it config.of_layer(0), or that of another layer"
             )
         self.config = config
         self.mesh = single_device_mesh() if mesh is None else mesh

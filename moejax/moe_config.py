@@ -48,7 +48,7 @@ ALL_EXPERTS = ("dense", "elementwise", "elementwise_input")  # every token to ev
 ANY_NUMBER = (*ALL_EXPERTS, "expert_choice", "relu", "threshold")  # of experts a token
 WITHOUT_LOGITS = ("hash", "random", "balanced", "elementwise", "elementwise_input")
 NOT_CAUSAL = {
-    "expert_choice": "an expert picks among all tokens of a group, so later tokens decide about "
+    "expert_choice": "an expert picks among all tokens of a group, so later tokens affect "
     "earlier ones",
     "sinkhorn": "the assignment of a token is balanced against those of later tokens",
     "soft": "every slot mixes all tokens of a group, later ones too",
@@ -281,8 +281,8 @@ class MoEConfig:
         )
         require(
             math.isfinite(self.buffer_factor) and self.buffer_factor >= 1,
-            f"moe.buffer_factor={self.buffer_factor} is below 1; balanced routing has to fit, use "
-            "1.0 or more",
+            f"moe.buffer_factor={self.buffer_factor} is below 1; balanced routing has to fit, so "
+            "use 1.0 or more",
         )
         require(
             math.isfinite(self.l1_update_factor) and self.l1_update_factor > 1,
@@ -314,17 +314,18 @@ class MoEConfig:
         )
         require(
             self.router != "gshard" or self.top_k == 2,
-            f"moe.router='gshard' draws the second of two experts, and moe.top_k={self.top_k}; use "
+            f"moe.router='gshard' draws the second of two experts, but moe.top_k={self.top_k}; use "
             "moe.top_k=2",
         )
         require(
             self.free_experts == 0 or self.router in SCORED,
-            f"moe.zero_experts, copy_experts and constant_experts ({self.free_experts} in all) are "
-            f"chosen by score, and moe.router={self.router!r}; use one of {', '.join(SCORED)}",
+            f"moe.zero_experts, copy_experts and constant_experts ({self.free_experts} in all) "
+            f"need a router that chooses by score, and moe.router={self.router!r} does not; use "
+            f"one of {', '.join(SCORED)}",
         )
         require(
             self.shared_experts > 0 or self.shared_gate == "none",
-            f"moe.shared_gate={self.shared_gate!r} gates shared experts, and "
+            f"moe.shared_gate={self.shared_gate!r} gates shared experts, but "
             "moe.shared_experts=0; set moe.shared_experts=1",
         )
 
@@ -348,7 +349,7 @@ class MoEConfig:
         )
         require(
             not (self.router == "soft" and transport in ("ragged", "gather")),
-            f"moe.transport={transport!r} moves assigned tokens, and moe.router='soft' makes "
+            f"moe.transport={transport!r} moves assigned tokens, but moe.router='soft' makes "
             "equal slots; use moe.transport=all_to_all (or auto)",
         )
         by_expert = self.capacity_by_expert
@@ -356,7 +357,7 @@ class MoEConfig:
             return
         require(
             factor is not None,
-            "moe.capacity_by_expert is given and moe.capacity_factor=None is dropless; give a "
+            "moe.capacity_by_expert is given, but moe.capacity_factor=None is dropless; give a "
             "moe.capacity_factor, for example 1.25",
         )
         require(
@@ -388,13 +389,13 @@ class MoEConfig:
             return
         require(
             self.free_experts == 0,
-            f"moe.expert_groups={groups} limits experts that have a network; take out "
+            f"moe.expert_groups={groups} groups only experts that have a network; leave out "
             f"the {self.free_experts} zero, copy and constant experts",
         )
         reach = self.num_experts // groups * kept
         require(
             kept <= groups and self.top_k <= reach,
-            f"moe.top_k={self.top_k} is over the group limit: moe.groups_per_token={kept} of "
+            f"moe.top_k={self.top_k} exceeds the group limit: moe.groups_per_token={kept} of "
             f"moe.expert_groups={groups} groups of {self.num_experts // groups} hold {reach} "
             f"experts; use moe.top_k <= {reach} or more moe.groups_per_token, up to {groups}",
         )
@@ -411,7 +412,7 @@ class MoEConfig:
             )
             require(
                 value == max(by_layer),
-                f"moe.{name}={value} with moe.{name}_by_layer={by_layer}: it stands for the "
+                f"moe.{name}={value} with moe.{name}_by_layer={by_layer}: it must be the "
                 f"largest, which sets the width of statistics; use moe.{name}={max(by_layer)}",
             )
         experts, hidden = self.num_experts_by_layer, self.expert_hidden_by_layer
@@ -422,7 +423,7 @@ class MoEConfig:
         )
         require(
             self.balance_convention != "huggingface" or len(set(experts or ())) < 2,
-            f"moe.balance_convention='huggingface' pools the experts of all layers, and "
+            f"moe.balance_convention='huggingface' pools the experts of all layers, but "
             f"moe.num_experts_by_layer={experts} differ; use one of megatron, switch, maxtext, "
             "olmoe",
         )

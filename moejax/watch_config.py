@@ -10,12 +10,11 @@ from moejax.skip_list import SkipList
 Policy = Literal["off", "warn", "skip", "rollback", "stop"]
 # Why a policy makes no sense for a quantity, and what does.
 REFUSED = {
-    ("nonfinite", ("off", "warn")): "a NaN that is applied stays in every parameter and moment for "
-    "ever, and no checkpoint could follow; use stop, skip or rollback",
-    ("collapse", ("skip", "rollback")): "a router collapses over many steps, by its losses and its "
-    "rate and not by a batch, so that steps without effect leave it collapsed and other batches "
-    "bring it there again; use stop or warn, and raise moe.balance_loss_weight or "
-    "moe.router_z_loss_weight",
+    ("nonfinite", ("off", "warn")): "once applied, a NaN stays in every parameter and moment, and "
+    "no checkpoint could be saved; use stop, skip or rollback",
+    ("collapse", ("skip", "rollback")): "a router collapses over many steps, because of its losses "
+    "and learning rate and not of one batch, so skipping steps or going back would not help; use "
+    "stop or warn, and raise moe.balance_loss_weight or moe.router_z_loss_weight",
 }
 # Keys and the policies that read them.
 READ_BY_POLICY = {"max_consecutive_skips": "skip", "max_rollbacks": "rollback"}
@@ -84,8 +83,7 @@ class WatchConfig:
             value = getattr(self, name)
             require(
                 reads or value == defaults[name],
-                f"watch.{name}={value} is read by nothing; leave it at {defaults[name]}, or use "
-                f"{remedy}",
+                f"watch.{name}={value} is not read; leave it at {defaults[name]}, or use {remedy}",
             )
 
         for name, policy in READ_BY_POLICY.items():
@@ -96,7 +94,7 @@ class WatchConfig:
             read(name, self.collapse != "off", "watch.collapse=warn")
         require(
             self.collapse == "off" or any(getattr(self, n) is not None for n in COLLAPSE_LIMITS),
-            f"watch.collapse={self.collapse!r} without a limit sees nothing; give one of watch."
+            f"watch.collapse={self.collapse!r} has no limit to check; give one of watch."
             f"{', watch.'.join(COLLAPSE_LIMITS)}, or watch.collapse=off",
         )
         compares = self.replicas_every is not None or self.recompute_every is not None

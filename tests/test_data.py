@@ -252,7 +252,7 @@ def test_a_thread_that_hangs_is_an_error_that_says_where(monkeypatch):
     assert next(ahead) == 5
     with pytest.raises(
         UnavailableError,
-        match=r"batch 6 did not come in data\.timeout_seconds=0\.2: the thread that reads data "
+        match=r"batch 6 did not arrive in data\.timeout_seconds=0\.2: the thread that reads data "
         r"hangs, in .*test_data\.py:\d+ stuck_disk > threading\.py",
     ):
         next(ahead)

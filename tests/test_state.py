@@ -111,5 +111,5 @@ def test_a_model_that_no_memory_holds_is_refused():
     """JAX would abort, or the system would end a process of its choice."""
     require_room(Config())
     huge = Config(model=ModelConfig(vocab_size=2**31 - 8, d_model=2**20))
-    with pytest.raises(ConfigError, match=r"parameters take [\d,]+ GiB and all devices together"):
+    with pytest.raises(ConfigError, match=r"parameters take [\d,]+ GiB, but all devices together"):
         require_room(huge)
