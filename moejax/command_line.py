@@ -1,4 +1,4 @@
-"""What a line of the command line is made of: verbs, options anywhere, `key=value` words."""
+"""Parses a command line: a verb, options in any place, and `key=value` words."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ from moejax.workdir import matches
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What stood on a command line: options, a config file, `key=value` overrides, other words."""
+    """A parsed command line: options, a config file, `key=value` overrides, other words."""
 
     options: argparse.Namespace
     config: str | None
@@ -193,7 +193,7 @@ def add_option(parser: argparse.ArgumentParser, name: str, help: str, **argument
 
 
 def add_cpu_devices(parser: argparse.ArgumentParser) -> None:
-    help = "virtual CPU devices (default: the devices that JAX finds); an error on an accelerator"
+    help = "use this many virtual CPU devices (default: the devices that JAX finds); CPU only"
     add_option(parser, "--cpu_devices", help, type=whole(1), metavar="N")
 
 
@@ -218,7 +218,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def output_file(text: str) -> Path:
-    """Refuses a file that cannot be written before minutes are spent on what should stand in it."""
+    """Refuses a file that cannot be written, before minutes are spent on its content."""
     path = Path(readable_path(text))
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(
@@ -237,8 +237,8 @@ def add_step(parser: argparse.ArgumentParser) -> None:
 
 
 def safe_path() -> list[str]:
-    """Returns Python's option that keeps -m from looking for modules in the folder we are in.
+    """Returns the Python option that keeps -m from importing modules of the current folder.
 
-    Not where Python looks there already: it was told to, or moejax is not installed.
+    Empty if this process imports from there itself: it was told to, or moejax is not installed.
     """
     return [] if {"", os.getcwd()} & {*sys.path} else ["-P"]
