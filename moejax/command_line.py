@@ -155,7 +155,7 @@ def _keys_help(patterns: tuple[str, ...]) -> str:
             lines.append(f"\n  {(title or '').splitlines()[0]}")
         for key in inside:
             head = f"    {f'{key.name}={key.default}':36} "
-            text = head + describe_type(key.annotation)
+            text = f"{head}{key.comment} ({describe_type(key.annotation)})"
             lines += textwrap.wrap(text, 100, subsequent_indent=" " * 41, drop_whitespace=True)
     return "\nkeys, with their defaults:\n" + "\n".join(lines)
 

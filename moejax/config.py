@@ -28,30 +28,30 @@ READ_BY_ATTENTION = {
 class ModelConfig:
     """A decoder-only transformer: RMSNorm, attention with RoPE, SwiGLU."""
 
-    num_layers: int = 4
-    d_model: int = 128
+    num_layers: int = 4  # dense and MoE layers together
+    d_model: int = 128  # width of the residual stream
     # grouped-query attention, or multi-head latent attention (DeepSeek-V2)
     attention: Literal["grouped", "latent"] = "grouped"
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    q_lora_rank: int = 96  # latent: width of what queries are made of
-    kv_lora_rank: int = 64  # latent: width of what keys and values are made of
-    qk_nope_head_dim: int = 32  # latent: width of a head's query and key without RoPE ...
-    qk_rope_head_dim: int = 16  # ... and with RoPE, one key for all heads
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 2  # grouped: key and value heads
+    head_dim: int = 32  # grouped: width of a head
+    q_lora_rank: int = 96  # latent: width of the compressed queries
+    kv_lora_rank: int = 64  # latent: width of the compressed keys and values
+    qk_nope_head_dim: int = 32  # latent: width of a head's query and key without RoPE
+    qk_rope_head_dim: int = 16  # latent: further width with RoPE, whose key all heads share
     v_head_dim: int = 32  # latent: width of a head's value
-    attention_bias: bool = False  # of queries, keys, values and output
-    attention_sinks: bool = False  # a learned logit a head that takes part of each softmax
-    attention_window: int | None = None  # tokens that a layer sees, its own included; None is all
-    full_attention_every: int | None = None  # of the layers with a window, each n-th sees all
+    attention_bias: bool = False  # a bias for queries, keys, values and output
+    attention_sinks: bool = False  # a learned logit per head that takes part of each softmax
+    attention_window: int | None = None  # tokens that a layer sees, its own included; None: all
+    full_attention_every: int | None = None  # of layers with a window, every n-th sees all tokens
     dense_hidden: int = 512  # hidden width of the layers that are not MoE
-    vocab_size: int = 264  # at least the tokenizer's; 257 ids of the byte tokenizer, rounded up
-    tie_embeddings: bool = False
-    qk_norm: bool = True
-    rope_theta: float = 10_000.0
-    # what backward computes again; attention scores are computed again always. "full" repeats the
-    # exchange of tokens with the experts' devices too, "exchange" keeps what it delivered, and the
-    # matrices of dense layers that were gathered over fsdp
+    vocab_size: int = 264  # at least the tokenizer's; the byte tokenizer has 257 ids
+    tie_embeddings: bool = False  # use the embedding as the unembedding too
+    qk_norm: bool = True  # grouped: normalise queries and keys
+    rope_theta: float = 10_000.0  # base of the wavelengths of RoPE
+    # what the backward pass computes again instead of keeping (attention scores always): "full"
+    # also repeats the exchange of tokens with the experts' devices; "exchange" keeps what that
+    # delivered, and the matrices of dense layers that were gathered over fsdp
     remat: Literal[
         "none",
         "full",
@@ -60,10 +60,9 @@ class ModelConfig:
         "exchange",
         "exchange_and_dots_with_no_batch_dims",
     ] = "none"
-    # tokens of a device whose logits exist at once, in the loss; None: all
-    loss_chunk: int | None = 1024
-    dtype: Literal["float32", "bfloat16"] = "float32"  # compute
-    param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights
+    loss_chunk: int | None = 1024  # tokens of a device whose logits exist at once; None: all
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters (master weights)
 
     def __post_init__(self):
         require_positive(
@@ -152,15 +151,15 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: moejax itself, or a folder that `moejax prepare` wrote."""
+    """Where tokens come from: the texts that moejax brings, or a folder of `moejax prepare`."""
 
-    source: Literal["embedded", "prepared"] = "embedded"
-    tokenizer: str = "bytes"  # or the path of a tokenizer.json or a SentencePiece model
-    sequence_length: int = 256
-    path: str | None = None
+    source: Literal["embedded", "prepared"] = "embedded"  # moejax's own texts, or yours
+    tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json or a SentencePiece model
+    sequence_length: int = 256  # tokens of a sequence
+    path: str | None = None  # folder of the prepared data
     # a damaged part of prepared data: end the run, or put padding in place of the sequence
     on_corrupt: Literal["stop", "skip"] = "stop"
-    timeout_seconds: float = 300.0  # a batch that does not come in this time ends the run
+    timeout_seconds: float = 300.0  # a batch that takes longer ends the run
 
     def __post_init__(self):
         require(
@@ -194,25 +193,25 @@ OPTIM_READ_BY: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Weight decay acts on matrices only, never on norms, biases or the router.
+    """The optimizer. Weight decay acts on matrices only, never on norms, biases or the router.
 
     A stack of layers or experts is not one parameter: each matrix in it is optimized by itself.
     `muon` is for matrices between layers, and AdamW with the same rate for all else: embeddings,
     norms, biases and routers. `adafactor` multiplies the rate by the size of the parameter.
     """
 
-    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.95  # of the matrices of muon
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # see design.md
+    learning_rate: float = 3e-3  # the peak, at the end of warmup
+    warmup_steps: int = 100  # over which the rate rises linearly to its peak
+    weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices only
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of squared gradients; lion: of the momentum
+    eps: float = 1e-8  # added to denominators
+    momentum: float = 0.95  # muon: decay of the momentum of matrices
     state_dtype: Literal["float32", "bfloat16"] = "float32"  # of moments; computed in float32
-    clip_norm: float | None = 1.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_fraction: float = 0.1  # of the peak learning rate, at the last step
+    clip_norm: float | None = 1.0  # largest global norm of the gradient; None: no clipping
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the rate, after warmup
+    final_fraction: float = 0.1  # rate at the last step, as a fraction of the peak
 
     def __post_init__(self):
         require_finite(
@@ -253,11 +252,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`batch_size` is global, in sequences; a step splits it into `accumulation` microbatches."""
+    """How long to train, and on batches of which size."""
 
-    steps: int = 1000
-    batch_size: int = 16
-    accumulation: int = 1
+    steps: int = 1000  # optimizer steps of the whole run, warmup included
+    batch_size: int = 16  # sequences of a step, over all devices
+    accumulation: int = 1  # microbatches that a step is split into
     replay: str | None = None  # workdir of a run whose choices of experts are used again
 
     def __post_init__(self):
@@ -277,13 +276,13 @@ TOKEN_AXES = ("data", "fsdp", "expert_fsdp", "expert")  # that split sequences
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes. At most one is None: it takes the devices that are left."""
+    """Sizes of the mesh axes. At most one may be None: it takes the remaining devices."""
 
-    data: int | None = None
-    fsdp: int | None = 1  # splits every matrix, an expert's too; gathered before use
-    expert: int | None = 1  # splits the experts; all else is whole on each of its devices
+    data: int | None = None  # splits the batch and nothing else
+    fsdp: int | None = 1  # splits the batch and every matrix, an expert's too; gathered before use
+    expert: int | None = 1  # splits the batch and the experts; all else is whole on each device
     context: int | None = 1  # splits every sequence: for those too long for a device
-    tensor: int | None = 1
+    tensor: int | None = 1  # splits heads, hidden widths and the vocabulary
     expert_fsdp: int | None = 1  # splits the experts as `expert` does, and all else as `fsdp` does
 
     def __post_init__(self):
@@ -357,13 +356,13 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Save every `every` steps; keep the last `keep` and the best by validation loss."""
+    """When to save, where, and which checkpoints to keep."""
 
-    every: int = 100
-    keep: int = 2
-    local: str | None = None  # folder on a fast disk, where the last of more frequent saves is
-    local_every: int | None = None  # steps between those; every process must see the folder
-    wait_seconds: float = 60.0  # for which a save waits for the one before; then it is left out
+    every: int = 100  # steps between saves
+    keep: int = 2  # how many of the last checkpoints stay, besides the best by validation loss
+    local: str | None = None  # folder on a fast disk for more frequent saves; the last one stays
+    local_every: int | None = None  # steps between local saves; every process must see the folder
+    wait_seconds: float = 60.0  # a save is left out if the one before takes this much longer
 
     def __post_init__(self):
         require_positive("checkpoint", self, "every", "keep", "local_every")
@@ -380,11 +379,10 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
-    """Seconds without progress after which a process ends, to be started again; None: never."""
+    """Seconds without progress after which a process ends, to be restarted; None: never."""
 
-    step_seconds: float | None = 600.0  # of a step, and of waiting for its batch
-    # of each thing that takes long once in a while: making or restoring the state, compiling,
-    # evaluating, saving
+    step_seconds: float | None = 600.0  # for a step, and for waiting for its batch
+    # for each slow thing: making or restoring the state, compiling, evaluating, saving
     slow_seconds: float | None = 7200.0
 
     def __post_init__(self):
@@ -393,10 +391,10 @@ class WatchdogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate every `every` steps on `batches` validation batches; None is the whole split."""
+    """When to evaluate while training, and on how much of the validation split."""
 
-    every: int | None = 100
-    batches: int | None = 8
+    every: int | None = 100  # steps between evaluations; None: only after the last step
+    batches: int | None = 8  # batches of the validation split, evenly spread; None: all
 
     def __post_init__(self):
         require_positive("eval", self, "every", "batches")
@@ -404,10 +402,10 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """Write a line of metrics every `every` steps; `choices` also writes what `replay` reads."""
+    """What a run writes while it trains."""
 
-    every: int = 10
-    choices: bool = False  # the experts of every token of every step, compressed
+    every: int = 10  # steps between lines of metrics
+    choices: bool = False  # also store the experts of every token of every step, for train.replay
 
     def __post_init__(self):
         require_positive("logging", self, "every")
@@ -428,7 +426,7 @@ class Config:
     eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
     watch: WatchConfig = WatchConfig()
-    seed: int = 0
+    seed: int = 0  # of first parameters, order of the data, and routers that draw
 
     def __post_init__(self):
         model, moe = self.model, self.moe

@@ -31,11 +31,12 @@ JSON_FORMAT = 1  # of config_to_json; a new key with a neutral default does not 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One dotted key of the config."""
+    """One dotted key of the config; `comment` says what it means."""
 
     name: str
     annotation: Any
     default: Any
+    comment: str = ""
 
 
 @functools.cache
@@ -46,10 +47,28 @@ def keys() -> dict[str, Key]:
         owner, prefix = type(field.default), field.name + "."
         if not dataclasses.is_dataclass(owner):
             owner, prefix = Config, ""
-        hints = typing.get_type_hints(owner)
+        hints, comments = typing.get_type_hints(owner), _comments(owner)
         for inner in dataclasses.fields(owner) if prefix else [field]:
-            name = prefix + inner.name
-            found[name] = Key(name, hints[inner.name], inner.default)
+            name, comment = prefix + inner.name, comments.get(inner.name, "")
+            found[name] = Key(name, hints[inner.name], inner.default, comment)
+    return found
+
+
+_FIELD = re.compile(r"    (?P<name>\w+): [^#]*(?:# (?P<comment>.*))?")
+
+
+def _comments(owner: type) -> dict[str, str]:
+    """Returns the comment of each field in a dataclass's source: behind it, or right above it."""
+    source = inspect.getsource(sys.modules[owner.__module__])
+    body = source.partition(f"\nclass {owner.__name__}:\n")[2].partition("\n    def ")[0]
+    found, above = {}, []
+    for line in body.splitlines():
+        if line.startswith("    # "):
+            above.append(line.removeprefix("    # "))
+            continue
+        if match := _FIELD.fullmatch(line):
+            found[match["name"]] = " ".join([*above, match["comment"] or ""]).strip()
+        above = []
     return found
 
 
