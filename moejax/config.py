@@ -5,6 +5,7 @@ A config file sees the same fields as an `ml_collections.ConfigDict` (`default_c
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -429,34 +430,49 @@ class Config:
     seed: int = 0  # of first parameters, order of the data, and routers that draw
 
     def __post_init__(self):
-        model, moe = self.model, self.moe
         require(
             0 <= self.seed < 2**32,
             f"seed={self.seed} is outside [0, 2**32); use a non-negative whole number below "
             "4294967296",
         )
-        if moe.every is not None:
-            runs = model.num_layers - moe.first_dense
-            require(
-                runs >= moe.every and runs % moe.every == 0,
-                f"model.num_layers={model.num_layers} minus moe.first_dense={moe.first_dense} is "
-                f"{runs}, not a positive multiple of moe.every={moe.every}; the layers after the "
-                "first dense ones come in runs of moe.every",
-            )
-            reason = moe.noncausal_reason
-            require(
-                reason is None or moe.allow_noncausal,
-                f"{reason}; a decoder trained this way reads ahead, and its loss means nothing for "
-                "generation. Use another one, or moe.allow_noncausal=True to study it",
-            )
-        microbatch = self.train.batch_size // self.train.accumulation
+        if self.moe.every is not None:
+            self._check_runs(self.moe.every)
+            self._check_causal()
+        self._check_groups()
+        self._check_by_layer()
+        self._check_watch()
+
+    def _check_runs(self, every: int) -> None:
+        """Checks that the layers after the first dense ones are whole runs of `every` layers."""
+        layers, first_dense = self.model.num_layers, self.moe.first_dense
+        rest = layers - first_dense
         require(
-            microbatch % moe.group_sequences == 0,
-            f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulation) is "
-            f"not a multiple of moe.group_sequences={moe.group_sequences}; it must hold whole "
-            "capacity groups",
+            rest >= every and rest % every == 0,
+            f"model.num_layers={layers} minus moe.first_dense={first_dense} is {rest}, not a "
+            f"positive multiple of moe.every={every}; the layers after the first dense ones come "
+            "in runs of moe.every",
         )
 
+    def _check_causal(self) -> None:
+        reason = self.moe.noncausal_reason
+        require(
+            reason is None or self.moe.allow_noncausal,
+            f"{reason}; a decoder trained this way reads ahead, and its loss means nothing for "
+            "generation. Use another one, or moe.allow_noncausal=True to study it",
+        )
+
+    def _check_groups(self) -> None:
+        """Checks that a microbatch is whole capacity groups."""
+        microbatch, group = self.microbatch_size, self.moe.group_sequences
+        require(
+            microbatch % group == 0,
+            f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulation) is "
+            f"not a multiple of moe.group_sequences={group}; it must hold whole capacity groups",
+        )
+
+    def _check_by_layer(self) -> None:
+        """Checks that lists by layer have a number for each MoE layer of the model."""
+        model, moe = self.model, self.moe
         for name in ("num_experts_by_layer", "expert_hidden_by_layer"):
             by_layer = getattr(moe, name)
             require(
@@ -469,8 +485,6 @@ class Config:
                 f"model has {self.num_moe_layers} (model.num_layers={model.num_layers}, "
                 f"moe.first_dense={moe.first_dense}, moe.every={moe.every}); give one for each",
             )
-
-        self._check_watch()
 
     def _check_watch(self) -> None:
         """Refuses what watches a router that is not there, and passing over batches in a replay."""
@@ -498,6 +512,11 @@ class Config:
         return tuple((stack, dataclasses.replace(self, moe=stack.config)) for stack in stacks)
 
     @property
+    def microbatch_size(self) -> int:
+        """Sequences of a microbatch, over all devices."""
+        return self.train.batch_size // self.train.accumulation
+
+    @property
     def num_moe_layers(self) -> int:
         if self.moe.every is None:
             return 0
@@ -522,19 +541,7 @@ class Config:
     def check_model_fits(self, mesh: MeshConfig) -> None:
         """Checks that the parameters can be split over `mesh`; see `check_mesh`."""
         model, moe = self.model, self.moe
-
-        def divides(axes: tuple[str, ...], name: str, value: int) -> None:
-            split = {axis: getattr(mesh, axis) for axis in axes if getattr(mesh, axis) > 1}
-            size = math.prod(split.values())
-            named = " x ".join(f"{axis} {n}" for axis, n in split.items())
-            hint = _divisor_hint(value, size) + " in all" * (len(split) > 1)
-            named = f"axes {named}" if len(split) > 1 else f"{''.join(split)} axis"
-            require(
-                value % size == 0,
-                f"{name}={value} is not divisible by the {named} ({size}); use a multiple of "
-                f"{size} or another mesh.{' or mesh.'.join(split)}{hint}",
-            )
-
+        divides = functools.partial(_require_divisible, mesh)
         tensor = ("tensor",)
         divides(("context",), "data.sequence_length", self.data.sequence_length)
         require(
@@ -564,8 +571,7 @@ class Config:
 
     def check_batch_fits(self, mesh: MeshConfig) -> None:
         """Checks that a microbatch splits into whole groups on `mesh`; see `check_mesh`."""
-        moe = self.moe
-        microbatch = self.train.batch_size // self.train.accumulation
+        moe, microbatch = self.moe, self.microbatch_size
         unit = mesh.token_shards * moe.group_sequences
         sizes = ((axis, getattr(mesh, axis)) for axis in TOKEN_AXES)
         split = " x ".join(f"{axis} {n}" for axis, n in sizes if n > 1) or "data 1"
@@ -581,7 +587,22 @@ class Config:
         )
 
 
+def _require_divisible(mesh: MeshConfig, axes: tuple[str, ...], name: str, value: int) -> None:
+    """Checks that the mesh axes together divide the value of a key."""
+    split = {axis: getattr(mesh, axis) for axis in axes if getattr(mesh, axis) > 1}
+    size, several = math.prod(split.values()), len(split) > 1
+    sizes = " x ".join(f"{axis} {n}" for axis, n in split.items())
+    named = f"axes {sizes}" if several else f"{''.join(split)} axis"
+    hint = _divisor_hint(value, size) + (" in all" if several else "")
+    require(
+        value % size == 0,
+        f"{name}={value} is not divisible by the {named} ({size}); use a multiple of {size} or "
+        f"another mesh.{' or mesh.'.join(split)}{hint}",
+    )
+
+
 def _divisor_hint(value: int, size: int) -> str:
+    """Returns the largest smaller size that divides `value`, as a piece of a sentence."""
     divisors = [d for d in range(1, size) if value % d == 0]
     return f", for example {divisors[-1]}" if divisors else ""
 
