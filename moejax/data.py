@@ -1,4 +1,4 @@
-"""Batches: documents packed in windows, in an order made of (step, seed) alone. No JAX here."""
+"""Batches: documents packed in windows; a batch is a function of (seed, step). No JAX here."""
 
 import hashlib
 import logging
@@ -26,10 +26,12 @@ _log = logging.getLogger("moejax")
 class Batch(NamedTuple):
     """Sequences, and what model and loss need to know of them: arrays [B, T], or [T] of one.
 
-    tokens, targets: int32, the input and the token after it.
-    segments: int32, the number of the input's document inside its row, from 1; 0 is padding.
-    loss_mask: bool, True where input and target belong to one document.
-    domains: int32, the index of the target's document's domain; 0 under padding.
+    Attributes:
+        tokens: int32 ids; the input.
+        targets: int32 ids; the token after each input.
+        segments: int32; the number of the input's document inside its row, from 1; 0 is padding.
+        loss_mask: bool; True where input and target belong to one document.
+        domains: int32; index of the domain of the target's document; 0 for padding.
     """
 
     tokens: Any
@@ -127,7 +129,7 @@ class TrainBatches:
         self.fingerprint = hashlib.sha256(about.encode()).hexdigest()
 
     def epoch(self, step: int) -> int:
-        """Returns how often the data were through before the last sequence of a batch; from 0."""
+        """Returns the epoch of the last sequence of the batch of `step`; both count from 0."""
         return ((step + 1) * self.batch_size - 1) // self.num_sequences
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> Batch:

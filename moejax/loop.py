@@ -1,4 +1,4 @@
-"""The training loop: batch, step, hooks; metrics one step late, so that devices never wait."""
+"""The training loop: batch, step, hooks. Metrics are fetched a step late: devices never wait."""
 
 import contextlib
 import functools
@@ -57,7 +57,7 @@ from moejax.watch import Finding, findings_of_router, findings_of_step, router_h
 from moejax.watchdog import Watchdog
 from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT, open_workdir
 
-# Sums over the steps so far, in every record.
+# Sums over all steps so far; every record has them.
 COUNTERS = (
     *("tokens_seen", "routed_seen", "dropped_seen"),
     *("skipped_updates", "corrupt_sequences"),
@@ -66,11 +66,11 @@ SAMPLE_PROMPTS = ("And it came to pass", "Y aconteció que", "def main(")
 
 
 class Diverged(Exception):
-    """The run stops, because of what was found in a step; the message says what."""
+    """A finding in a step stops the run; the message says which."""
 
 
 class RollBack(Exception):
-    """The run goes back, because of what was found in `step`; the message says what."""
+    """A finding in `step` makes the run go back to a checkpoint; the message says which."""
 
     def __init__(self, step: int, message: str):
         super().__init__(message)
@@ -114,8 +114,8 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
                 "wandb", lambda: boards.append(stack.enter_context(WandbBoard(workdir, config)))
             )
         preemption = stack.enter_context(Preemption())
-        # They are left in the other order: an error ends this process before the lifeline says
-        # goodbye, the watchdog outlives all that can hang, the lock goes last.
+        # They are left in reverse order: an error ends this process before the lifeline says
+        # goodbye, the watchdog outlives all that can hang, and the lock is released last.
         stack.enter_context(lifeline())
         watchdog = stack.enter_context(Watchdog(config.watchdog, Events(workdir), Beats()))
         stack.enter_context(leaving_at_once())
@@ -218,7 +218,7 @@ class Training:
         self.seconds: list[float] = []
 
     def _take(self, resumed: Resumed) -> None:
-        """Takes the state and all else of a checkpoint; what is to be passed over is added to."""
+        """Takes a checkpoint's state, counters and streaks; adds its skipped batches to ours."""
         step, state, meta = resumed
         self._check_data(meta)
         if step > self.config.train.steps:
@@ -232,9 +232,9 @@ class Training:
         self.start, self.state = step, state
 
     def _take_rollbacks(self, step: int) -> None:
-        """Goes on as after the rollbacks to `step` of processes that ended before their next save.
+        """Adds the batches that earlier rollbacks to `step` left out, by the log of events.
 
-        The checkpoint was saved before them: its list of batches lacks theirs.
+        The checkpoint lacks them if the process ended between a rollback and its next save.
         """
         told = from_first("rollbacks", lambda: rollbacks_to(read_events(self.workdir), step))
         self.rollbacks[step] = len(told)
@@ -263,7 +263,7 @@ class Training:
                 )
 
     def train(self, preemption: Preemption) -> bool:
-        """Runs the steps that are left; returns False when it was preempted, and saved, before."""
+        """Runs the remaining steps; returns False if it saved and ended before, by preemption."""
         while True:
             try:
                 return self._train(preemption)
@@ -302,7 +302,7 @@ class Training:
         return True
 
     def _roll_back(self, back: RollBack) -> None:
-        """Goes back to the newest checkpoint, and leaves out the batches from there to `back`."""
+        """Restores the newest checkpoint, and leaves out the batches from there to `back`."""
         del self.state  # room for another
         self.checkpoints.wait()
         resumed = self.checkpoints.resume(self.abstract, back.step - 1)
@@ -342,7 +342,7 @@ class Training:
 
     @contextlib.contextmanager
     def _slow(self, kind: str) -> Iterator[None]:
-        """Counts what is done inside as `kind`, and allows it more time than a step."""
+        """Books the time spent inside as `kind`, and allows it more time than a step."""
         with self.ledger.during(kind), self.watchdog.slow(kind):
             yield
 
@@ -404,7 +404,7 @@ class Training:
         }
 
     def _record(self, step: int, metrics: StepMetrics, seconds: float | None) -> None:
-        """Takes a step's metrics: looks at them, counts, and at times writes them."""
+        """Takes a step's metrics: counts, checks them, and writes them every `logging.every`."""
         self.ledger.finished(step)
         if step == self.start + 1:
             self.ledger.switch("productive")
@@ -433,7 +433,7 @@ class Training:
         self._act(step, findings)
 
     def _note_data(self, step: int, metrics: StepMetrics) -> None:
-        """Writes the events of the data of a step."""
+        """Records the data events of a step: skipped batches, a new epoch, corrupt sequences."""
         batch, before = (self.skip_list.batch(finished) for finished in (step - 1, step - 2))
         if batch > before + 1:
             self.events.write("skip_batches", step, first=before + 1, last=batch - 1)
@@ -450,6 +450,7 @@ class Training:
             )
 
     def _look(self, step: int, metrics: StepMetrics, routing: dict[str, Any]) -> list[Finding]:
+        """Returns what `watch.*` finds in a step, and in its router over the last steps."""
         values = {"loss": metrics.losses.loss, "grad_norm": metrics.grad_norm}
         found = findings_of_step(self.config, metrics.verdict, values, metrics.finite)
         health = router_health(metrics.stats, routing)
@@ -457,7 +458,7 @@ class Training:
         return found + collapsed
 
     def _act(self, step: int, findings: list[Finding]) -> None:
-        """Records findings and does what their policies say; of several, the strongest."""
+        """Records findings and acts by their policies; the strongest one decides."""
         for finding in findings:
             about = {"policy": finding.policy, "batch": self.skip_list.batch(step - 1)}
             self.events.write(finding.kind, step, **about, **finding.fields)
@@ -471,7 +472,7 @@ class Training:
             raise RollBack(step, messages["rollback"])
 
     def _report(self, step: int, mismatches: dict[str, list[Mismatch]]) -> None:
-        """Records arrays that differ where they must not, and does what `watch.mismatch` says."""
+        """Records arrays that differ where they must not, and acts as `watch.mismatch` says."""
         policy = self.config.watch.mismatch
         for comparison, arrays in mismatches.items():
             about = {"comparison": comparison, "policy": policy}
@@ -525,7 +526,7 @@ class Training:
         return f"step {step}: {message}; {kept}"
 
     def finish(self) -> None:
-        """Shows what was learned: evaluation, speed, a sample, plots, and the files."""
+        """Shows the result: evaluation, speed, a sample, plots, and the files."""
         with self._slow("other"):
             self._finish()
             self.checkpoints.require_saved()  # others may wait here for process 0

@@ -1,8 +1,7 @@
-"""From a config file and `key=value` words to a `Config`, and from a `Config` to JSON and back.
+"""Builds a `Config` from a config file and `key=value` words; writes and reads it as JSON.
 
-One precedence: defaults < file < its argument < command line. Between file and dataclasses a config
-is a flat dict of dotted keys, so that only resolved values are validated together. JAX is not
-imported.
+The command line overrides the file, and the file overrides the defaults. In between, a config is a
+flat dict of dotted keys, so that only final values are validated together. JAX is not imported.
 """
 
 import ast

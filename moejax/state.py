@@ -30,8 +30,8 @@ class TrainState:
         params: nested dict of arrays.
         opt_state: of Optax.
         router_state: of `router_state.initial_router_state`; no optimizer touches it.
-        rng: uint32 [2]; key data, of the run's seed; for routers that draw, which fold the step in.
-        watch: of `watch.initial_watch`; what a step is judged by.
+        rng: uint32 [2]; key data of the run's seed. Routers that draw fold the step into it.
+        watch: of `watch.initial_watch`; the recent steps that a step is compared with.
     """
 
     step: jax.Array
