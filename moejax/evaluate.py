@@ -207,7 +207,7 @@ class Evaluator:
         }
 
     def _with_bytes(self, sums: Any) -> Any:
-        """Returns `sums` by this data's domains; bytes are those of the text if it was read whole."""
+        """Returns `sums` by this data's domains, with the text's own bytes if it was read whole."""
         domains = len(self._corpus.domains)
         by_domain = {name: getattr(sums, name)[:domains] for name in ("nats_n", "targets_n")}
         bytes_n = sums.bytes_n[:domains]
