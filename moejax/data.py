@@ -255,7 +255,7 @@ class Prefetch:
             except queue.Empty:
                 if alive and time.monotonic() < deadline:
                     continue
-            state = "hangs" if alive else "ended without a word"
+            state = "hangs" if alive else "died without an error"
             raise UnavailableError(
                 f"batch {self._next} did not arrive in data.timeout_seconds={self._timeout:g}: the "
                 f"thread that reads data {state}{self._place()}; check that the disk or file "

@@ -269,7 +269,7 @@ def test_a_thread_that_is_gone_is_an_error_at_once():
     ahead._closed.clear()
     while not ahead._queue.empty():
         next(ahead)
-    with pytest.raises(UnavailableError, match=r"the thread that reads data ended without a word"):
+    with pytest.raises(UnavailableError, match=r"the thread that reads data died without an error"):
         next(ahead)
     ahead.close()
 

@@ -228,7 +228,7 @@ def test_a_run_stops_at_the_first_quantity_that_is_not_finite(tmp_path):
     assert done.returncode == 17
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("moejax train: step ")
-    assert "is not finite first" in message
+    assert "quantities that are not finite" in message
     assert "optim.learning_rate=1e+30" in message
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert "nonfinite" in last
