@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from moejax.cluster import (
     software,
 )
 from moejax.config import Config, ConfigError
-from moejax.corpus import load_corpus
+from moejax.corpus import Corpus, load_corpus
 from moejax.data import Batch, Prefetch, TrainBatches, check_vocabulary
 from moejax.describe import bytes_text, placements
 from moejax.environment import environment, environment_difference
@@ -49,7 +49,7 @@ from moejax.replay import load_choices, save_choices
 from moejax.replicas import Comparisons, Mismatch, describe_mismatches
 from moejax.sharding import place_batch
 from moejax.skip_list import SkipList, resumed_list
-from moejax.state import initial_state, require_room
+from moejax.state import TrainState, initial_state, require_room
 from moejax.step import StepMetrics, make_train_step
 from moejax.together import compiled_together
 from moejax.wandb_board import WandbBoard
@@ -93,18 +93,9 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
     begun = time.monotonic()
     check_agreement("config", {**config_values(config), "--wandb": wandb})
     with failing_together("inputs"):
-        mesh = make_mesh(config.mesh)
-        config.check_mesh(mesh_config(mesh))
-        require_room(config)
-        corpus = load_corpus(config.data, "train")
-        check_vocabulary(corpus, config.model.vocab_size)
-        length, batch_size = config.data.sequence_length, config.train.batch_size
-        data = TrainBatches(corpus, length, batch_size, config.seed)
-        evaluator = Evaluator(config, mesh)
-    check_agreement("data", {"data fingerprint": data.fingerprint[:12]})
+        inputs = load_inputs(config)
+    check_agreement("data", {"data fingerprint": inputs.data.fingerprint[:12]})
     check_shared(workdir)
-    hashed = config.moe.router == "hash"
-    token_counts = corpus.token_counts(config.model.vocab_size) if hashed else None
     with RunLock(workdir) as lock, contextlib.ExitStack() as stack:
         from_first("lock", lock.take)
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
@@ -119,10 +110,8 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
         stack.enter_context(lifeline())
         watchdog = stack.enter_context(Watchdog(config.watchdog, Events(workdir), Beats()))
         stack.enter_context(leaving_at_once())
-        stack.enter_context(explaining_memory(config, mesh))
-        training = Training(
-            config, workdir, mesh, data, evaluator, checkpoints, watchdog, token_counts, boards
-        )
+        stack.enter_context(explaining_memory(config, inputs.mesh))
+        training = Training(config, workdir, inputs, checkpoints, watchdog, boards)
         main, start = training.main_process, training.start
         ledger = stack.enter_context(Ledger(workdir, start, begun, enabled=main))
         training.ledger = ledger
@@ -137,6 +126,39 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
             return DIVERGED
         finally:
             training.writer.close()
+
+
+class Inputs(NamedTuple):
+    """Where a run computes, and what it reads."""
+
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    data: TrainBatches
+    evaluator: Evaluator
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Makes the mesh and opens the data, and checks that the config fits both.
+
+    Raises:
+        ConfigError: it does not, or data cannot be read.
+    """
+    mesh = make_mesh(config.mesh)
+    config.check_mesh(mesh_config(mesh))
+    require_room(config)
+    corpus = load_corpus(config.data, "train")
+    check_vocabulary(corpus, config.model.vocab_size)
+    length, batch_size = config.data.sequence_length, config.train.batch_size
+    data = TrainBatches(corpus, length, batch_size, config.seed)
+    return Inputs(mesh, corpus, data, Evaluator(config, mesh))
+
+
+def first_state(config: Config, mesh: jax.sharding.Mesh, corpus: Corpus) -> TrainState:
+    """Returns the state before the first step; only router `hash` reads the text for it."""
+    counts = None
+    if config.moe.router == "hash":
+        counts = corpus.token_counts(config.model.vocab_size)
+    return initial_state(config, mesh, make_optimizer(config.optim, config.train.steps), counts)
 
 
 @contextlib.contextmanager
@@ -169,17 +191,14 @@ class Training:
         self,
         config: Config,
         workdir: Path,
-        mesh: jax.sharding.Mesh,
-        data: TrainBatches,
-        evaluator: Evaluator,
+        inputs: Inputs,
         checkpoints: Checkpoints,
         watchdog: Watchdog,
-        token_counts: np.ndarray | None,
         boards: Sequence[WandbBoard],
     ):
-        self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
-        self.evaluator, self.checkpoints, self.watchdog = evaluator, checkpoints, watchdog
-        self.boards = boards
+        self.config, self.workdir, self.boards = config, workdir, boards
+        self.mesh, corpus, self.data, self.evaluator = inputs
+        self.checkpoints, self.watchdog, mesh = checkpoints, watchdog, inputs.mesh
         self.environment = environment(config, mesh_config(mesh))
         differing: list[str] = []
         self._choices_to_replay(1)  # refused before anything is compiled
@@ -195,9 +214,7 @@ class Training:
         self.rollbacks: dict[int, int] = {}
         resumed = checkpoints.resume(self.abstract)
         if resumed is None:
-            start = 0
-            optimizer = make_optimizer(config.optim, config.train.steps)
-            self.state = initial_state(config, mesh, optimizer, token_counts)
+            start, self.state = 0, first_state(config, mesh, corpus)
         else:
             start = resumed.step
             require_meta(resumed.meta, start)
