@@ -26,6 +26,7 @@ class Line:
     overrides: list[str]
 
     def load(self) -> Config:
+        """Returns the config of a line that has a config file; raises ConfigError as it does."""
         assert self.config is not None
         return load_config(self.config, self.overrides)
 
@@ -164,6 +165,8 @@ def _keys_help(patterns: tuple[str, ...]) -> str:
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Returns the type of an option that is a whole number in a range, both ends included."""
+
     def read(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d{1,18}", text) or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(
@@ -175,6 +178,8 @@ def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def between(low: float, high: float, *, open_low: bool = False) -> Callable[[str], float]:
+    """Returns the type of an option that is a number in a range; `open_low` excludes `low`."""
+
     def read(text: str) -> float:
         try:
             value = float(text)
@@ -189,6 +194,7 @@ def between(low: float, high: float, *, open_low: bool = False) -> Callable[[str
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, help: str, **arguments: Any) -> None:
+    """Adds an option with a value, which a line may give once."""
     parser.add_argument(name, action=_Once, help=help, **arguments)
 
 
@@ -202,6 +208,7 @@ def add_workdir(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def readable_path(text: str) -> str:
+    """The type of an option that is a path: refuses what no file system takes."""
     try:
         require_path(text)
     except OSError as error:
@@ -218,7 +225,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def output_file(text: str) -> Path:
-    """Refuses a file that cannot be written, before minutes are spent on its content."""
+    """The type of an output file: refuses one that cannot be written before work is spent on it."""
     path = Path(readable_path(text))
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(

@@ -375,6 +375,7 @@ class CheckpointConfig:
         )
 
     def saves_locally(self, step: int) -> bool:
+        """Returns whether a local save is due after `step` finished steps."""
         return self.local_every is not None and step % self.local_every == 0
 
 
@@ -518,12 +519,14 @@ class Config:
 
     @property
     def num_moe_layers(self) -> int:
+        """How many layers are MoE; 0 for a dense model."""
         if self.moe.every is None:
             return 0
         return (self.model.num_layers - self.moe.first_dense) // self.moe.every
 
     @property
     def num_dense_layers(self) -> int:
+        """How many layers are not MoE."""
         return self.model.num_layers - self.num_moe_layers
 
     def check_mesh(self, mesh: MeshConfig) -> None:
