@@ -217,6 +217,7 @@ class Evaluator:
 
 
 def _wide(leaf: np.ndarray) -> np.ndarray:
+    """Returns a batch's sum in a dtype that the sums of many batches fit into."""
     return leaf.astype(np.int64 if np.issubdtype(leaf.dtype, np.integer) else np.float64)
 
 
@@ -224,24 +225,26 @@ def _loss_fields(
     sums: Any, domains: tuple[str, ...], moe: MoEConfig, l1_l: jax.Array | None
 ) -> dict[str, Any]:
     """Returns losses, in all and by domain, and the routing: fields of an evaluation record."""
-
-    def fields(nats, targets, size):
-        loss = float(nats / max(targets, 1))
-        with np.errstate(over="ignore"):
-            perplexity = float(np.exp(loss))
-        return {
-            "loss": loss,
-            "perplexity": perplexity,
-            "bits_per_byte": float(nats / math.log(2) / max(size, 1)),
-            "tokens": int(targets),
-            "bytes": int(size),
-        }
-
+    fields = _cross_entropy_fields
     record = fields(sums.nats_n.sum(), sums.targets_n.sum(), sums.bytes_n.sum())
     by_domain = zip(domains, sums.nats_n, sums.targets_n, sums.bytes_n, strict=True)
     record["domains"] = {name: fields(*values) for name, *values in by_domain if values[1] > 0}
     record |= _auxiliary_fields(record["loss"], sums, moe, l1_l)
     return record | routing_record(sums.stats, int(sums.positions), int(sums.totals.tokens), moe)
+
+
+def _cross_entropy_fields(nats: Any, targets: Any, size: Any) -> dict[str, Any]:
+    """Returns loss, perplexity and bits per byte from a sum of `nats` over `targets` and bytes."""
+    loss = float(nats / max(targets, 1))
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(loss))
+    return {
+        "loss": loss,
+        "perplexity": perplexity,
+        "bits_per_byte": float(nats / math.log(2) / max(size, 1)),
+        "tokens": int(targets),
+        "bytes": int(size),
+    }
 
 
 def _auxiliary_fields(
@@ -252,11 +255,12 @@ def _auxiliary_fields(
     if stats is not None:
         stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, _narrow(leaf)), stats)
     l1_l = None if l1_l is None else jnp.asarray(jax.device_get(l1_l))
-    parts = jax.device_get(whole_losses(jnp.zeros((), jnp.float32), None, stats, l1_l, moe))
-    return {"total_loss": loss + float(parts.total)} | loss_record(parts.terms)
+    losses = jax.device_get(whole_losses(jnp.zeros((), jnp.float32), None, stats, l1_l, moe))
+    return {"total_loss": loss + float(losses.total)} | loss_record(losses.terms)
 
 
 def _narrow(leaf: np.ndarray):
+    """Returns the dtype that a sum of a training step has on the devices."""
     return jnp.int32 if np.issubdtype(leaf.dtype, np.integer) else jnp.float32
 
 
