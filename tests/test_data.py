@@ -340,6 +340,6 @@ def test_a_damaged_sequence_is_padding_if_so_asked(corpus, caplog):
 def test_a_tokenizer_larger_than_the_model(corpus):
     check_vocabulary(corpus, 257)
     with pytest.raises(
-        ConfigError, match=r"has 257 ids and model\.vocab_size=256;.*vocab_size=264"
+        ConfigError, match=r"has 257 ids, but model\.vocab_size=256;.*vocab_size=264"
     ):
         check_vocabulary(corpus, 256)
