@@ -97,7 +97,7 @@ def write_table(readme: Path, rows: list[Row]) -> None:
     text = readme.read_text(encoding="utf-8")
     head, rest = text.split(BEGIN)
     _, tail = rest.split(END)
-    lines = ["| quickstart train step | value | ratio | to |", "|---|---|---|---|"]
+    lines = ["| quickstart train step | value | ratio | relative to |", "|---|---|---|---|"]
     for row in rows:
         ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
         value = f"{row.value:,.0f} {row.unit}"
@@ -105,8 +105,8 @@ def write_table(readme: Path, rows: list[Row]) -> None:
     date = datetime.date.today().isoformat()
     note = (
         f"Measured {date} by `python benchmarks/step.py --readme README.md` on a shared "
-        f"{platform.machine()} machine with 2 cores, no accelerator; ratios are of one run with "
-        "the sides taking turns."
+        f"{platform.machine()} machine with 2 cores, no accelerator; both sides of a ratio took "
+        "turns in one run."
     )
     readme.write_text(f"{head}{BEGIN}\n" + "\n".join(lines) + f"\n\n{note}\n{END}{tail}", "utf-8")
 

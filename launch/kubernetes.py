@@ -1,15 +1,16 @@
-r"""Runs one `moejax` command on Kubernetes: a JobSet whose pods are the processes, one a host.
+r"""Runs one `moejax` command on Kubernetes: a JobSet whose pods are the processes, one per host.
 
     python launch/kubernetes.py --name a --image IMAGE --hosts 2 --gpus 8 --claim runs -- \
       train configs/quickstart.py --workdir /runs/a
     python launch/kubernetes.py --name a --image IMAGE --tpu tpu-v5p-slice --topology 2x2x4 \
       --claim runs -- train configs/quickstart.py --workdir /runs/a
 
-The cluster needs the JobSet controller (jobset.sigs.k8s.io). IMAGE has moejax, its configs in the
-working folder. --claim names a volume that all pods can write; it stands at /runs, where the
-workdir belongs. In a pod, `moejax supervise` starts a training again where it fails. A pod that is
-preempted gets SIGTERM and saves; then, as when one is lost, all pods start again and go on, up to
---max_restarts times. Exit codes by which another try would end alike end it.
+The cluster needs the JobSet controller (jobset.sigs.k8s.io). IMAGE must have moejax, with its
+configs in the working folder. --claim names a volume that all pods can write; it is mounted at
+/runs, and the workdir must be there. Inside a pod, `moejax supervise` restarts a training that
+fails. A pod that is preempted gets SIGTERM and saves; then, as when a pod is lost, all pods start
+again and resume, up to --max_restarts times. An exit code that a restart cannot cure ends the
+JobSet.
 """
 
 import argparse
@@ -198,15 +199,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--name", required=True, help="of the JobSet")
+    parser.add_argument("--name", required=True, help="name of the JobSet")
     parser.add_argument("--image", required=True, help="container image that has moejax")
-    parser.add_argument("--hosts", type=int, default=1, help="without --tpu (default: 1)")
-    parser.add_argument("--gpus", type=int, help="of each host")
+    parser.add_argument(
+        "--hosts", type=int, default=1, help="number of hosts, without --tpu (default: 1)"
+    )
+    parser.add_argument("--gpus", type=int, help="GPUs of each host")
     parser.add_argument("--tpu", help=f"type of the slice: {', '.join(CHIPS_PER_HOST)}")
-    parser.add_argument("--topology", help="of the slice, such as 2x2x4")
+    parser.add_argument("--topology", help="topology of the slice, such as 2x2x4")
     parser.add_argument("--claim", help=f"persistent volume claim to mount at {MOUNT}")
-    parser.add_argument("--namespace", help="default: that of kubectl")
-    parser.add_argument("--max_restarts", type=int, default=100, help="default: 100")
+    parser.add_argument("--namespace", help="default: the one that kubectl uses")
+    parser.add_argument(
+        "--max_restarts",
+        type=int,
+        default=100,
+        help="restarts of all pods before giving up (default: 100)",
+    )
     parser.add_argument("--dry_run", action="store_true", help="print the JobSet, apply nothing")
     parser.add_argument("command", nargs="+", help="after --: a verb of moejax and its words")
     options = vars(parser.parse_args())

@@ -3,12 +3,11 @@ r"""Runs one `moejax` command as several processes on this machine, each with it
     python launch/local.py --processes 2 -- \
       train configs/quickstart.py --workdir runs/a --cpu_devices 4
 
-`--cpu_devices` is per process. Where there are GPUs or TPUs and no --cpu_devices, each process gets
-an equal share of them. What process 0 prints is shown; the others write to --logs, and the end of a
-log is shown when its process fails. The first process that fails ends the others; its exit code is
-returned, or with --restarts N all are started again, as `moejax supervise` does it. SIGTERM and
-Ctrl-C go on to every process: `train` then saves and ends with exit code 75 or 130; a second one
-kills them.
+`--cpu_devices` is per process. Without it, the processes share the machine's GPUs or TPUs equally.
+The output of process 0 is shown; the others write to --logs, and the end of a log is shown when its
+process fails. The first process that fails ends the others, and its exit code is returned; with
+--restarts N all are restarted instead, as by `moejax supervise`. SIGTERM and Ctrl-C are passed on
+to every process: `train` then saves and ends with exit code 75 or 130; a second one kills them.
 """
 
 import argparse
@@ -141,10 +140,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--processes", type=int, required=True, help="how many, at least 1")
-    parser.add_argument("--port", type=int, help="of process 0 (default: a free one)")
-    parser.add_argument("--logs", type=Path, help="folder of the other processes' output")
-    help = "times to start all of them again without a newer checkpoint in between (default: 0)"
+    parser.add_argument(
+        "--processes", type=int, required=True, help="number of processes, at least 1"
+    )
+    parser.add_argument("--port", type=int, help="port of process 0 (default: a free one)")
+    parser.add_argument("--logs", type=Path, help="folder for the output of the other processes")
+    help = "restarts in a row without a newer checkpoint before giving up (default: 0)"
     parser.add_argument("--restarts", type=int, default=0, metavar="N", help=help)
     parser.add_argument("command", nargs="+", help="after --: a verb of moejax and its words")
     options = parser.parse_args()

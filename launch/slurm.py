@@ -1,14 +1,15 @@
-r"""Submits one `moejax` command to SLURM: one process a node, requeued where it was preempted.
+r"""Submits one `moejax` command to SLURM: one process per node, requeued when it is preempted.
 
     python launch/slurm.py --nodes 2 --gpus_per_node 8 --time 4:00:00 -- \
       train configs/quickstart.py --workdir runs/a
     python launch/slurm.py --nodes 1 --cpus_per_task 16 --array sweep.txt -- \
       train configs/quickstart.py --workdir runs/sweep
 
---array FILE has a line of `key=value` words for each run, which trains in WORKDIR/0, WORKDIR/1 and
-so on. The command line and the config, of every run, are checked before anything is submitted. Each
-process writes LOGS/JOB-PROCESS.log, the script itself LOGS/JOB.log. --dry_run prints the script. A
-training that fails is started again on its nodes by `moejax supervise`, --restarts times in a row.
+--array FILE has a line of `key=value` words for each run; they train in WORKDIR/0, WORKDIR/1 and so
+on. The command line and config of every run are checked before anything is submitted. Each process
+writes LOGS/JOB-PROCESS.log, and the script itself LOGS/JOB.log. --dry_run prints the script. A
+training that fails is restarted on its nodes by `moejax supervise`, up to --restarts times in a
+row.
 """
 
 import argparse
@@ -175,20 +176,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--nodes", type=int, required=True, help="how many, one process on each")
-    parser.add_argument("--gpus_per_node", type=int, help="default: none are asked for")
-    help = "for data and saving, of each node (default: whole nodes, shared with no other job)"
+    parser.add_argument(
+        "--nodes", type=int, required=True, help="number of nodes, with one process on each"
+    )
+    parser.add_argument(
+        "--gpus_per_node", type=int, help="GPUs to ask for on each node (default: none)"
+    )
+    help = "CPUs of each node, for data and saving (default: whole nodes, exclusively)"
     parser.add_argument("--cpus_per_task", type=int, metavar="N", help=help)
-    parser.add_argument("--time", help="limit of one stay on the nodes, such as 4:00:00")
-    help = "seconds before the limit at which SIGTERM comes, to save and requeue (default: 120)"
+    parser.add_argument("--time", help="time limit of the job, such as 4:00:00")
+    help = "seconds before the limit at which to save and requeue (default: 120)"
     parser.add_argument("--grace", type=int, default=120, help=help)
-    help = "of a training that fails, without a newer checkpoint in between (default: 3)"
+    help = "restarts in a row without a newer checkpoint before giving up (default: 3)"
     parser.add_argument("--restarts", type=int, default=3, metavar="N", help=help)
-    parser.add_argument("--array", type=Path, help="file with a line of key=value words a run")
-    help = "tasks of an array that all run the same, such as workers of a sweep"
+    parser.add_argument(
+        "--array", type=Path, help="file with a line of key=value words for each run"
+    )
+    help = "number of array tasks that all run the same, such as workers of a sweep"
     parser.add_argument("--copies", type=int, metavar="N", help=help)
-    parser.add_argument("--name", default="moejax", help="of the job (default: moejax)")
-    parser.add_argument("--logs", type=Path, default=Path("logs"), help="folder (default: logs)")
+    parser.add_argument("--name", default="moejax", help="name of the job (default: moejax)")
+    parser.add_argument(
+        "--logs", type=Path, default=Path("logs"), help="folder of the logs (default: logs)"
+    )
     help = "one more option of sbatch, as in --sbatch=--partition=big; repeatable"
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help=help)
     parser.add_argument("--dry_run", action="store_true", help="print the script, submit nothing")

@@ -5,10 +5,13 @@ Dims are letters, the same in names, einsums and docs:
     B batch (sequences)   T tokens of a sequence   D model width     V vocabulary
     L layers              H query heads            N key/value heads K head width
     E experts             F expert hidden width    S selected experts of a token (top-k)
-    C capacity: slots an expert has in one group   G groups          Z degree of the expert axes
+    C capacity: slots of an expert in one group    G capacity groups
+    A assignments of tokens to experts, T * S      R rows of a buffer
+    Z devices that the experts are split over
 
 An array that crosses a function carries its dims as a suffix: `x_btd`, `expert_ts`, `buf_ecd`.
-Inside a per-sequence or per-device scope `t` runs over every token in that scope.
+Inside a per-sequence or per-device scope `t` runs over every token in that scope. In `latent.py`
+C, Q and R are the widths of the latents, of the compressed queries and of RoPE.
 
 Importing `moejax` does not import JAX: the command line must answer before that.
 """

@@ -1,6 +1,6 @@
-"""The command line. A verb imports what it calls only after the config is valid: JAX comes late.
+"""The commands. Each imports what it runs only once the config is valid, so JAX starts late.
 
-What the exit codes say is in `errors.EXIT_CODES`; `moejax --help` lists them.
+`errors.EXIT_CODES` has the exit codes; `moejax --help` lists them.
 """
 
 import argparse
@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import moejax
 from moejax.command_line import (
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:  # whoever started this process has closed it
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - until the end
-    if isinstance(sys.stdout, io.TextIOWrapper):  # names and texts hold what it has no bytes for
+    if isinstance(sys.stdout, io.TextIOWrapper):  # for characters that its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     verb = words[0] if words and not words[0].startswith("-") else None
     with outliving_output() if verb in OUTLIVING else contextlib.nullcontext():
@@ -110,19 +111,16 @@ HELP = """moejax: train sparse mixture-of-experts models in JAX
 
 def _start_jax(cpu_devices: int | None, preemptible: bool = False) -> None:
     """Starts JAX. From here on importing it is allowed."""
-    os.environ.setdefault(
-        "TF_CPP_MIN_LOG_LEVEL", "2"
-    )  # XLA's own lines would break the progress bar; set it to 0 to read them
+    # XLA's own log lines would break the progress bar; set the variable to 0 to read them.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from moejax.mesh import start_jax
 
     start_jax(cpu_devices, preemptible)
 
 
 def _train_options(parser: argparse.ArgumentParser) -> None:
-    add_workdir(
-        parser,
-        "folder of the run: config, checkpoints, metrics, plots; one with checkpoints is resumed",
-    )
+    help = "folder of the run: config, checkpoints, metrics, plots; with checkpoints it is resumed"
+    add_workdir(parser, help)
     add_cpu_devices(parser)
     help = "also log to Weights & Biases; WANDB_MODE=offline keeps it in the workdir"
     parser.add_argument("--wandb", action="store_true", help=help)
@@ -141,31 +139,31 @@ def _eval_options(parser: argparse.ArgumentParser) -> None:
     add_workdir(parser, "folder that `moejax train` wrote")
     add_step(parser)
     help = (
-        "data to evaluate on, in place of the validation split: `validation`, a folder of `moejax "
-        "prepare`, a split of one (DIR/train), or text; NAME= before it names it; repeatable"
+        "data to evaluate on (default: the validation split): `validation`, a folder of `moejax "
+        "prepare`, one of its splits (DIR/train), or text; NAME=PATH names it; repeatable"
     )
     parser.add_argument("--data", action="append", default=[], metavar="PATH", help=help)
-    help = "of a .jsonl or .parquet row of --data that holds the text (default: text)"
+    help = "field of a .jsonl or .parquet row of --data that holds the text (default: text)"
     add_option(parser, "--field", help, default="text")
-    help = "tasks of lm-eval, NAME or NAME,NAME: multiple choice, generation, perplexity"
+    help = "lm-eval tasks, as NAME or NAME,NAME: multiple choice, generation or perplexity"
     add_option(parser, "--tasks", help, metavar="NAMES")
     help = "folder of the tasks' YAML files (default: the tasks that lm-eval ships)"
     add_option(parser, "--tasks_path", help, type=Path, metavar="DIR")
     add_option(
         parser, "--limit", "examples of each task (default: all)", type=whole(1), metavar="N"
     )
-    help = "evaluate each checkpoint as it comes, until the run is done, into its eval.jsonl"
+    help = "evaluate each new checkpoint until the run is done, into eval.jsonl in the workdir"
     parser.add_argument("--watch", action="store_true", help=help)
-    help = "with --watch: between two looks (default: 10)"
+    help = "with --watch: seconds between two looks (default: 10)"
     add_option(parser, "--poll_seconds", help, type=between(0, 1e6), metavar="X")
-    help = "with --watch: seconds without a sign of life after which to give up (default: 3600)"
+    help = "with --watch: give up after this many seconds without a sign of life (default: 3600)"
     add_option(parser, "--patience", help, type=between(0, 1e9), metavar="X")
     add_cpu_devices(parser)
     add_json(parser)
 
 
 def _stored_config(line: Line, verb: str) -> Config:
-    """Returns the workdir's config, changed only where the checkpoint leaves the choice."""
+    """Returns the workdir's config with overrides of the keys that a checkpoint does not fix."""
     for name in read_overrides(line.overrides):
         if not matches(name, MAY_CHANGE_AFTER_TRAINING):
             allowed = ", ".join(MAY_CHANGE_AFTER_TRAINING)
@@ -227,17 +225,17 @@ def _fsck(line: Line) -> int:
 def _compare_options(parser: argparse.ArgumentParser) -> None:
     from moejax.compare_runs import AXES, METRICS
 
-    help = "what is equal where runs are compared (default: tokens)"
+    help = "compare runs at equal tokens, seconds or FLOPs (default: tokens)"
     add_option(parser, "--by", help, choices=tuple(AXES), default="tokens")
-    help = "of evaluation, less is better (default: loss)"
+    help = "what to compare; lower is better (default: loss)"
     add_option(parser, "--metric", help, choices=METRICS, default="loss")
-    help = "also tell what each arm paid until it had this loss"
+    help = "also show what each arm spent to reach this loss"
     add_option(parser, "--reach", help, type=between(0, 1e6, open_low=True), metavar="LOSS")
     help = "fit a scaling law: loss against active parameters, tokens and expansion"
     parser.add_argument("--scaling", action="store_true", help=help)
-    add_option(parser, "--csv", "write a row a run to FILE", type=output_file, metavar="FILE")
+    add_option(parser, "--csv", "write a row per run to FILE", type=output_file, metavar="FILE")
     add_option(parser, "--markdown", "write the tables to FILE", type=output_file, metavar="FILE")
-    help = "folder to write: page, CSV, pictures, and what TensorBoard shows as hparams"
+    help = "folder to write: the page, CSV, plots, and hparams for TensorBoard"
     add_option(parser, "--output", help, type=Path, metavar="DIR")
 
 
@@ -258,7 +256,7 @@ def _report_options(parser: argparse.ArgumentParser) -> None:
     add_workdir(parser, "folder that `moejax train` wrote")
     help = "HTML file to write (default: report.html in the workdir)"
     add_option(parser, "--output", help, type=output_file, metavar="FILE")
-    help = "leave single experts out, of which the newest checkpoint needs an atlas"
+    help = "leave out single experts, which need an atlas of the newest checkpoint"
     parser.add_argument("--no_atlas", action="store_true", help=help)
     help = "show the experts of each token of this text too; repeatable"
     parser.add_argument(
@@ -304,27 +302,27 @@ def _generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="text to continue; repeatable"
     )
-    add_option(parser, "--prompts", "file with a prompt a line", type=Path, metavar="FILE")
+    add_option(parser, "--prompts", "file with one prompt per line", type=Path, metavar="FILE")
     add_step(parser)
     add_cpu_devices(parser)
     add_option(
         parser,
         "--max_tokens",
-        "new tokens a prompt (default: 100)",
+        "new tokens per prompt (default: 100)",
         type=whole(1, 2**30),
         default=100,
         metavar="N",
     )
-    help = "0 takes the likeliest token each time (default: 0.8)"
+    help = "0 always takes the most likely token (default: 0.8)"
     add_option(parser, "--temperature", help, type=between(0, 100), default=0.8, metavar="X")
-    help = "choose among the likeliest tokens that together have this probability (default: 0.95)"
+    help = "sample from the most likely tokens with this total probability (default: 0.95)"
     add_option(
         parser, "--top_p", help, type=between(0, 1, open_low=True), default=0.95, metavar="X"
     )
     add_option(
         parser,
         "--seed",
-        "of the choice (default: 0)",
+        "seed of the sampling (default: 0)",
         type=whole(0, 2**32 - 1),
         default=0,
         metavar="N",
@@ -369,7 +367,7 @@ def _read_prompts(file: Path | None) -> list[str]:
     if len(content) > _PROMPT_BYTES:
         raise ConfigError(f"--prompts={file} is larger than {_PROMPT_BYTES >> 20} MiB; cut it")
     if not prompts:
-        raise ConfigError(f"--prompts={file} is empty; write a prompt a line")
+        raise ConfigError(f"--prompts={file} is empty; write one prompt per line")
     return prompts
 
 
@@ -379,24 +377,29 @@ def _inspect_options(parser: argparse.ArgumentParser) -> None:
     add_cpu_devices(parser)
     help = "show the experts of each token of a text"
     add_option(parser, "--text", help, type=plain_text, metavar="TEXT")
-    help = "compare routing with that of another workdir, or of the same at another step"
+    help = "compare routing with another workdir, or with another step of the same one"
     add_option(parser, "--against", help, metavar="DIR")
-    help = "checkpoint of --against (default: the last)"
+    help = "checkpoint of --against to compare with (default: the last)"
     add_option(parser, "--against_step", help, type=whole(0), metavar="N")
-    help = "experts to leave out, one at a time, to see what is lost (default: 64)"
+    help = "how many experts to leave out, one at a time, to see what is lost (default: 64)"
     add_option(parser, "--remove", help, type=whole(0), metavar="N")
     add_json(parser)
-    add_option(parser, "--png", "picture of --text", type=output_file, metavar="FILE")
+    add_option(
+        parser, "--png", "write a picture of --text to FILE", type=output_file, metavar="FILE"
+    )
 
 
 def _inspect(line: Line) -> int:
     options = line.options
     text, against = options.text is not None, options.against is not None
     for ignored, remedy in (
-        (text and against, "--text and --against are two looks; give one of them"),
+        (text and against, "--text and --against do not go together; give one of them"),
         (options.png and not text, "--png draws a text; give --text too"),
-        (options.against_step is not None and not against, "--against_step is of --against DIR"),
-        (options.remove is not None and (text or against), "--remove is of the whole atlas"),
+        (options.against_step is not None and not against, "--against_step needs --against DIR"),
+        (
+            options.remove is not None and (text or against),
+            "--remove is for the whole atlas only",
+        ),
     ):
         if ignored:
             raise ConfigError(f"{remedy}; see moejax inspect --help")
@@ -411,9 +414,9 @@ def _inspect(line: Line) -> int:
 
 def _verify_options(parser: argparse.ArgumentParser) -> None:
     add_cpu_devices(parser)
-    help = "also the contract: every router, dispatch and transport on a small layer (an hour)"
+    help = "also check every router, dispatch and transport on a small layer (takes an hour)"
     parser.add_argument("--all", action="store_true", help=help)
-    help = "with --all: also write the contract's matrix to FILE as Markdown"
+    help = "with --all: also write the results to FILE as a Markdown table"
     add_option(parser, "--page", help, type=output_file, metavar="FILE")
     add_json(parser)
 
@@ -427,9 +430,9 @@ def _verify(line: Line) -> int:
 
 
 def _claims_options(parser: argparse.ArgumentParser) -> None:
-    help = "claims to try, for example C4 or C4,C6 (default: all)"
+    help = "claims to test, for example C4 or C4,C6 (default: all)"
     add_option(parser, "--only", help, metavar="IDS")
-    help = "folder of the results; what is there is used again (default: runs/claims)"
+    help = "folder of the results, which a later call reuses (default: runs/claims)"
     add_option(parser, "--workdir", help, default="runs/claims", metavar="DIR")
     help = "Markdown file to write, plots beside it (default: claims.md in the workdir)"
     add_option(parser, "--page", help, type=output_file, metavar="FILE")
@@ -446,7 +449,7 @@ def _claims(line: Line) -> int:
 
 
 def _describe_options(parser: argparse.ArgumentParser) -> None:
-    help = "lay the mesh on this many devices (default: what the mesh asks for)"
+    help = "lay the mesh out on this many devices (default: as many as it needs)"
     add_option(parser, "--devices", help, type=whole(1), metavar="N")
 
 
@@ -460,11 +463,11 @@ def _describe(line: Line) -> int:
 
 def _plan_options(parser: argparse.ArgumentParser) -> None:
     help = (
-        "pod to compile for: v5p:4x4x8 (chips of a TPU's torus), v5p:4x4x8:2 (two of them), "
+        "pod to compile for: v5p:4x4x8 (the chips of a TPU slice), v5p:4x4x8:2 (two slices), "
         "h100:16x8 (hosts x GPUs)"
     )
     add_option(parser, "--topology", help, metavar="CHIP:SIZES")
-    help = "try meshes, remat, microbatches and transports on paper, compile the best, rank them"
+    help = "try many meshes, remat policies, microbatches and transports; compile and rank the best"
     parser.add_argument("--search", action="store_true", help=help)
     add_json(parser)
 
@@ -492,20 +495,24 @@ def _config(line: Line) -> int:
     assert line.config is not None
     in_file = load_values(line.config)
     values = config_values(build_config({**in_file, **read_overrides(line.overrides)}))
-    for section in [*sections(), ""]:
-        print(f"{section}:" if section else "", end="\n" if section else "")
+    for section in sections():
+        print(f"{section}:")
         for name in values:
-            if name.rpartition(".")[0] == section:
-                print(f"{'  ' if section else ''}{name.rpartition('.')[2]}: {values[name]}")
-    defaults = {name: key.default for name, key in keys().items()}
-    for other, than in ((in_file, line.config), (defaults, "the defaults")):
-        rows = [
-            f"#   {key}: {theirs} -> {ours}"
-            for key, theirs, ours in value_difference(other, values)
-        ]
-        where = printable(f"# differs from {than}")
-        print(f"\n{where}: {'' if rows else 'nothing'}", *rows, sep="\n")
+            if name.startswith(f"{section}."):
+                print(f"  {name.removeprefix(f'{section}.')}: {values[name]}")
+    for name in values:
+        if "." not in name:
+            print(f"{name}: {values[name]}")
+    _show_difference(line.config, in_file, values)
+    _show_difference("the defaults", {name: key.default for name, key in keys().items()}, values)
     return DONE
+
+
+def _show_difference(than: str, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    differing = value_difference(theirs, ours)
+    rows = [f"#   {key}: {before} -> {after}" for key, before, after in differing]
+    title = printable(f"# differs from {than}")
+    print(f"\n{title}: {'' if rows else 'nothing'}", *rows, sep="\n")
 
 
 def _prepare_options(parser: argparse.ArgumentParser) -> None:
@@ -515,7 +522,7 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
     add_option(
         parser,
         "--field",
-        "of a .jsonl or .parquet row that holds the text (default: text)",
+        "field of a .jsonl or .parquet row that holds the text (default: text)",
         default="text",
     )
     help = "share of the documents kept for validation (default: 0.05)"
@@ -527,7 +534,7 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
         default=0.05,
         metavar="X",
     )
-    add_option(parser, "--workers", "processes (default: one a core)", type=whole(1), metavar="N")
+    add_option(parser, "--workers", "processes (default: one per core)", type=whole(1), metavar="N")
 
 
 def _prepare(line: Line) -> int:
@@ -554,12 +561,12 @@ def _prepare(line: Line) -> int:
 
 
 def _supervise_options(parser: argparse.ArgumentParser) -> None:
-    help = "times to start it again without a newer checkpoint in between (default: 3)"
+    help = "restarts in a row without a newer checkpoint before giving up (default: 3)"
     add_option(parser, "--restarts", help, type=whole(1), default=3, metavar="N")
     parser.add_argument(
         "--end_when_preempted",
         action="store_true",
-        help="hand exit code 75 back, where a scheduler starts the whole job again",
+        help="on preemption, return exit code 75 for a scheduler that restarts the whole job",
     )
     parser.add_argument("command", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
 
@@ -577,14 +584,14 @@ def _supervise(line: Line) -> int:
 
 
 def _sweep_options(parser: argparse.ArgumentParser) -> None:
-    add_workdir(parser, "folder of the sweep: its trials in trials/NNN, report.md, plots")
+    add_workdir(parser, "folder of the sweep: trials/NNN, report.md, plots")
     add_option(parser, "--workers", "trials at once (default: 1)", type=whole(1), default=1)
-    help = "processes of this machine, or tasks of a SLURM array (default: local)"
+    help = "run workers as local processes or as tasks of a SLURM array (default: local)"
     add_option(parser, "--launcher", help, choices=["local", "slurm"], default="local")
-    help = "options of launch/slurm.py, in one word: --slurm='--time 4:00:00 --gpus_per_node 1'"
+    help = "options of launch/slurm.py, quoted: --slurm='--time 4:00:00 --gpus_per_node 1'"
     add_option(parser, "--slurm", help, default="", metavar="WORDS")
     parser.add_argument(
-        "--resume", action="store_true", help="go on with the workdir's sweep, if it has one"
+        "--resume", action="store_true", help="resume the sweep in the workdir, if it has one"
     )
     _storage(parser)
     add_cpu_devices(parser)
@@ -632,12 +639,12 @@ _VERBS = [
         """
   moejax train configs/quickstart.py --workdir runs/a --cpu_devices 8 train.steps=50 seed=1
 
-CONFIG is a Python file that defines get_config(arg); ARG is passed to it. Later wins: defaults,
-the file, its argument, the command line. --config=CONFIG and --config.key=value are the same as
-CONFIG and key=value. 1e4 may stand for 10000, None for off, true and false for themselves.
+CONFIG is a Python file that defines get_config(arg); ARG is passed to it. key=value overrides the
+file, and the file overrides the defaults. --config=CONFIG and --config.key=value mean the same as
+CONFIG and key=value. Numbers may be written as 1e4; None turns a key off.
 
-A workdir that has checkpoints is resumed; its config must then be the same, but for the number of
-steps, the cadence of logging, checkpoints and evaluation, the mesh and the accumulation.""",
+A workdir that has checkpoints is resumed. Its config must then be the same, except for the number
+of steps, the mesh, the accumulation, and how often to log, save and evaluate.""",
         _train_options,
         _train,
         ("*",),
@@ -654,8 +661,8 @@ steps, the cadence of logging, checkpoints and evaluation, the mesh and the accu
   moejax eval --workdir runs/a --watch
 
 The config comes from the workdir. The result is the same on every mesh. Data other than the
-validation split are read whole, unless eval.batches=N says otherwise. Tasks need pip install
-'moejax[lm-eval]'. A watch that ended goes on with what is new.""",
+validation split is read whole, unless eval.batches=N is given. Tasks need pip install
+'moejax[lm-eval]'. Starting --watch again evaluates only what is new.""",
         _eval_options,
         _eval,
         MAY_CHANGE_AFTER_TRAINING,
@@ -683,8 +690,8 @@ The config comes from the workdir. A prompt that begins with a dash is written -
         """
   moejax fsck --workdir runs/a
 
-Compares sizes and SHA-256 with what each checkpoint's manifest says, and reads config.json,
-metrics.jsonl and events.jsonl. Changes nothing, and needs no accelerator. Exit code 1 says that
+Compares every file's size and SHA-256 with the checkpoint's manifest, and reads config.json,
+metrics.jsonl and events.jsonl. Changes nothing and needs no accelerator. Exit code 1 means that
 something is damaged.""",
         _fsck_options,
         _fsck,
@@ -699,23 +706,23 @@ something is damaged.""",
         """
   moejax verify configs/quickstart.py --cpu_devices 8
 
-Takes the config's model with few steps and a small batch; runs it on factorisations of the devices
-over data, fsdp, expert and tensor, with and without accumulation, remat and capacity, and against a
-dense oracle. One row each. `--all` goes on with every router, dispatch and transport on a small
-layer. Exit code 1 says that a difference is above tolerance.""",
+Runs the config's model for a few steps with a small batch, on meshes that split the devices over
+data, fsdp, expert and tensor, with and without accumulation, remat and capacity, and compares each
+with a dense oracle: one row each. `--all` adds every router, dispatch and transport on a small
+layer. Exit code 1 means that a difference is above tolerance.""",
         _verify_options,
         _verify,
         ("*",),
     ),
     Verb(
         "claims",
-        "try claims of the literature at a size for CPUs",
+        "test claims of the literature at a size for CPUs",
         "moejax claims [--only IDS] [--workdir DIR] [--page FILE]",
         """
   moejax claims --only C4
 
-Trains what the claims need, with at least 3 seeds, and writes a page: the number of the paper,
-ours, pass or fail, and plots. Exit code 1 says that a claim did not hold.""",
+Trains what the claims need, with at least 3 seeds, and writes a page with the paper's number, ours,
+pass or fail, and plots. Exit code 1 means that a claim did not hold.""",
         _claims_options,
         _claims,
         config=False,
@@ -732,14 +739,15 @@ ours, pass or fail, and plots. Exit code 1 says that a claim did not hold.""",
     ),
     Verb(
         "inspect",
-        "look at the experts of a checkpoint: what they take, what is lost without them",
+        "show which tokens the experts of a checkpoint take, and what is lost without them",
         "moejax inspect --workdir DIR [--text TEXT | --against DIR] [options] [key=value ...]",
         """
   moejax inspect --workdir runs/a                          # the atlas, into runs/a/atlas
   moejax inspect --workdir runs/a --text "In the beginning" --png text.png --json text.json
   moejax inspect --workdir runs/a --against runs/a --against_step 100
 
-Reads as much of the validation text as eval.batches says, dropless; see docs/inspect.md.""",
+Reads as much of the validation text as eval.batches says, without dropping tokens; see
+docs/inspect.md.""",
         _inspect_options,
         _inspect,
         MAY_CHANGE_AFTER_TRAINING,
@@ -748,14 +756,15 @@ Reads as much of the validation text as eval.batches says, dropless; see docs/in
     ),
     Verb(
         "plan",
-        "compile the train step for a pod that is not here: memory, traffic, time",
+        "compile the train step for a pod that you do not have: memory, traffic, time",
         "moejax plan CONFIG[:ARG] --topology CHIP:SIZES [--search] [--json FILE] [key=value ...]",
         """
   moejax plan configs/models/mixtral_8x7b.py --topology v5p:4x4x4
 
-Needs no accelerator, but the compiler of its chips: pip install 'moejax[plan-tpu]' or
-'moejax[plan-gpu]'. Takes minutes for a large model. `--search` tries other meshes, remat policies,
-microbatches and transports too. Exit code 1: the step does not fit into the memory of a device.""",
+Needs no accelerator, only the compiler for its chips: pip install 'moejax[plan-tpu]' or
+'moejax[plan-gpu]'. Takes minutes for a large model. `--search` also tries other meshes, remat
+policies, microbatches and transports. Exit code 1 means that the step does not fit into the memory
+of a device.""",
         _plan_options,
         _plan,
         ("*",),
@@ -773,14 +782,14 @@ microbatches and transports too. Exit code 1: the step does not fit into the mem
     ),
     Verb(
         "prepare",
-        "turn text into a data set that data.path can name",
+        "turn text into a data set for data.path",
         "moejax prepare INPUT [INPUT ...] --output DIR [options]",
         """
   moejax prepare 'text/*.txt' --tokenizer path/to/tokenizer.json --output data/mine
   moejax train configs/quickstart.py --workdir runs/mine data.source=prepared data.path=data/mine
 
-INPUT is a file (.txt, .jsonl, .parquet), a folder or a quoted pattern, also with a domain, as in
-en='books/*.txt'. Without one, the domain is the name of the folder.""",
+INPUT is a file (.txt, .jsonl, .parquet), a folder or a quoted pattern. A prefix names its domain,
+as in en='books/*.txt'; without one, the domain is the name of the folder.""",
         _prepare_options,
         _prepare,
         config=False,
@@ -793,9 +802,9 @@ en='books/*.txt'. Without one, the domain is the name of the folder.""",
         """
   moejax compare runs/dense runs/moe sweeps/capacity --by seconds --output runs/compared
 
-DIR is a workdir, a sweep, or a folder of workdirs; runs may still be in training. Those that differ
-only in their seed are one arm. The first DIR is what the others are held against; of several arms
-in it, the best. Reads configs, metrics and ledgers alone; changes nothing in them.""",
+DIR is a workdir, a sweep, or a folder of workdirs; runs may still be training. Runs that differ
+only in their seed form one arm. The other arms are compared with the first DIR, or with its best
+arm if it has several. Reads only configs, metrics and ledgers, and changes nothing in them.""",
         _compare_options,
         _compare,
         config=False,
@@ -809,9 +818,9 @@ in it, the best. Reads configs, metrics and ledgers alone; changes nothing in th
   moejax report --workdir runs/a                           # runs/a/report.html
   moejax report --workdir runs/a --cpu_devices 1 mesh.expert=1
   moejax report --workdir runs/a --text "In the beginning" --against runs/b
-  moejax report --workdir runs/a --no_atlas                # at once, while the run trains
+  moejax report --workdir runs/a --no_atlas                # quick, also while the run trains
 
-Makes the atlas of the newest checkpoint, as `moejax inspect` does, where there is none. See
+Makes the atlas of the newest checkpoint first if it is missing, as `moejax inspect` does. See
 docs/report.md.""",
         _report_options,
         _report,
@@ -821,15 +830,15 @@ docs/report.md.""",
     ),
     Verb(
         "supervise",
-        "run a training and start it again where it fails",
+        "run a training, and restart it when it fails",
         "moejax supervise [--restarts N] [--end_when_preempted] -- train CONFIG --workdir DIR ...",
         """
   moejax supervise -- train configs/quickstart.py --workdir runs/a --cpu_devices 8
 
-After -- stands a verb of moejax, or a program that runs one, such as srun. It is started again
-after a crash, a signal, a lost or stuck process, not after exit codes that another try would end
-with too. SIGTERM and Ctrl-C go on to it, and end both. Restarts in a row without a newer
-checkpoint are bounded; then exit code 70 says that it does not get on.""",
+After -- comes a command of moejax, or a program that runs one, such as srun. It is restarted after
+a crash, a signal, or a lost or stuck process, but not after an error that a restart cannot cure.
+SIGTERM and Ctrl-C are passed on to it and end both. After --restarts restarts in a row without a
+newer checkpoint, supervise gives up with exit code 70.""",
         _supervise_options,
         _supervise,
         config=False,
@@ -841,9 +850,9 @@ checkpoint are bounded; then exit code 70 says that it does not get on.""",
         """
   moejax sweep configs/sweeps/learning_rate.py:small --workdir sweeps/rate --cpu_devices 1
 
-SWEEP is a Python file that defines get_sweep(arg): which keys of a base config are varied, and how.
-key=value changes the base config. All is checked before anything trains. A trial is a workdir like
-any other, in DIR/trials. What was stopped or killed goes on with --resume.""",
+SWEEP is a Python file that defines get_sweep(arg): which keys of a base config to vary, and how.
+key=value changes the base config. Everything is checked before anything trains. Each trial is an
+ordinary workdir in DIR/trials. --resume continues a sweep that was stopped or killed.""",
         _sweep_options,
         _sweep,
         ("*",),
@@ -851,13 +860,13 @@ any other, in DIR/trials. What was stopped or killed goes on with --resume.""",
     ),
     Verb(
         "sweep_worker",
-        "take trials of a sweep that runs, on this machine",
+        "train trials of a running sweep on this machine",
         "moejax sweep_worker --workdir DIR [--storage URL] [--cpu_devices N]",
         """
   moejax sweep_worker --workdir sweeps/rate
 
-What `moejax sweep` starts; one more can be started by hand wherever the workdir is seen. It ends
-when no trial is left.""",
+`moejax sweep` starts its workers itself. Start more by hand on any machine that sees the workdir.
+A worker ends when no trial is left.""",
         _sweep_worker_options,
         _sweep_worker,
         config=False,

@@ -1,4 +1,4 @@
-"""What a line of the command line is made of: verbs, options anywhere, `key=value` words."""
+"""Parses a command line: a verb, options in any place, and `key=value` words."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from moejax.workdir import matches
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """What stood on a command line: options, a config file, `key=value` overrides, other words."""
+    """A parsed command line: options, a config file, `key=value` overrides, other words."""
 
     options: argparse.Namespace
     config: str | None
@@ -27,6 +27,7 @@ class Line:
     overrides: list[str]
 
     def load(self) -> Config:
+        """Returns the config of a line that has a config file; raises ConfigError as it does."""
         assert self.config is not None
         return load_config(self.config, self.overrides)
 
@@ -194,7 +195,7 @@ def _keys_help(patterns: tuple[str, ...]) -> str:
             lines.append(f"\n  {(title or '').splitlines()[0]}")
         for key in inside:
             head = f"    {f'{key.name}={key.default}':36} "
-            text = head + describe_type(key.annotation)
+            text = f"{head}{key.comment} ({describe_type(key.annotation)})"
             lines += textwrap.wrap(text, 100, subsequent_indent=" " * 41, drop_whitespace=True)
     return "\nkeys, with their defaults:\n" + "\n".join(lines)
 
@@ -203,6 +204,8 @@ def _keys_help(patterns: tuple[str, ...]) -> str:
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
+    """Returns the type of an option that is a whole number in a range, both ends included."""
+
     def read(text: str) -> int:
         if not re.fullmatch(r"[+-]?\d{1,18}", text) or not least <= int(text) <= most:
             raise argparse.ArgumentTypeError(
@@ -214,6 +217,8 @@ def whole(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
 
 
 def between(low: float, high: float, *, open_low: bool = False) -> Callable[[str], float]:
+    """Returns the type of an option that is a number in a range; `open_low` excludes `low`."""
+
     def read(text: str) -> float:
         try:
             value = float(text)
@@ -228,11 +233,12 @@ def between(low: float, high: float, *, open_low: bool = False) -> Callable[[str
 
 
 def add_option(parser: argparse.ArgumentParser, name: str, help: str, **arguments: Any) -> None:
+    """Adds an option with a value, which a line may give once."""
     parser.add_argument(name, action=_Once, help=help, **arguments)
 
 
 def add_cpu_devices(parser: argparse.ArgumentParser) -> None:
-    help = "virtual CPU devices (default: the devices that JAX finds); an error on an accelerator"
+    help = "use this many virtual CPU devices (default: the devices that JAX finds); CPU only"
     add_option(parser, "--cpu_devices", help, type=whole(1), metavar="N")
 
 
@@ -241,6 +247,7 @@ def add_workdir(parser: argparse.ArgumentParser, help: str) -> None:
 
 
 def readable_path(text: str) -> str:
+    """The type of an option that is a path: refuses what no file system takes."""
     try:
         require_path(text)
     except OSError as error:
@@ -257,7 +264,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
 
 
 def output_file(text: str) -> Path:
-    """Refuses a file that cannot be written before minutes are spent on what should stand in it."""
+    """The type of an output file: refuses one that cannot be written before work is spent on it."""
     path = Path(readable_path(text))
     if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
         raise argparse.ArgumentTypeError(
@@ -283,8 +290,8 @@ def add_step(parser: argparse.ArgumentParser) -> None:
 
 
 def safe_path() -> list[str]:
-    """Returns Python's option that keeps -m from looking for modules in the folder we are in.
+    """Returns the Python option that keeps -m from importing modules of the current folder.
 
-    Not where Python looks there already: it was told to, or moejax is not installed.
+    Empty if this process imports from there itself: it was told to, or moejax is not installed.
     """
     return [] if {"", os.getcwd()} & {*sys.path} else ["-P"]

@@ -5,6 +5,7 @@ A config file sees the same fields as an `ml_collections.ConfigDict` (`default_c
 """
 
 import dataclasses
+import functools
 import math
 from typing import Literal
 
@@ -28,30 +29,30 @@ READ_BY_ATTENTION = {
 class ModelConfig:
     """A decoder-only transformer: RMSNorm, attention with RoPE, SwiGLU."""
 
-    num_layers: int = 4
-    d_model: int = 128
+    num_layers: int = 4  # dense and MoE layers together
+    d_model: int = 128  # width of the residual stream
     # grouped-query attention, or multi-head latent attention (DeepSeek-V2)
     attention: Literal["grouped", "latent"] = "grouped"
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    q_lora_rank: int = 96  # latent: width of what queries are made of
-    kv_lora_rank: int = 64  # latent: width of what keys and values are made of
-    qk_nope_head_dim: int = 32  # latent: width of a head's query and key without RoPE ...
-    qk_rope_head_dim: int = 16  # ... and with RoPE, one key for all heads
+    num_heads: int = 4  # query heads
+    num_kv_heads: int = 2  # grouped: key and value heads
+    head_dim: int = 32  # grouped: width of a head
+    q_lora_rank: int = 96  # latent: width of the compressed queries
+    kv_lora_rank: int = 64  # latent: width of the compressed keys and values
+    qk_nope_head_dim: int = 32  # latent: width of a head's query and key without RoPE
+    qk_rope_head_dim: int = 16  # latent: further width with RoPE, whose key all heads share
     v_head_dim: int = 32  # latent: width of a head's value
-    attention_bias: bool = False  # of queries, keys, values and output
-    attention_sinks: bool = False  # a learned logit a head that takes part of each softmax
-    attention_window: int | None = None  # tokens that a layer sees, its own included; None is all
-    full_attention_every: int | None = None  # of the layers with a window, each n-th sees all
+    attention_bias: bool = False  # a bias for queries, keys, values and output
+    attention_sinks: bool = False  # a learned logit per head that takes part of each softmax
+    attention_window: int | None = None  # tokens that a layer sees, its own included; None: all
+    full_attention_every: int | None = None  # of layers with a window, every n-th sees all tokens
     dense_hidden: int = 512  # hidden width of the layers that are not MoE
-    vocab_size: int = 264  # at least the tokenizer's; 257 ids of the byte tokenizer, rounded up
-    tie_embeddings: bool = False
-    qk_norm: bool = True
-    rope_theta: float = 10_000.0
-    # what backward computes again; attention scores are computed again always. "full" repeats the
-    # exchange of tokens with the experts' devices too, "exchange" keeps what it delivered, and the
-    # matrices of dense layers that were gathered over fsdp
+    vocab_size: int = 264  # at least the tokenizer's; the byte tokenizer has 257 ids
+    tie_embeddings: bool = False  # use the embedding as the unembedding too
+    qk_norm: bool = True  # grouped: normalise queries and keys
+    rope_theta: float = 10_000.0  # base of the wavelengths of RoPE
+    # what the backward pass computes again instead of keeping (attention scores always): "full"
+    # also repeats the exchange of tokens with the experts' devices; "exchange" keeps what that
+    # delivered, and the matrices of dense layers that were gathered over fsdp
     remat: Literal[
         "none",
         "full",
@@ -60,10 +61,9 @@ class ModelConfig:
         "exchange",
         "exchange_and_dots_with_no_batch_dims",
     ] = "none"
-    # tokens of a device whose logits exist at once, in the loss; None: all
-    loss_chunk: int | None = 1024
-    dtype: Literal["float32", "bfloat16"] = "float32"  # compute
-    param_dtype: Literal["float32", "bfloat16"] = "float32"  # master weights
+    loss_chunk: int | None = 1024  # tokens of a device whose logits exist at once; None: all
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the computation
+    param_dtype: Literal["float32", "bfloat16"] = "float32"  # of the parameters (master weights)
 
     def __post_init__(self):
         require_positive(
@@ -124,8 +124,8 @@ class ModelConfig:
         )
         require(
             every is None or 2 <= every <= self.num_layers,
-            f"model.full_attention_every={every} of model.num_layers={self.num_layers} leaves "
-            "windows to all layers or to none; use 2 up to model.num_layers, or leave out "
+            f"model.full_attention_every={every} of model.num_layers={self.num_layers} gives "
+            "a window to all layers or to none; use 2 up to model.num_layers, or leave out "
             "model.full_attention_every or model.attention_window",
         )
 
@@ -152,15 +152,15 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: moejax itself, or a folder that `moejax prepare` wrote."""
+    """Where tokens come from: the texts that moejax brings, or a folder of `moejax prepare`."""
 
-    source: Literal["embedded", "prepared"] = "embedded"
-    tokenizer: str = "bytes"  # or the path of a tokenizer.json or a SentencePiece model
-    sequence_length: int = 256
-    path: str | None = None
+    source: Literal["embedded", "prepared"] = "embedded"  # moejax's own texts, or yours
+    tokenizer: str = "bytes"  # "bytes", or the path of a tokenizer.json or a SentencePiece model
+    sequence_length: int = 256  # tokens of a sequence
+    path: str | None = None  # folder of the prepared data
     # a damaged part of prepared data: end the run, or put padding in place of the sequence
     on_corrupt: Literal["stop", "skip"] = "stop"
-    timeout_seconds: float = 300.0  # a batch that does not come in this time ends the run
+    timeout_seconds: float = 300.0  # a batch that takes longer ends the run
 
     def __post_init__(self):
         require(
@@ -171,8 +171,8 @@ class DataConfig:
         require_positive("data", self, "sequence_length")
         require(
             (self.source == "prepared") == (self.path is not None),
-            f"data.source={self.source!r} with data.path={self.path!r}: give data.path exactly "
-            "when data.source is 'prepared'",
+            f"data.source={self.source!r} with data.path={self.path!r}: data.source=prepared "
+            "needs data.path, and no other source reads it",
         )
         require(
             self.source == "prepared" or self.on_corrupt == "stop",
@@ -194,25 +194,25 @@ OPTIM_READ_BY: dict[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    """Weight decay acts on matrices only, never on norms, biases or the router.
+    """The optimizer. Weight decay acts on matrices only, never on norms, biases or the router.
 
     A stack of layers or experts is not one parameter: each matrix in it is optimized by itself.
     `muon` is for matrices between layers, and AdamW with the same rate for all else: embeddings,
     norms, biases and routers. `adafactor` multiplies the rate by the size of the parameter.
     """
 
-    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"
-    learning_rate: float = 3e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    momentum: float = 0.95  # of the matrices of muon
+    name: Literal["adamw", "adafactor", "lion", "muon"] = "adamw"  # see design.md
+    learning_rate: float = 3e-3  # the peak, at the end of warmup
+    warmup_steps: int = 100  # over which the rate rises linearly to its peak
+    weight_decay: float = 0.1  # decoupled, times the learning rate; of matrices only
+    b1: float = 0.9  # decay of the mean of gradients
+    b2: float = 0.95  # decay of the mean of squared gradients; lion: of the momentum
+    eps: float = 1e-8  # added to denominators
+    momentum: float = 0.95  # muon: decay of the momentum of matrices
     state_dtype: Literal["float32", "bfloat16"] = "float32"  # of moments; computed in float32
-    clip_norm: float | None = 1.0
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_fraction: float = 0.1  # of the peak learning rate, at the last step
+    clip_norm: float | None = 1.0  # largest global norm of the gradient; None: no clipping
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # of the rate, after warmup
+    final_fraction: float = 0.1  # rate at the last step, as a fraction of the peak
 
     def __post_init__(self):
         require_finite(
@@ -227,8 +227,8 @@ class OptimConfig:
             # 0.98 a gradient whose square is off the moment by less than a fifth
             require(
                 self.state_dtype == "float32" or value <= 0.98,
-                f"optim.{name}={value} with optim.state_dtype={self.state_dtype!r}: a step moves "
-                "the moment by less than bfloat16 can hold, and it would stand still; use at most "
+                f"optim.{name}={value} with optim.state_dtype={self.state_dtype!r}: a step changes "
+                "the moment by less than bfloat16 can hold, so it would never change; use at most "
                 "0.98, or optim.state_dtype=float32",
             )
         for name in ("eps", "clip_norm"):
@@ -253,11 +253,11 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """`batch_size` is global, in sequences; a step splits it into `accumulation` microbatches."""
+    """How long to train, and on batches of which size."""
 
-    steps: int = 1000
-    batch_size: int = 16
-    accumulation: int = 1
+    steps: int = 1000  # optimizer steps of the whole run, warmup included
+    batch_size: int = 16  # sequences of a step, over all devices
+    accumulation: int = 1  # microbatches that a step is split into
     replay: str | None = None  # workdir of a run whose choices of experts are used again
 
     def __post_init__(self):
@@ -277,13 +277,13 @@ TOKEN_AXES = ("data", "fsdp", "expert_fsdp", "expert")  # that split sequences
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes. At most one is None: it takes the devices that are left."""
+    """Sizes of the mesh axes. At most one may be None: it takes the remaining devices."""
 
-    data: int | None = None
-    fsdp: int | None = 1  # splits every matrix, an expert's too; gathered before use
-    expert: int | None = 1  # splits the experts; all else is whole on each of its devices
+    data: int | None = None  # splits the batch and nothing else
+    fsdp: int | None = 1  # splits the batch and every matrix, an expert's too; gathered before use
+    expert: int | None = 1  # splits the batch and the experts; all else is whole on each device
     context: int | None = 1  # splits every sequence: for those too long for a device
-    tensor: int | None = 1
+    tensor: int | None = 1  # splits heads, hidden widths and the vocabulary
     expert_fsdp: int | None = 1  # splits the experts as `expert` does, and all else as `fsdp` does
 
     def __post_init__(self):
@@ -306,14 +306,14 @@ class MeshConfig:
         asked = " x ".join(f"{axis} {n}" for axis, n in sizes.items() if n != 1) or "data 1"
         require(
             product <= num_devices,
-            f"mesh {asked} needs {product} devices and {num_devices} are there; make an axis "
+            f"mesh {asked} needs {product} devices (available: {num_devices}); make an axis "
             f"smaller, or on a CPU give --cpu_devices {product}",
         )
         free = [axis for axis in AXES if sizes[axis] is None]
         require(
             num_devices % product == 0 and (bool(free) or product == num_devices),
-            f"mesh {asked} takes {product} devices and {num_devices} are there; sizes must "
-            f"multiply to {num_devices}: set one axis to None to take what is left",
+            f"mesh {asked} uses {product} devices (available: {num_devices}); sizes must multiply "
+            f"to {num_devices}: set one axis to None to take the remaining devices",
         )
         for axis in free:
             sizes[axis] = num_devices // product
@@ -357,13 +357,13 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """Save every `every` steps; keep the last `keep` and the best by validation loss."""
+    """When to save, where, and which checkpoints to keep."""
 
-    every: int = 100
-    keep: int = 2
-    local: str | None = None  # folder on a fast disk, where the last of more frequent saves is
-    local_every: int | None = None  # steps between those; every process must see the folder
-    wait_seconds: float = 60.0  # for which saves wait for the one before; then they are left out
+    every: int = 100  # steps between saves
+    keep: int = 2  # how many of the last checkpoints stay, besides the best by validation loss
+    local: str | None = None  # folder on a fast disk for more frequent saves; the last one stays
+    local_every: int | None = None  # steps between local saves; every process must see the folder
+    wait_seconds: float = 60.0  # saves are left out after waiting so long for the one before
 
     def __post_init__(self):
         require_positive("checkpoint", self, "every", "keep", "local_every")
@@ -375,6 +375,7 @@ class CheckpointConfig:
         )
 
     def saves_locally(self, step: int) -> bool:
+        """Returns whether a local save is due after `step` finished steps."""
         return self.local_every is not None and step % self.local_every == 0
 
 
@@ -383,11 +384,10 @@ _LONGEST = 1e9
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
-    """Seconds without progress after which a process ends, to be started again; None: never."""
+    """Seconds without progress after which a process ends, to be restarted; None: never."""
 
-    step_seconds: float | None = 600.0  # of a step, and of waiting for its batch
-    # of each thing that takes long once in a while: making or restoring the state, compiling,
-    # evaluating, saving
+    step_seconds: float | None = 600.0  # for a step, and for waiting for its batch
+    # for each slow thing: making or restoring the state, compiling, evaluating, saving
     slow_seconds: float | None = 7200.0
 
     def __post_init__(self):
@@ -403,10 +403,10 @@ class WatchdogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    """Evaluate every `every` steps on `batches` validation batches; None is the whole split."""
+    """When to evaluate while training, and on how much of the validation split."""
 
-    every: int | None = 100
-    batches: int | None = 8
+    every: int | None = 100  # steps between evaluations; None: only after the last step
+    batches: int | None = 8  # batches of the validation split, evenly spread; None: all
 
     def __post_init__(self):
         require_positive("eval", self, "every", "batches")
@@ -414,10 +414,10 @@ class EvalConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    """Write a line of metrics every `every` steps; `choices` also writes what `replay` reads."""
+    """What a run writes while it trains."""
 
-    every: int = 10
-    choices: bool = False  # the experts of every token of every step, compressed
+    every: int = 10  # steps between lines of metrics
+    choices: bool = False  # also store the experts of every token of every step, for train.replay
 
     def __post_init__(self):
         require_positive("logging", self, "every")
@@ -438,37 +438,52 @@ class Config:
     eval: EvalConfig = EvalConfig()
     logging: LoggingConfig = LoggingConfig()
     watch: WatchConfig = WatchConfig()
-    seed: int = 0
+    seed: int = 0  # of first parameters, order of the data, and routers that draw
 
     def __post_init__(self):
-        model, moe = self.model, self.moe
         require(
             0 <= self.seed < 2**32,
             f"seed={self.seed} is outside [0, 2**32); use a non-negative whole number below "
             "4294967296",
         )
-        if moe.every is not None:
-            runs = model.num_layers - moe.first_dense
-            require(
-                runs >= moe.every and runs % moe.every == 0,
-                f"model.num_layers={model.num_layers} minus moe.first_dense={moe.first_dense} is "
-                f"{runs}, not a positive multiple of moe.every={moe.every}; the layers after the "
-                "first dense ones come in runs of moe.every",
-            )
-            reason = moe.noncausal_reason
-            require(
-                reason is None or moe.allow_noncausal,
-                f"{reason}; a decoder that is trained so reads ahead, and its loss means nothing "
-                "for generation. Use another one, or moe.allow_noncausal=True to study it",
-            )
-        microbatch = self.train.batch_size // self.train.accumulation
+        if self.moe.every is not None:
+            self._check_runs(self.moe.every)
+            self._check_causal()
+        self._check_groups()
+        self._check_by_layer()
+        self._check_watch()
+
+    def _check_runs(self, every: int) -> None:
+        """Checks that the layers after the first dense ones are whole runs of `every` layers."""
+        layers, first_dense = self.model.num_layers, self.moe.first_dense
+        rest = layers - first_dense
         require(
-            microbatch % moe.group_sequences == 0,
-            f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulation) is "
-            f"not a multiple of moe.group_sequences={moe.group_sequences}; capacity groups are "
-            "whole",
+            rest >= every and rest % every == 0,
+            f"model.num_layers={layers} minus moe.first_dense={first_dense} is {rest}, not a "
+            f"positive multiple of moe.every={every}; the layers after the first dense ones come "
+            "in runs of moe.every",
         )
 
+    def _check_causal(self) -> None:
+        reason = self.moe.noncausal_reason
+        require(
+            reason is None or self.moe.allow_noncausal,
+            f"{reason}; a decoder trained this way reads ahead, and its loss means nothing for "
+            "generation. Use another one, or moe.allow_noncausal=True to study it",
+        )
+
+    def _check_groups(self) -> None:
+        """Checks that a microbatch is whole capacity groups."""
+        microbatch, group = self.microbatch_size, self.moe.group_sequences
+        require(
+            microbatch % group == 0,
+            f"a microbatch of {microbatch} sequences (train.batch_size / train.accumulation) is "
+            f"not a multiple of moe.group_sequences={group}; it must hold whole capacity groups",
+        )
+
+    def _check_by_layer(self) -> None:
+        """Checks that lists by layer have a number for each MoE layer of the model."""
+        model, moe = self.model, self.moe
         for name in ("num_experts_by_layer", "expert_hidden_by_layer"):
             by_layer = getattr(moe, name)
             require(
@@ -481,8 +496,6 @@ class Config:
                 f"model has {self.num_moe_layers} (model.num_layers={model.num_layers}, "
                 f"moe.first_dense={moe.first_dense}, moe.every={moe.every}); give one for each",
             )
-
-        self._check_watch()
 
     def _check_watch(self) -> None:
         """Refuses what watches a router that is not there, and passing over batches in a replay."""
@@ -497,7 +510,7 @@ class Config:
         passes = "watch.skip_batches" if watch.skip_batches else "rollback"
         require(
             self.train.replay is None or not (watch.skip_batches or "rollback" in watch.policies),
-            f"train.replay={self.train.replay} has the choices of the batches of every step, and "
+            f"train.replay={self.train.replay} repeats the choices recorded for each batch, but "
             f"{passes} gives steps other batches; leave one out",
         )
 
@@ -510,13 +523,20 @@ class Config:
         return tuple((stack, dataclasses.replace(self, moe=stack.config)) for stack in stacks)
 
     @property
+    def microbatch_size(self) -> int:
+        """Sequences of a microbatch, over all devices."""
+        return self.train.batch_size // self.train.accumulation
+
+    @property
     def num_moe_layers(self) -> int:
+        """How many layers are MoE; 0 for a dense model."""
         if self.moe.every is None:
             return 0
         return (self.model.num_layers - self.moe.first_dense) // self.moe.every
 
     @property
     def num_dense_layers(self) -> int:
+        """How many layers are not MoE."""
         return self.model.num_layers - self.num_moe_layers
 
     def check_mesh(self, mesh: MeshConfig) -> None:
@@ -534,24 +554,12 @@ class Config:
     def check_model_fits(self, mesh: MeshConfig) -> None:
         """Checks that the parameters can be split over `mesh`; see `check_mesh`."""
         model, moe = self.model, self.moe
-
-        def divides(axes: tuple[str, ...], name: str, value: int) -> None:
-            split = {axis: getattr(mesh, axis) for axis in axes if getattr(mesh, axis) > 1}
-            size = math.prod(split.values())
-            named = " x ".join(f"{axis} {n}" for axis, n in split.items())
-            hint = _divisor_hint(value, size) + " in all" * (len(split) > 1)
-            named = f"axes {named}" if len(split) > 1 else f"{''.join(split)} axis"
-            require(
-                value % size == 0,
-                f"{name}={value} is not divisible by the {named} ({size}); use a multiple of "
-                f"{size} or another mesh.{' or mesh.'.join(split)}{hint}",
-            )
-
+        divides = functools.partial(_require_divisible, mesh)
         tensor = ("tensor",)
         divides(("context",), "data.sequence_length", self.data.sequence_length)
         require(
             mesh.context == 1 or moe.every is None or moe.router != "soft",
-            f"mesh.context={mesh.context} splits sequences, and moe.router='soft' mixes all tokens "
+            f"mesh.context={mesh.context} splits sequences, but moe.router='soft' mixes all tokens "
             "of one; use mesh.context=1 or another moe.router",
         )
         if moe.every is not None:
@@ -576,8 +584,7 @@ class Config:
 
     def check_batch_fits(self, mesh: MeshConfig) -> None:
         """Checks that a microbatch splits into whole groups on `mesh`; see `check_mesh`."""
-        moe = self.moe
-        microbatch = self.train.batch_size // self.train.accumulation
+        moe, microbatch = self.moe, self.microbatch_size
         unit = mesh.token_shards * moe.group_sequences
         sizes = ((axis, getattr(mesh, axis)) for axis in TOKEN_AXES)
         split = " x ".join(f"{axis} {n}" for axis, n in sizes if n > 1) or "data 1"
@@ -593,7 +600,22 @@ class Config:
         )
 
 
+def _require_divisible(mesh: MeshConfig, axes: tuple[str, ...], name: str, value: int) -> None:
+    """Checks that the mesh axes together divide the value of a key."""
+    split = {axis: getattr(mesh, axis) for axis in axes if getattr(mesh, axis) > 1}
+    size, several = math.prod(split.values()), len(split) > 1
+    sizes = " x ".join(f"{axis} {n}" for axis, n in split.items())
+    named = f"axes {sizes}" if several else f"{''.join(split)} axis"
+    hint = _divisor_hint(value, size) + (" in all" if several else "")
+    require(
+        value % size == 0,
+        f"{name}={value} is not divisible by the {named} ({size}); use a multiple of {size} or "
+        f"another mesh.{' or mesh.'.join(split)}{hint}",
+    )
+
+
 def _divisor_hint(value: int, size: int) -> str:
+    """Returns the largest smaller size that divides `value`, as a piece of a sentence."""
     divisors = [d for d in range(1, size) if value % d == 0]
     return f", for example {divisors[-1]}" if divisors else ""
 

@@ -1,4 +1,4 @@
-"""Batches: documents packed in windows, in an order made of (step, seed) alone. No JAX here."""
+"""Batches: documents packed in windows; a batch is a function of (seed, step). No JAX here."""
 
 import hashlib
 import logging
@@ -26,10 +26,12 @@ _log = logging.getLogger("moejax")
 class Batch(NamedTuple):
     """Sequences, and what model and loss need to know of them: arrays [B, T], or [T] of one.
 
-    tokens, targets: int32, the input and the token after it.
-    segments: int32, the number of the input's document inside its row, from 1; 0 is padding.
-    loss_mask: bool, True where input and target belong to one document.
-    domains: int32, the index of the target's document's domain; 0 under padding.
+    Attributes:
+        tokens: int32 ids; the input.
+        targets: int32 ids; the token after each input.
+        segments: int32; the number of the input's document inside its row, from 1; 0 is padding.
+        loss_mask: bool; True where input and target belong to one document.
+        domains: int32; index of the domain of the target's document; 0 for padding.
     """
 
     tokens: Any
@@ -127,7 +129,7 @@ class TrainBatches:
         self.fingerprint = hashlib.sha256(about.encode()).hexdigest()
 
     def epoch(self, step: int) -> int:
-        """Returns how often the data were through before the last sequence of a batch; from 0."""
+        """Returns the epoch of the last sequence of the batch of `step`; both count from 0."""
         return ((step + 1) * self.batch_size - 1) // self.num_sequences
 
     def rows(self, step: int, start: int = 0, stop: int | None = None) -> Batch:
@@ -253,10 +255,10 @@ class Prefetch:
             except queue.Empty:
                 if alive and time.monotonic() < deadline:
                     continue
-            state = "hangs" if alive else "ended without a word"
+            state = "hangs" if alive else "died without an error"
             raise UnavailableError(
-                f"batch {self._next} did not come in data.timeout_seconds={self._timeout:g}: the "
-                f"thread that reads data {state}{self._place()}; see whether the disk or file "
+                f"batch {self._next} did not arrive in data.timeout_seconds={self._timeout:g}: the "
+                f"thread that reads data {state}{self._place()}; check that the disk or file "
                 "server answers, and raise data.timeout_seconds if it is only slow"
             )
 
@@ -287,6 +289,6 @@ def check_vocabulary(corpus: Corpus, model_vocab_size: int) -> None:
     """
     if corpus.vocab_size > model_vocab_size:
         raise ConfigError(
-            f"the tokenizer has {corpus.vocab_size} ids and model.vocab_size={model_vocab_size}; "
+            f"the tokenizer has {corpus.vocab_size} ids, but model.vocab_size={model_vocab_size}; "
             f"every id needs an embedding, use model.vocab_size={-(-corpus.vocab_size // 8) * 8}"
         )

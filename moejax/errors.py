@@ -1,20 +1,20 @@
-"""What the user asked for cannot be: the error, the checks that raise it, exit codes. No JAX."""
+"""Errors that a user can cause, the checks that raise them, and exit codes. No JAX."""
 
 import errno
 import math
 from typing import NamedTuple
 
-# Exit codes, which supervisors and schedulers act on. Where somebody had a code for the same thing,
-# it is theirs: Python (1), argparse (2), Megatron-LM (17, a step whose result cannot be), errno
+# Exit codes, which supervisors and schedulers act on. Codes that others use for the same thing are
+# taken from them: Python (1), argparse (2), Megatron-LM (17, a step whose result cannot be), errno
 # (28), sysexits.h (69, 70, 75), timeout (124), the shell (130).
 DONE, CHECK_FAILED, BAD_INPUT, DIVERGED, NO_SPACE = 0, 1, 2, 17, 28
 UNAVAILABLE, CRASH_LOOP, PREEMPTED, STUCK, INTERRUPTED = 69, 70, 75, 124, 130
-# in which two signals are one request: a launcher and a terminal, or SLURM, may deliver it twice
+# Two signals within this time are one request, which SLURM or a launcher and a terminal sent twice.
 SAME_SECONDS = 1.0
 
 
 class ExitCode(NamedTuple):
-    """What an exit code says, and whether the same command may do better when started again."""
+    """An exit code, whether starting the same command again may help, and what the code means."""
 
     code: int
     again: bool
@@ -28,51 +28,54 @@ EXIT_CODES = (
         True,
         "a check failed (`verify`, `fsck`, a claim), or an error with a traceback",
     ),
-    ExitCode(BAD_INPUT, False, "bad input: one line on stderr says what, and what to do"),
+    ExitCode(
+        BAD_INPUT, False, "bad input: one line on stderr says what is wrong and how to mend it"
+    ),
     ExitCode(
         DIVERGED,
         False,
-        "`watch.*` stopped the training: not finite, a spike, a collapse, a device that computes "
-        "wrong",
+        "`watch.*` stopped the training: not finite, a spike, a collapse, or a device that errs",
     ),
     ExitCode(NO_SPACE, False, "no space left: the last checkpoint was not saved"),
     ExitCode(
         UNAVAILABLE,
         True,
-        "another process of the run did not come, or was lost; the last checkpoint could not be "
-        "saved; a disk, a file server or a sweep's storage fails",
+        "another process of the run never came or was lost, the last checkpoint was not saved, or "
+        "a disk, a file server or a sweep's storage fails",
     ),
-    ExitCode(CRASH_LOOP, False, "it failed again and again without a newer checkpoint"),
-    ExitCode(PREEMPTED, True, "SIGTERM: saved; the same command goes on from there"),
-    ExitCode(STUCK, True, "no progress within `watchdog.*`: stacks are on stderr"),
+    ExitCode(CRASH_LOOP, False, "every restart failed before it saved a newer checkpoint"),
+    ExitCode(PREEMPTED, True, "stopped and saved by SIGTERM; the same command resumes"),
+    ExitCode(STUCK, True, "no progress within `watchdog.*`; stack traces are on stderr"),
     ExitCode(
-        INTERRUPTED, False, "Ctrl-C; a training has saved, if it had begun; not at a second Ctrl-C"
+        INTERRUPTED,
+        False,
+        "stopped by Ctrl-C; a training was saved, if it had begun and Ctrl-C came once",
     ),
 )
 FINAL = frozenset(row.code for row in EXIT_CODES if not row.again)
 
 
 class ConfigError(ValueError):
-    """What the user asked for cannot be: the message is one line with values, rule and remedy."""
+    """The user asked for something impossible; the message is one line: values, rule and remedy."""
 
     code = BAD_INPUT  # with which a process ends for it
     details = ""  # lines to show below the message
 
 
 class UnavailableError(ConfigError):
-    """Another process did not come, or ended: the same command may do later."""
+    """Another process did not start, or ended: the same command may succeed later."""
 
     code = UNAVAILABLE
 
 
 class StorageError(ConfigError):
-    """What had to be written or read was not: the message says why. The same may do later."""
+    """What had to be written or read was not; the message says why. A retry may succeed."""
 
     code = UNAVAILABLE
 
 
 class NoSpaceError(StorageError):
-    """There was no space for it."""
+    """A checkpoint could not be saved because no space was left."""
 
     code = NO_SPACE
 
@@ -107,7 +110,7 @@ def require_positive(section: str, config: object, *names: str) -> None:
         )
         require(
             value is None or value < 2**31,
-            f"{section}.{name}={value} is above 2**31 - 1, which devices count with; use less",
+            f"{section}.{name}={value} is above 2**31 - 1, the largest count on a device; use less",
         )
 
 

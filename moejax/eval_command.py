@@ -67,7 +67,7 @@ class EvalRequest:
             value = getattr(self, name)
             require(
                 bool(self.tasks) or value is None,
-                f"--{name} {value} is not read without --tasks; give names of tasks, or leave it",
+                f"--{name} {value} is not read without --tasks; add that, or leave it out",
             )
         require(
             self.tasks_path is None or self.tasks_path.is_dir(),

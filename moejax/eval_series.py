@@ -220,8 +220,8 @@ def _nobody_trains(workdir: Path, there: dict[int, str], how: Watching) -> Unava
     newest = f"the newest checkpoint is of step {max(there)}" if there else "it has no checkpoint"
     return UnavailableError(
         f"{workdir} did not change for --patience {how.patience:g} s and its training is "
-        f"not done ({newest}); see whether it still runs, and give the same command again: it goes "
-        "on with what is new"
+        f"not done ({newest}); check that it still runs, and give the same command again to "
+        "evaluate what is new"
     )
 
 

@@ -1,5 +1,4 @@
-"""Evaluation on the validation split or any other data: dropless and, named apart, at
-`moe.eval_capacity_factor`.
+"""Evaluation on the validation split or other data: dropless, and at `moe.eval_capacity_factor`.
 
 Sums are taken on the devices in float32, a batch at a time, and over batches on the host in
 float64, so the result is the same on every mesh to rounding.
@@ -41,7 +40,16 @@ log = logging.getLogger("moejax")
 
 
 class EvalSums(NamedTuple):
-    """Sums over a batch: by domain [N] loss in nats, targets and their bytes; and the routing."""
+    """Sums over a batch; N counts the domains of the data.
+
+    Attributes:
+        positions: int32; tokens and padding.
+        nats_n: float32 [N]; cross-entropy.
+        targets_n: int32 [N]; targets that count.
+        bytes_n: int32 [N]; bytes of text of those targets.
+        totals: counts, see `loss.Totals`.
+        stats: routing sums [layers, ...]; None for a dense model.
+    """
 
     positions: jax.Array
     nats_n: jax.Array
@@ -60,11 +68,12 @@ def dropless(config: MoEConfig) -> MoEConfig:
 
 
 def at_eval_capacity(config: MoEConfig) -> MoEConfig:
-    """Returns `config` with the capacity of evaluation; its router takes one."""
+    """Returns `config` with the capacity factor of evaluation; its router must take one."""
     return dataclasses.replace(config, capacity_factor=config.eval_capacity_factor)
 
 
 def with_moe(config: Config, moe: MoEConfig) -> Config:
+    """Returns `config` with another section `moe`."""
     return dataclasses.replace(config, moe=moe)
 
 
@@ -98,10 +107,10 @@ def make_eval_step(config: Config, mesh: Mesh, bytes_v: np.ndarray, num_domains:
 
 
 def eval_steps(config: Config, mesh: Mesh, num_domains: int) -> dict[str, Callable]:
-    """Returns the steps of an evaluation by how they route: "dropless", "capacity" if it has one.
+    """Returns the steps of an evaluation: "dropless", and "capacity" if the router takes one.
 
     Args:
-        num_domains: of the data with most domains.
+        num_domains: the largest number of domains of the data sets that the steps will see.
     """
     bytes_v = load_tokenizer(config.data.tokenizer).bytes_v
     modes = {"dropless": dropless(config.moe)}
@@ -120,7 +129,7 @@ class Evaluator:
         config: of the run; `eval.batches` batches of `train.batch_size` sequences.
         mesh: where to run.
         data: what on; None: the validation split of the run's data.
-        steps: of `eval_steps`, to share what was compiled with other evaluators; None: one's own.
+        steps: of `eval_steps`, to share compiled steps with other evaluators; None: make them.
     """
 
     def __init__(
@@ -151,12 +160,12 @@ class Evaluator:
 
     @property
     def name(self) -> str:
-        """Of the data."""
+        """Name of the data set."""
         return self._data.name
 
     @property
     def fingerprint(self) -> str:
-        """Of the text."""
+        """Fingerprint of the text."""
         return self._corpus.fingerprint
 
     def _place(self, index: int) -> Batch:
@@ -199,7 +208,7 @@ class Evaluator:
         }
 
     def _with_bytes(self, sums: Any) -> Any:
-        """Takes the bytes from the text, where they were counted there and all of it was read."""
+        """Returns `sums` by this data's domains, with the text's own bytes if it was read whole."""
         domains = len(self._corpus.domains)
         by_domain = {name: getattr(sums, name)[:domains] for name in ("nats_n", "targets_n")}
         bytes_n = sums.bytes_n[:domains]
@@ -209,29 +218,34 @@ class Evaluator:
 
 
 def _wide(leaf: np.ndarray) -> np.ndarray:
+    """Returns a batch's sum in a dtype that the sums of many batches fit into."""
     return leaf.astype(np.int64 if np.issubdtype(leaf.dtype, np.integer) else np.float64)
 
 
 def _loss_fields(
     sums: Any, domains: tuple[str, ...], moe: MoEConfig, l1_l: jax.Array | None
 ) -> dict[str, Any]:
-    def fields(nats, targets, size):
-        loss = float(nats / max(targets, 1))
-        with np.errstate(over="ignore"):
-            perplexity = float(np.exp(loss))
-        return {
-            "loss": loss,
-            "perplexity": perplexity,
-            "bits_per_byte": float(nats / math.log(2) / max(size, 1)),
-            "tokens": int(targets),
-            "bytes": int(size),
-        }
-
+    """Returns losses, in all and by domain, and the routing: fields of an evaluation record."""
+    fields = _cross_entropy_fields
     record = fields(sums.nats_n.sum(), sums.targets_n.sum(), sums.bytes_n.sum())
     by_domain = zip(domains, sums.nats_n, sums.targets_n, sums.bytes_n, strict=True)
     record["domains"] = {name: fields(*values) for name, *values in by_domain if values[1] > 0}
     record |= _auxiliary_fields(record["loss"], sums, moe, l1_l)
     return record | routing_record(sums.stats, int(sums.positions), int(sums.totals.tokens), moe)
+
+
+def _cross_entropy_fields(nats: Any, targets: Any, size: Any) -> dict[str, Any]:
+    """Returns loss, perplexity and bits per byte from a sum of `nats` over `targets` and bytes."""
+    loss = float(nats / max(targets, 1))
+    with np.errstate(over="ignore"):
+        perplexity = float(np.exp(loss))
+    return {
+        "loss": loss,
+        "perplexity": perplexity,
+        "bits_per_byte": float(nats / math.log(2) / max(size, 1)),
+        "tokens": int(targets),
+        "bytes": int(size),
+    }
 
 
 def _auxiliary_fields(
@@ -242,11 +256,12 @@ def _auxiliary_fields(
     if stats is not None:
         stats = jax.tree.map(lambda leaf: jnp.asarray(leaf, _narrow(leaf)), stats)
     l1_l = None if l1_l is None else jnp.asarray(jax.device_get(l1_l))
-    parts = jax.device_get(whole_losses(jnp.zeros((), jnp.float32), None, stats, l1_l, moe))
-    return {"total_loss": loss + float(parts.total)} | loss_record(parts.terms)
+    losses = jax.device_get(whole_losses(jnp.zeros((), jnp.float32), None, stats, l1_l, moe))
+    return {"total_loss": loss + float(losses.total)} | loss_record(losses.terms)
 
 
 def _narrow(leaf: np.ndarray):
+    """Returns the dtype that a sum of a training step has on the devices."""
     return jnp.int32 if np.issubdtype(leaf.dtype, np.integer) else jnp.float32
 
 
@@ -266,7 +281,7 @@ def restore_for_use(
     step: int | None,
     devices: list[Device] | None = None,
 ) -> Restored:
-    """Returns a run's checkpoint on `config.mesh`, which need not fit the training's batch.
+    """Returns a run's checkpoint on `config.mesh`, which need not divide the training's batch.
 
     Args:
         step: None for the last one.
@@ -279,7 +294,7 @@ def restore_for_use(
 
 
 def mesh_for_use(config: Config, devices: list[Device] | None = None) -> Mesh:
-    """Returns `config.mesh`; raises ConfigError where it fits not the devices or the model."""
+    """Returns `config.mesh`; raises ConfigError if it does not fit the devices or the model."""
     mesh = make_mesh(config.mesh, devices)
     config.check_model_fits(mesh_config(mesh))
     require_room(config)

@@ -30,10 +30,10 @@ KINDS: dict[str, str] = {
     "`policy`, `batch`, `quantity`, `value`, `limit`, `steps`",
     "mismatch": "copies on devices, or a step run twice, were not equal bit for bit: "
     "`policy`, `comparison`, `arrays`",
-    "rollback": "the run went back to a checkpoint, and passes over the batches since: "
+    "rollback": "the run went back to a checkpoint, and leaves out the batches since: "
     "`to`, `first`, `last`",
-    "skip_batches": "batches of the list were passed over: `first`, `last`",
-    "epoch": "the data were through, and begin again in another order: `epoch`, `batch`",
+    "skip_batches": "batches of the list were left out: `first`, `last`",
+    "epoch": "all data was read, and is read again in another order: `epoch`, `batch`",
     "corrupt_data": "damaged parts of the data were replaced by padding: `batch`, `sequences`",
     "restart": "a supervisor starts the run again: `code` that it ended with, `failures` without a "
     "newer checkpoint, `wait_seconds`",
@@ -41,7 +41,7 @@ KINDS: dict[str, str] = {
     "the tries had done",
     "stuck": "a process made no progress within its limit, and ended: `process`, `doing`, "
     "`seconds`, `behind`",
-    "environment": "it was resumed on other devices, layout or software, so bits may differ: "
+    "environment": "the run was resumed on other devices, layout or software, so bits may differ: "
     "`differing`",
 }
 

@@ -126,8 +126,9 @@ def ragged_window(count_zz: jax.Array, index: jax.Array | int, rows: int) -> Rag
 def received_experts(count_zze: jax.Array, index: jax.Array | int, rows: int) -> jax.Array:
     """Returns int32 [rows]: the expert of each row received in round `index`, E/Z for no row.
 
-    By the counts of `gather_counts` alone, see `ragged_window`: a sender's rows stand in the order
-    of their experts. Sending a number with each row would take 512 bytes a row on a TPU.
+    Computed from the counts of `gather_counts` alone (see `ragged_window`), since a sender's rows
+    are in the order of their experts. Sending a number with each row would take 512 bytes a row on
+    a TPU.
     """
     local = count_zze.shape[2]
     end_n = jnp.cumsum(count_zze[:, _expert_index()].reshape(-1))
@@ -147,11 +148,11 @@ def sent_in(plan: Ragged, row_ts: jax.Array) -> jax.Array:
 def ragged_exchange(rows: jax.Array, plan: Ragged, out_rows: int) -> jax.Array:
     """Sends rows [N, ...] to where `plan` says: [out_rows, ...].
 
-    Rows that get nothing are not defined, and never filled: the emulation makes them NaN. Of a
-    number a row, [N], they are 0.
+    Rows that receive nothing are undefined; the emulation makes them NaN. With one number per row,
+    [N], they are 0.
 
-    `lax.ragged_all_to_all`. On a CPU, which lacks it, an all-gather and a masked gather; so too for
-    a number a row, which takes 512 bytes a row of the other on a TPU.
+    Uses `lax.ragged_all_to_all`. CPUs lack it and use an all-gather and a masked gather instead; so
+    does one number per row everywhere, for which a TPU's ragged exchange would send 512 bytes.
     """
     rows, *fields = vary_like(rows, *plan)
     return _ragged_exchange(rows, Ragged(*fields), out_rows)
@@ -218,9 +219,9 @@ def gather_sequence(x_bt: jax.Array) -> jax.Array:
 
 
 def whole_sequence(x_bt: jax.Array) -> jax.Array:
-    """`gather_sequence` of what every device of the context group computes the same of.
+    """`gather_sequence` for what every device of the context group then uses in the same way.
 
-    So the gradient that comes back is the same on all of them, and each takes its part.
+    The gradient that comes back is the same on all of them, so each only takes its own part of it.
     """
     if CONTEXT_AXIS not in varying_axes(x_bt):
         return x_bt
@@ -228,7 +229,7 @@ def whole_sequence(x_bt: jax.Array) -> jax.Array:
 
 
 def own_part(x: jax.Array, axis: int, parts: int) -> jax.Array:
-    """Returns this device's one of `parts` of what is whole on every device of a context group."""
+    """Returns this device's part, of `parts`, of an array that its context group holds whole."""
     if parts == 1:
         return x
     size = x.shape[axis] // parts

@@ -162,9 +162,9 @@ def _check_room(config: Config, rows: int, length: int) -> None:
     there = memory_bytes()
     require(
         needed <= there,
-        f"keys and values of {rows} prompts of up to {length} tokens, those to be generated among "
-        f"them, take {needed / 2**30:,.1f} GiB and the devices have {there / 2**30:,.1f}; give "
-        "fewer or shorter prompts, or a smaller --max_tokens",
+        f"keys and values of {rows} prompts of up to {length} tokens, including those to generate, "
+        f"take {needed / 2**30:,.1f} GiB, but the devices have {there / 2**30:,.1f}; give fewer or "
+        "shorter prompts, or a smaller --max_tokens",
     )
 
 

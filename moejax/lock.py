@@ -108,7 +108,7 @@ class RunLock:
         known = {name: owner.get(name) for name in ("host", "pid", "start")}
         said = (
             f"moejax train: process {known['pid']} on {known['host']}, which had "
-            f"{self._workdir} since {known['start']}, ended without a word; taken over"
+            f"{self._workdir} since {known['start']}, died without releasing it; taken over"
         )
         print(printable(said), file=sys.stderr)
         Events(self._workdir).write("lock_taken_over", 0, owner=known)

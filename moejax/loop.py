@@ -1,4 +1,4 @@
-"""The training loop: batch, step, hooks; metrics one step late, so that devices never wait."""
+"""The training loop: batch, step, hooks. Metrics are fetched a step late: devices never wait."""
 
 import contextlib
 import functools
@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from moejax.cluster import (
     software,
 )
 from moejax.config import Config, ConfigError
-from moejax.corpus import load_corpus
+from moejax.corpus import Corpus, load_corpus
 from moejax.data import Batch, Prefetch, TrainBatches, check_vocabulary
 from moejax.describe import bytes_text, placements
 from moejax.environment import environment, environment_difference
@@ -49,7 +49,7 @@ from moejax.replay import load_choices, save_choices
 from moejax.replicas import Comparisons, Mismatch, describe_mismatches
 from moejax.sharding import place_batch
 from moejax.skip_list import SkipList, resumed_list
-from moejax.state import initial_state, require_room
+from moejax.state import TrainState, initial_state, require_room
 from moejax.step import StepMetrics, make_train_step
 from moejax.together import compiled_together
 from moejax.wandb_board import WandbBoard
@@ -57,7 +57,7 @@ from moejax.watch import Finding, findings_of_router, findings_of_step, router_h
 from moejax.watchdog import Watchdog
 from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT, open_workdir, require_config_of
 
-# Sums over the steps so far, in every record.
+# Sums over all steps so far; every record has them.
 COUNTERS = (
     *("tokens_seen", "routed_seen", "dropped_seen"),
     *("skipped_updates", "corrupt_sequences"),
@@ -66,11 +66,11 @@ SAMPLE_PROMPTS = ("And it came to pass", "Y aconteció que", "def main(")
 
 
 class Diverged(Exception):
-    """The run stops, because of what was found in a step; the message says what."""
+    """A finding in a step stops the run; the message says which."""
 
 
 class RollBack(Exception):
-    """The run goes back, because of what was found in `step`; the message says what."""
+    """A finding in `step` makes the run go back to a checkpoint; the message says which."""
 
     def __init__(self, step: int, message: str):
         super().__init__(message)
@@ -98,20 +98,11 @@ def train(config: Config, workdir: Path, wandb: bool = False) -> int:
 def _train(config: Config, workdir: Path, wandb: bool, watchdog: Watchdog, begun: float) -> int:
     check_agreement("config", {**config_values(config), "--wandb": wandb})
     with failing_together("inputs"):
-        mesh = make_mesh(config.mesh)
-        config.check_mesh(mesh_config(mesh))
-        require_room(config)
-        corpus = load_corpus(config.data, "train")
-        check_vocabulary(corpus, config.model.vocab_size)
-        length, batch_size = config.data.sequence_length, config.train.batch_size
-        data = TrainBatches(corpus, length, batch_size, config.seed)
-        evaluator = Evaluator(config, mesh)
-    check_agreement("data", {"data fingerprint": data.fingerprint[:12]})
+        inputs = load_inputs(config)
+    check_agreement("data", {"data fingerprint": inputs.data.fingerprint[:12]})
     check_shared(workdir)
-    hashed = config.moe.router == "hash"
-    token_counts = corpus.token_counts(config.model.vocab_size) if hashed else None
-    # They are left in the other order: an error ends this process before the lifeline says
-    # goodbye, the lock goes when nothing writes any more.
+    # They are left in reverse order: an error ends this process before the lifeline says goodbye,
+    # and the lock is released when nothing writes any more.
     with RunLock(workdir) as lock, contextlib.ExitStack() as stack:
         from_first("lock", lock.take)
         checkpoints = stack.enter_context(Checkpoints(workdir, config.checkpoint))
@@ -124,10 +115,8 @@ def _train(config: Config, workdir: Path, wandb: bool, watchdog: Watchdog, begun
         stack.enter_context(lifeline())
         stack.callback(watchdog.ends)  # a save may still be under way
         stack.enter_context(leaving_at_once())
-        stack.enter_context(explaining_memory(config, mesh))
-        training = Training(
-            config, workdir, mesh, data, evaluator, checkpoints, watchdog, token_counts, boards
-        )
+        stack.enter_context(explaining_memory(config, inputs.mesh))
+        training = Training(config, workdir, inputs, checkpoints, watchdog, boards)
         main, start = training.main_process, training.start
         ledger = stack.enter_context(Ledger(workdir, start, begun, enabled=main))
         training.ledger = ledger
@@ -144,12 +133,45 @@ def _train(config: Config, workdir: Path, wandb: bool, watchdog: Watchdog, begun
             training.writer.close()
 
 
-@contextlib.contextmanager
-def explaining_memory(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """Has a device's want of memory end with what takes it and what helps, not with a traceback.
+class Inputs(NamedTuple):
+    """Where a run computes, and what it reads."""
+
+    mesh: jax.sharding.Mesh
+    corpus: Corpus
+    data: TrainBatches
+    evaluator: Evaluator
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Makes the mesh and opens the data, and checks that the config fits both.
 
     Raises:
-        ConfigError: in place of JAX's error.
+        ConfigError: it does not, or data cannot be read.
+    """
+    mesh = make_mesh(config.mesh)
+    config.check_mesh(mesh_config(mesh))
+    require_room(config)
+    corpus = load_corpus(config.data, "train")
+    check_vocabulary(corpus, config.model.vocab_size)
+    length, batch_size = config.data.sequence_length, config.train.batch_size
+    data = TrainBatches(corpus, length, batch_size, config.seed)
+    return Inputs(mesh, corpus, data, Evaluator(config, mesh))
+
+
+def first_state(config: Config, mesh: jax.sharding.Mesh, corpus: Corpus) -> TrainState:
+    """Returns the state before the first step; only router `hash` reads the text for it."""
+    counts = None
+    if config.moe.router == "hash":
+        counts = corpus.token_counts(config.model.vocab_size)
+    return initial_state(config, mesh, make_optimizer(config.optim, config.train.steps), counts)
+
+
+@contextlib.contextmanager
+def explaining_memory(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Turns a device's out-of-memory error into one that says what takes memory and what helps.
+
+    Raises:
+        ConfigError: instead of JAX's error.
     """
     try:
         yield
@@ -161,9 +183,9 @@ def explaining_memory(config: Config, mesh: jax.sharding.Mesh) -> Iterator[None]
         state = bytes_text(sum(row.per_device for rows in kinds.values() for row in rows))
         raise ConfigError(
             f"out of memory ({text.splitlines()[0][:200]}); state and gradients alone are {state} "
-            "a device, activations come on top: use model.remat=full, more train.accumulation, a "
-            "smaller train.batch_size or more devices by mesh.fsdp; moejax plan says before a run "
-            "what fits; committed checkpoints stay"
+            "a device, and activations come on top: use model.remat=full, a larger "
+            "train.accumulation, a smaller train.batch_size, or more devices with mesh.fsdp; "
+            "moejax plan tells before a run what fits; committed checkpoints are kept"
         ) from error
 
 
@@ -174,17 +196,14 @@ class Training:
         self,
         config: Config,
         workdir: Path,
-        mesh: jax.sharding.Mesh,
-        data: TrainBatches,
-        evaluator: Evaluator,
+        inputs: Inputs,
         checkpoints: Checkpoints,
         watchdog: Watchdog,
-        token_counts: np.ndarray | None,
         boards: Sequence[WandbBoard],
     ):
-        self.config, self.workdir, self.mesh, self.data = config, workdir, mesh, data
-        self.evaluator, self.checkpoints, self.watchdog = evaluator, checkpoints, watchdog
-        self.boards = boards
+        self.config, self.workdir, self.boards = config, workdir, boards
+        self.mesh, corpus, self.data, self.evaluator = inputs
+        self.checkpoints, self.watchdog, mesh = checkpoints, watchdog, inputs.mesh
         self.environment = environment(config, mesh_config(mesh))
         differing: list[str] = []
         self._choices_to_replay(1)  # refused before anything is compiled
@@ -200,9 +219,7 @@ class Training:
         self.rollbacks: dict[int, int] = {}
         resumed = checkpoints.resume(self.abstract)
         if resumed is None:
-            start = 0
-            optimizer = make_optimizer(config.optim, config.train.steps)
-            self.state = initial_state(config, mesh, optimizer, token_counts)
+            start, self.state = 0, first_state(config, mesh, corpus)
         else:
             start = resumed.step
             require_meta(resumed.meta, start)
@@ -223,7 +240,7 @@ class Training:
         self.seconds: list[float] = []
 
     def _take(self, resumed: Resumed) -> None:
-        """Takes the state and all else of a checkpoint; what is to be passed over is added to."""
+        """Takes a checkpoint's state, counters and streaks; adds its skipped batches to ours."""
         step, state, meta = resumed
         require_config_of(step, meta.get("config"), self.config)
         self._check_data(meta)
@@ -239,9 +256,9 @@ class Training:
         self.start, self.state = step, state
 
     def _take_rollbacks(self, step: int) -> None:
-        """Goes on as after the rollbacks to `step` of processes that ended before their next save.
+        """Adds the batches that earlier rollbacks to `step` left out, by the log of events.
 
-        The checkpoint was saved before them: its list of batches lacks theirs.
+        The checkpoint lacks them if the process ended between a rollback and its next save.
         """
         told = from_first("rollbacks", lambda: rollbacks_to(read_events(self.workdir), step))
         self.rollbacks[step] = len(told)
@@ -252,8 +269,8 @@ class Training:
         if differing:
             Events(self.workdir).write("environment", start, differing=differing)
             print(
-                f"moejax train: since step {start} this is another environment "
-                f"({'; '.join(differing)}): numbers agree with those of the old one to rounding, "
+                f"moejax train: the environment has changed since step {start} "
+                f"({'; '.join(differing)}): results agree with those of the old one to rounding, "
                 "not bit for bit",
                 file=sys.stderr,
             )
@@ -263,14 +280,14 @@ class Training:
         for name, fingerprint in ours.items():
             if fingerprint != meta[name]:
                 raise ConfigError(
-                    f"the {name} of {self.workdir} were others (fingerprint {meta[name][:12]}, now "
-                    f"{fingerprint[:12]}); a resumed run goes on in the same order of the same "
-                    "text: give it back (the embedded Python text is that of the running "
-                    "interpreter), or give another --workdir"
+                    f"the {name} text of {self.workdir} has changed (fingerprint "
+                    f"{meta[name][:12]}, now {fingerprint[:12]}); a resumed run reads the same "
+                    "text in the same order: bring it back (the embedded Python text is that of the"
+                    " running interpreter), or give another --workdir"
                 )
 
     def train(self, preemption: Preemption) -> bool:
-        """Runs the steps that are left; returns False when it was preempted, and saved, before."""
+        """Runs the remaining steps; returns False if it saved and ended before, by preemption."""
         while True:
             try:
                 return self._train(preemption)
@@ -309,12 +326,12 @@ class Training:
         return True
 
     def _roll_back(self, back: RollBack) -> None:
-        """Goes back to the newest checkpoint, and leaves out the batches from there to `back`."""
+        """Restores the newest checkpoint, and leaves out the batches from there to `back`."""
         del self.state  # room for another
         self.checkpoints.wait()
         resumed = self.checkpoints.resume(self.abstract, back.step - 1)
         if resumed is None:
-            raise Diverged(self._explain(back.step, f"{back}; there is nothing to go back to"))
+            raise Diverged(self._explain(back.step, f"{back}; no checkpoint to go back to"))
         step, times = resumed.step, self.rollbacks.get(resumed.step, 0)
         self.rollbacks[step] = times + 1
         if times >= self.config.watch.max_rollbacks:  # fewer may be allowed than at the start
@@ -336,7 +353,7 @@ class Training:
             self.checkpoints.require_saved()
         if self.main_process:
             ended = f"stopped by {preemption.name}, saved at step {step}"
-            print(f"moejax train: {ended}; the same command goes on from there", file=sys.stderr)
+            print(f"moejax train: {ended}; the same command resumes from there", file=sys.stderr)
         return False
 
     def _next(self, step: int, batches: Prefetch, late: "LateMetrics") -> Batch:
@@ -349,7 +366,7 @@ class Training:
 
     @contextlib.contextmanager
     def _slow(self, kind: str) -> Iterator[None]:
-        """Counts what is done inside as `kind`, and allows it more time than a step."""
+        """Books the time spent inside as `kind`, and allows it more time than a step."""
         with self.ledger.during(kind), self.watchdog.slow(kind):
             yield
 
@@ -411,7 +428,7 @@ class Training:
         }
 
     def _record(self, step: int, metrics: StepMetrics, seconds: float | None) -> None:
-        """Takes a step's metrics: looks at them, counts, and at times writes them."""
+        """Takes a step's metrics: counts, checks them, and writes them every `logging.every`."""
         self.ledger.finished(step)
         if step == self.start + 1:
             self.ledger.switch("productive")
@@ -446,7 +463,7 @@ class Training:
             self._say(step, f"its choices cannot be written ({error}): no run can replay them")
 
     def _note_data(self, step: int, metrics: StepMetrics) -> None:
-        """Writes the events of the data of a step."""
+        """Records the data events of a step: skipped batches, a new epoch, corrupt sequences."""
         batch, before = (self.skip_list.batch(finished) for finished in (step - 1, step - 2))
         if batch > before + 1:
             self.events.write("skip_batches", step, first=before + 1, last=batch - 1)
@@ -463,6 +480,7 @@ class Training:
             )
 
     def _look(self, step: int, metrics: StepMetrics, routing: dict[str, Any]) -> list[Finding]:
+        """Returns what `watch.*` finds in a step, and in its router over the last steps."""
         values = {"loss": metrics.losses.loss, "grad_norm": metrics.grad_norm}
         found = findings_of_step(self.config, metrics.verdict, values, metrics.finite)
         health = router_health(metrics.stats, routing)
@@ -470,7 +488,7 @@ class Training:
         return found + collapsed
 
     def _act(self, step: int, findings: list[Finding]) -> None:
-        """Records findings and does what their policies say; of several, the strongest."""
+        """Records findings and acts by their policies; the strongest one decides."""
         for finding in findings:
             about = {"policy": finding.policy, "batch": self.skip_list.batch(step - 1)}
             self.events.write(finding.kind, step, **about, **finding.fields)
@@ -484,7 +502,7 @@ class Training:
             raise RollBack(step, messages["rollback"])
 
     def _report(self, step: int, mismatches: dict[str, list[Mismatch]]) -> None:
-        """Records arrays that differ where they must not, and does what `watch.mismatch` says."""
+        """Records arrays that differ where they must not, and acts as `watch.mismatch` says."""
         policy = self.config.watch.mismatch
         for comparison, arrays in mismatches.items():
             about = {"comparison": comparison, "policy": policy}
@@ -538,7 +556,7 @@ class Training:
         return f"step {step}: {message}; {kept}"
 
     def finish(self) -> None:
-        """Shows what was learned: evaluation, speed, a sample, plots, and the files."""
+        """Shows the result: evaluation, speed, a sample, plots, and the files."""
         with self._slow("other"):
             self._finish()
             self.checkpoints.require_saved()  # others may wait here for process 0

@@ -47,7 +47,7 @@ def start_jax(cpu_devices: int | None = None, preemptible: bool = False) -> None
     join_processes(preemptible)
     if cpu_devices is not None and jax.default_backend() != "cpu":
         raise ConfigError(
-            f"--cpu_devices {cpu_devices} was given and JAX runs on {jax.default_backend()}; "
+            f"--cpu_devices {cpu_devices} was given, but JAX runs on {jax.default_backend()}; "
             "leave it out, or set JAX_PLATFORMS=cpu"
         )
 
@@ -70,8 +70,8 @@ def _keep_freed_memory() -> None:
 def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:
     """Returns the mesh of AXES; axes of size 1 exist too.
 
-    The last axes are those of neighbours: on the torus of a TPU, within a host of GPUs. Of several
-    TPU slices each has whole groups of every axis but `data`, which alone spans the network.
+    Devices along the last axes are neighbours: on a TPU's torus, or within a host of GPUs. With
+    several TPU slices, only `data` spans the network; every other axis lies within a slice.
 
     Args:
         config: sizes; at most one None, which takes the devices that are left.
@@ -91,7 +91,7 @@ def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:
     if len({len(group) for group in groups}) > 1:
         raise ConfigError(
             f"the {len(groups)} TPU slices have {', '.join(str(len(g)) for g in groups)} devices; "
-            "a mesh needs slices of one size"
+            "a mesh needs slices of equal size"
         )
     inner = (shape[0] // len(groups), *shape[1:])
     order = np.concatenate([_in_order(group, inner) for group in groups])
@@ -101,8 +101,8 @@ def make_mesh(config: MeshConfig, devices: list[Device] | None = None) -> Mesh:
 def _by_slice(devices: list[Device]) -> list[list[Device]]:
     """Returns the devices of each TPU slice, or of each host of GPUs, in their order.
 
-    What JAX calls a slice of GPUs are those that share a host, or a fabric of fast links. Processes
-    that were dealt out to hosts in turn are brought together so.
+    On GPUs, JAX calls those that share a host or a fabric of fast links a slice. So processes that
+    a launcher assigned to hosts in turn come together here.
     """
     groups: dict[int, list[Device]] = {}
     if devices[0].platform == "gpu":  # XLA numbers them by their links, JAX lists them by process
@@ -115,9 +115,9 @@ def _by_slice(devices: list[Device]) -> list[list[Device]]:
 def _in_order(devices: list[Device], shape: tuple[int, ...]) -> np.ndarray:
     """Returns the devices as an array of `shape`, neighbours on a TPU's torus next to each other.
 
-    An axis gets whole dimensions of the torus where they multiply to its size. Else dimensions are
-    split (expert=8 on 4 x 4 x 4), and where that finds no way either, devices stay in their order.
-    So do those that lie on no torus.
+    An axis takes whole dimensions of the torus if they multiply to its size. Otherwise dimensions
+    are split (expert=8 on 4 x 4 x 4), and if that fails too, devices stay in their order. So do
+    devices without a torus.
     """
     if devices[0].platform != "tpu":
         return np.asarray(devices).reshape(shape)
@@ -135,9 +135,9 @@ def mesh_config(mesh: Mesh) -> MeshConfig:
 
 
 def memory_bytes() -> int:
-    """Returns the memory of all devices, as one says of itself; on CPUs that of the machines.
+    """Returns the memory of all devices, from what one of them reports; of the machines on CPUs.
 
-    What is not known is without limit.
+    Where nothing is reported, `sys.maxsize`.
     """
     device = jax.local_devices()[0]
     if device.platform == "cpu":
@@ -152,8 +152,9 @@ def single_device_mesh(device: Device | None = None) -> Mesh:
 
 
 def peak_memory_bytes() -> int:
-    """Returns the most memory in use at once so far: of the fullest local device of an accelerator,
-    else of this process.
+    """Returns the most memory in use at once so far, of the fullest local device.
+
+    On CPUs it is the memory of this process.
     """
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [found["peak_bytes_in_use"] for found in stats if "peak_bytes_in_use" in found]

@@ -52,11 +52,11 @@ from moejax.sharding import (
 )
 from moejax.transport import Experts, by_assignments, by_mixing, by_slots
 
-Weights = Mapping[str, Any]  # arrays; under "expert" a pytree of one's own experts
+Weights = Mapping[str, Any]  # arrays; under "expert" the pytree of your own experts
 
 
 class MoE(nnx.Module):
-    """A sparse mixture of experts, to be used alone or in a model of one's own.
+    """A sparse mixture of experts, to be used alone or in your own model.
 
         moe = MoE(MoEConfig(num_experts=8, top_k=2), d_model=64, rngs=nnx.Rngs(0))
         y_btd, stats = moe(x_btd)
@@ -69,7 +69,7 @@ class MoE(nnx.Module):
         mesh: where the layer runs; default one device. The axes are those of
             `moejax.mesh.make_mesh`.
         param_dtype: of the experts; the router is always float32.
-        output_scale: of the start of the last matrices before the residual.
+        output_scale: factor on the initial values of the last matrices before the residual.
         expert: makes one expert from its `nnx.Rngs`, in place of the config's network: a module of
             your own, called with rows [R, D], each by itself, that gives [R, D] of the same dtype.
             Its parameters are stacked over experts, split over the expert axes and whole over all
@@ -93,7 +93,7 @@ class MoE(nnx.Module):
             raise ConfigError(
                 f"moe.num_experts_by_layer={config.num_experts_by_layer} and "
                 f"moe.expert_hidden_by_layer={config.expert_hidden_by_layer} are of a model's "
-                "layers and this is one; give it config.of_layer(0), or that of another layer"
+                "layers, but this is one; give it config.of_layer(0), or that of another layer"
             )
         self.config = config
         self.mesh = single_device_mesh() if mesh is None else mesh
@@ -204,7 +204,7 @@ def apply_moe(
 ) -> tuple[jax.Array, RouterStats, jax.Array | Inspected]:
     """The layer as a function of its weights; see `MoE.routed`. Oracle: `reference.apply_moe`.
 
-    With `apply_one`, weights["expert"] is a pytree of one's own experts' parameters.
+    With `apply_one`, weights["expert"] is the parameters of your own experts, a pytree.
     """
     check_choices(inputs, x_btd, config)
     # Padding may hold anything, and 0 times NaN is NaN: it is taken out first.
@@ -264,6 +264,17 @@ def check_choices(inputs: RouterInputs, x_btd: jax.Array, config: MoEConfig) -> 
 
 
 def _moe_local(weights, x_btd, inputs: RouterInputs, state, *, config: MoEConfig, apply_one):
+    """The layer on one device: the body of `apply_moe`'s `shard_map`.
+
+    Args:
+        weights: this device's parts, as `sharding.PARAMETER_SPECS` splits them.
+        x_btd: [B, T, D]; this device's tokens: whole sequences, or parts with a context axis.
+        inputs: of whole sequences always.
+
+    Returns:
+        y [B, T, D]; the routing sums of all devices; choices int32 [B, T, S], or `Inspected`.
+    """
+
     # Marked as varying: so the gradients of whole weights are summed in float32, and those of
     # split ones over `data` after their reduce-scatter over fsdp.
     def vary(like: jax.Array):
@@ -304,10 +315,10 @@ def _moe_local(weights, x_btd, inputs: RouterInputs, state, *, config: MoEConfig
 def _inspected(
     experts: Experts, weights, x_btd, routing: Routing, config: MoEConfig, *, split: bool
 ) -> Inspected:
-    """Returns the choices with what each gives alone: the experts run once more, choice by choice.
+    """Returns the choices and the norm of what each one adds; runs the experts once per choice.
 
     Args:
-        split: whether what the experts give is partial over the tensor axis.
+        split: whether the experts' outputs are partial sums over the tensor axis.
     """
     weight_bts = jnp.where(routing.expert_bts < config.choices, routing.weight_bts, 0)
 
@@ -332,7 +343,7 @@ def _inspected(
 
 
 def _experts(weights: Mapping[str, Any], dtype, config: MoEConfig, apply_one) -> Experts:
-    """Returns what runs the expert networks: the config's, or one's own."""
+    """Returns what runs the expert networks: the config's, or your own."""
     if apply_one is not None:
         return Experts(
             weights["expert"],
@@ -395,6 +406,7 @@ def _run_experts(
 
 
 def _by_equal_slots(config: MoEConfig) -> bool:
+    """Returns whether kept assignments travel in equal buffers, every slot of them."""
     degree = exchange.expert_degree()
     return config.transport_over(degree) == "all_to_all" and degree > 1
 

@@ -48,7 +48,7 @@ ALL_EXPERTS = ("dense", "elementwise", "elementwise_input")  # every token to ev
 ANY_NUMBER = (*ALL_EXPERTS, "expert_choice", "relu", "threshold")  # of experts a token
 WITHOUT_LOGITS = ("hash", "random", "balanced", "elementwise", "elementwise_input")
 NOT_CAUSAL = {
-    "expert_choice": "an expert picks among all tokens of a group, so later tokens decide about "
+    "expert_choice": "an expert picks among all tokens of a group, so later tokens affect "
     "earlier ones",
     "sinkhorn": "the assignment of a token is balanced against those of later tokens",
     "soft": "every slot mixes all tokens of a group, later ones too",
@@ -91,65 +91,73 @@ class MoEConfig:
     MoE. `every=None` makes the whole model dense. `capacity_factor=None` is dropless.
     """
 
-    router: Router = "softmax"
-    num_experts: int = 8  # of every MoE layer; of the largest with num_experts_by_layer
-    top_k: int = 2
-    expert_hidden: int = 256  # F of every MoE layer; of the widest with expert_hidden_by_layer
-    num_experts_by_layer: tuple[int, ...] | None = None  # one for each MoE layer, in order
-    expert_hidden_by_layer: tuple[int, ...] | None = None  # one for each MoE layer, in order
-    activation: Activation = "swiglu"
-    every: int | None = 1
-    first_dense: int = 0
+    router: Router = "softmax"  # how tokens choose experts, see docs/routers.md
+    num_experts: int = 8  # of every MoE layer; with num_experts_by_layer, the largest
+    top_k: int = 2  # experts that a token is routed to
+    expert_hidden: int = 256  # hidden width of an expert; with expert_hidden_by_layer, the largest
+    num_experts_by_layer: tuple[int, ...] | None = None  # a number for each MoE layer, in order
+    expert_hidden_by_layer: tuple[int, ...] | None = None  # a width for each MoE layer, in order
+    activation: Activation = "swiglu"  # of the expert networks
+    every: int | None = 1  # every n-th layer after first_dense is MoE; None: a dense model
+    first_dense: int = 0  # dense layers before all others
 
-    # experts that are not routed to over the network
-    shared_experts: int = 0  # see every token; one network of shared_experts * expert_hidden
-    shared_gate: Literal["none", "sigmoid"] = "none"
-    zero_experts: int = 0  # MoE++: give 0
-    copy_experts: int = 0  # MoE++: give x
-    constant_experts: int = 0  # MoE++: give a1 * x + a2 * v
-    zero_computation_weight: float = 0.75  # tau of MoE++, the others' weight in the balance loss
+    # Experts that no token is sent to another device for.
 
-    # how logits become a choice and weights
-    normalize_weights: bool = True
-    weight_scale: float = 1.0  # of all combine weights; routed_scaling_factor of DeepSeek-V3
-    expert_groups: int | None = None  # group-limited top-k: n groups of experts ...
-    groups_per_token: int | None = None  # ... of which a token uses m
+    shared_experts: int = 0  # that see every token: one network of shared_experts * expert_hidden
+    shared_gate: Literal["none", "sigmoid"] = "none"  # on the shared experts' output
+    zero_experts: int = 0  # MoE++: experts that give 0
+    copy_experts: int = 0  # MoE++: experts that give x
+    constant_experts: int = 0  # MoE++: experts that give a1 * x + a2 * v
+    zero_computation_weight: float = 0.75  # MoE++: tau, weight of those in the balance loss
+
+    # How logits become choices and weights.
+
+    normalize_weights: bool = True  # divide a token's combine weights by their sum
+    weight_scale: float = 1.0  # factor on all combine weights; routed_scaling_factor of DeepSeek-V3
+    expert_groups: int | None = None  # group-limited top-k: equal groups of experts
+    groups_per_token: int | None = None  # group-limited top-k: groups that a token may use
     logit_cap: float | None = None  # logits become cap * tanh(logits / cap)
-    jitter: float = 0.0  # the router's input is multiplied by U[1 - jitter, 1 + jitter]
-    expert_dropout: float = 0.0  # a sequence cannot choose an expert, with this probability
-    gate_dropout: float = 0.0  # of router="dense": the gate of (token, expert) is left out
-    bias_update_rate: float = 0.001  # of router="sigmoid_bias" (DeepSeek-V3)
-    quantile_decay: float = 0.9  # of the running quantile of "quantile" and "threshold"
-    l1_coefficient: float = 1e-8  # of router="relu": where the coefficient starts ...
-    l1_update_factor: float = 1.2  # ... and what a step multiplies or divides it by
-    cosine_width: int = 32  # of router="cosine": width of the space of angles
-    depth_fraction: float = 0.5  # of router="mixture_of_depths": tokens that are computed
-    soft_slots: int = 1  # of router="soft": slots an expert has in a group
-    gate_rank: int = 16  # of router="elementwise_input"
-    allow_noncausal: bool = False  # take a router that sees later tokens in a decoder
+    jitter: float = 0.0  # training: the router's input is multiplied by U[1 - jitter, 1 + jitter]
+    expert_dropout: float = 0.0  # training: chance that a sequence cannot choose an expert
+    gate_dropout: float = 0.0  # router=dense, training: chance that a token's gate is left out
+    bias_update_rate: float = 0.001  # router=sigmoid_bias: change of a bias per step (DeepSeek-V3)
+    quantile_decay: float = 0.9  # router=quantile or threshold: decay of the running quantile
+    l1_coefficient: float = 1e-8  # router=relu: first coefficient of the L1 loss
+    l1_update_factor: float = 1.2  # router=relu: factor by which a step changes that coefficient
+    cosine_width: int = 32  # router=cosine: width of the space of angles
+    depth_fraction: float = 0.5  # router=mixture_of_depths: part of the tokens that is computed
+    soft_slots: int = 1  # router=soft: slots that an expert has in a group
+    gate_rank: int = 16  # router=elementwise_input: rank of the gate
+    allow_noncausal: bool = False  # accept routing in which later tokens affect earlier ones
 
-    # what a full expert does, and the way there
+    # What happens when an expert is full, and how tokens get there.
+
+    # slots of an expert, over its load at perfect balance; what gets no slot is dropped; None:
+    # dropless
     capacity_factor: float | None = 1.25
-    # of the second, named evaluation number; the first is dropless
-    eval_capacity_factor: float = 2.0
-    capacity_by_expert: tuple[float, ...] | None = None  # factors of each expert's capacity
+    eval_capacity_factor: float = 2.0  # for a second evaluation loss; the first is dropless
+    capacity_by_expert: tuple[float, ...] | None = None  # a further factor of each expert
     group_sequences: int = 1  # capacity is enforced per group of this many whole sequences
-    # who gets a slot first; all but "token" let later tokens decide about earlier ones
+    # who gets a slot first; all but "token" let later tokens affect earlier ones
     priority: Priority = "token"
+    # how tokens get to experts on other devices, see docs/design.md
     transport: Literal["auto", "all_to_all", "ragged", "gather", "reference"] = "auto"
     buffer_factor: float = 1.5  # dropless: rows received at once, over the balanced load
 
-    # auxiliary losses; 0 is off
-    balance_loss_weight: float = 0.01  # over the whole step
-    sequence_balance_loss_weight: float = 0.0  # over each sequence
-    microbatch_balance_loss_weight: float = 0.0  # over each microbatch: accumulation changes it
+    # Weights of the auxiliary losses; 0 is off.
+
+    balance_loss_weight: float = 0.01  # load-balancing loss over the whole step
+    sequence_balance_loss_weight: float = 0.0  # load-balancing loss over each sequence
+    # load-balancing loss over each microbatch, so that accumulation changes it
+    microbatch_balance_loss_weight: float = 0.0
+    # whose formula of the load-balancing loss, see docs/routers.md
     balance_convention: Convention = "megatron"
-    router_z_loss_weight: float = 0.001
-    importance_loss_weight: float = 0.0
-    load_loss_weight: float = 0.0
-    mutual_information_loss_weight: float = 0.0
-    device_balance_loss_weight: float = 0.0
-    device_groups: int | None = None  # of the device-level balance loss
+    router_z_loss_weight: float = 0.001  # mean of logsumexp(logits)^2
+    importance_loss_weight: float = 0.0  # variation over experts of summed combine weights
+    load_loss_weight: float = 0.0  # router=noisy: variation over experts of the smooth load
+    mutual_information_loss_weight: float = 0.0  # mean entropy less the entropy of the mean
+    device_balance_loss_weight: float = 0.0  # load-balancing loss over device_groups
+    device_groups: int | None = None  # equal groups of experts, for device_balance_loss_weight
 
     def __post_init__(self):
         self._check_numbers()
@@ -281,8 +289,8 @@ class MoEConfig:
         )
         require(
             math.isfinite(self.buffer_factor) and self.buffer_factor >= 1,
-            f"moe.buffer_factor={self.buffer_factor} is below 1; balanced routing has to fit, use "
-            "1.0 or more",
+            f"moe.buffer_factor={self.buffer_factor} is below 1; balanced routing has to fit, so "
+            "use 1.0 or more",
         )
         require(
             math.isfinite(self.l1_update_factor) and self.l1_update_factor > 1,
@@ -314,17 +322,18 @@ class MoEConfig:
         )
         require(
             self.router != "gshard" or self.top_k == 2,
-            f"moe.router='gshard' draws the second of two experts, and moe.top_k={self.top_k}; use "
+            f"moe.router='gshard' draws the second of two experts, but moe.top_k={self.top_k}; use "
             "moe.top_k=2",
         )
         require(
             self.free_experts == 0 or self.router in SCORED,
-            f"moe.zero_experts, copy_experts and constant_experts ({self.free_experts} in all) are "
-            f"chosen by score, and moe.router={self.router!r}; use one of {', '.join(SCORED)}",
+            f"moe.zero_experts, copy_experts and constant_experts ({self.free_experts} in all) "
+            f"need a router that chooses by score, and moe.router={self.router!r} does not; use "
+            f"one of {', '.join(SCORED)}",
         )
         require(
             self.shared_experts > 0 or self.shared_gate == "none",
-            f"moe.shared_gate={self.shared_gate!r} gates shared experts, and "
+            f"moe.shared_gate={self.shared_gate!r} gates shared experts, but "
             "moe.shared_experts=0; set moe.shared_experts=1",
         )
 
@@ -348,7 +357,7 @@ class MoEConfig:
         )
         require(
             not (self.router == "soft" and transport in ("ragged", "gather")),
-            f"moe.transport={transport!r} moves assigned tokens, and moe.router='soft' makes "
+            f"moe.transport={transport!r} moves assigned tokens, but moe.router='soft' makes "
             "equal slots; use moe.transport=all_to_all (or auto)",
         )
         by_expert = self.capacity_by_expert
@@ -356,7 +365,7 @@ class MoEConfig:
             return
         require(
             factor is not None,
-            "moe.capacity_by_expert is given and moe.capacity_factor=None is dropless; give a "
+            "moe.capacity_by_expert is given, but moe.capacity_factor=None is dropless; give a "
             "moe.capacity_factor, for example 1.25",
         )
         require(
@@ -388,13 +397,13 @@ class MoEConfig:
             return
         require(
             self.free_experts == 0,
-            f"moe.expert_groups={groups} limits experts that have a network; take out "
+            f"moe.expert_groups={groups} groups only experts that have a network; leave out "
             f"the {self.free_experts} zero, copy and constant experts",
         )
         reach = self.num_experts // groups * kept
         require(
             kept <= groups and self.top_k <= reach,
-            f"moe.top_k={self.top_k} is over the group limit: moe.groups_per_token={kept} of "
+            f"moe.top_k={self.top_k} exceeds the group limit: moe.groups_per_token={kept} of "
             f"moe.expert_groups={groups} groups of {self.num_experts // groups} hold {reach} "
             f"experts; use moe.top_k <= {reach} or more moe.groups_per_token, up to {groups}",
         )
@@ -411,7 +420,7 @@ class MoEConfig:
             )
             require(
                 value == max(by_layer),
-                f"moe.{name}={value} with moe.{name}_by_layer={by_layer}: it stands for the "
+                f"moe.{name}={value} with moe.{name}_by_layer={by_layer}: it must be the "
                 f"largest, which sets the width of statistics; use moe.{name}={max(by_layer)}",
             )
         experts, hidden = self.num_experts_by_layer, self.expert_hidden_by_layer
@@ -422,7 +431,7 @@ class MoEConfig:
         )
         require(
             self.balance_convention != "huggingface" or len(set(experts or ())) < 2,
-            f"moe.balance_convention='huggingface' pools the experts of all layers, and "
+            f"moe.balance_convention='huggingface' pools the experts of all layers, but "
             f"moe.num_experts_by_layer={experts} differ; use one of megatron, switch, maxtext, "
             "olmoe",
         )

@@ -1,8 +1,7 @@
-"""From a config file and `key=value` words to a `Config`, and from a `Config` to JSON and back.
+"""Builds a `Config` from a config file and `key=value` words; writes and reads it as JSON.
 
-One precedence: defaults < file < its argument < command line. Between file and dataclasses a config
-is a flat dict of dotted keys, so that only resolved values are validated together. JAX is not
-imported.
+The command line overrides the file, and the file overrides the defaults. In between, a config is a
+flat dict of dotted keys, so that only final values are validated together. JAX is not imported.
 """
 
 import ast
@@ -31,11 +30,12 @@ JSON_FORMAT = 1  # of config_to_json; a new key with a neutral default does not 
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """One dotted key of the config."""
+    """One dotted key of the config; `comment` says what it means."""
 
     name: str
     annotation: Any
     default: Any
+    comment: str = ""
 
 
 @functools.cache
@@ -46,10 +46,28 @@ def keys() -> dict[str, Key]:
         owner, prefix = type(field.default), field.name + "."
         if not dataclasses.is_dataclass(owner):
             owner, prefix = Config, ""
-        hints = typing.get_type_hints(owner)
+        hints, comments = typing.get_type_hints(owner), _comments(owner)
         for inner in dataclasses.fields(owner) if prefix else [field]:
-            name = prefix + inner.name
-            found[name] = Key(name, hints[inner.name], inner.default)
+            name, comment = prefix + inner.name, comments.get(inner.name, "")
+            found[name] = Key(name, hints[inner.name], inner.default, comment)
+    return found
+
+
+_FIELD = re.compile(r"    (?P<name>\w+): [^#]*(?:# (?P<comment>.*))?")
+
+
+def _comments(owner: type) -> dict[str, str]:
+    """Returns the comment of each field in a dataclass's source: behind it, or right above it."""
+    source = inspect.getsource(sys.modules[owner.__module__])
+    body = source.partition(f"\nclass {owner.__name__}:\n")[2].partition("\n    def ")[0]
+    found, above = {}, []
+    for line in body.splitlines():
+        if line.startswith("    # "):
+            above.append(line.removeprefix("    # "))
+            continue
+        if match := _FIELD.fullmatch(line):
+            found[match["name"]] = " ".join([*above, match["comment"] or ""]).strip()
+        above = []
     return found
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from moejax.dispatch import capacity_table
-from moejax.moe_config import ALL_EXPERTS, FORCED, SCORED, MoEConfig
+from moejax.moe_config import FORCED, SCORED, MoEConfig
 from moejax.router_logits import (
     CHOICE,
     Logits,
@@ -33,7 +33,7 @@ from moejax.selection import (
 )
 
 TINY = 1e-15  # of a sum of scores that underflowed; its square, in the gradient, is above 0
-KEEP = "keep"  # what an inspection puts into a router's state, see `Inspected`
+KEEP = "keep"  # entry that an inspection adds to a router's state, see `Inspected`
 SMALLEST_NOISE = 1e-6  # standard deviation of router="noisy" where softplus has underflowed
 
 
@@ -67,8 +67,8 @@ class Routing(NamedTuple):
             and for routers without logits.
         load_bte: float32 [B, T, E]; router `noisy` in training: the probability that the expert is
             selected if its noise is drawn again. None for others.
-        level_bte: float32 [B, T, E] in [-1, 1]; what the state of `quantile` and `threshold` is a
-            quantile of. None for others.
+        level_bte: float32 [B, T, E] in [-1, 1]; the values whose running quantile is the state of
+            `quantile` and `threshold`. None for others.
     """
 
     expert_bts: jax.Array
@@ -82,10 +82,10 @@ class Routing(NamedTuple):
 class Inspected(NamedTuple):
     """What an inspection sees of every choice, [B, T, S]; of a model with a leading dim of layers.
 
-    A forward pass whose router state has `KEEP`, float32 [E], is one: each combine weight is
-    multiplied by its expert's entry, so that 0 leaves an expert's output out and the weights of the
-    others as they are. Training and evaluation have no such entry, and their programs nothing of
-    all this.
+    A forward pass is an inspection if its router state has `KEEP`, float32 [E]. Each combine weight
+    is then multiplied by its expert's entry: 0 leaves out an expert's output without changing the
+    weights of the others. Training and evaluation have no such entry, and none of this is in their
+    programs.
 
     Attributes:
         expert_bts: int32; the choices that got a slot, E for none.
@@ -103,8 +103,8 @@ def route(
 ) -> Routing:
     """Decides which experts every token goes to, and with which weights.
 
-    With `inputs.choice_bts` (router replay, arXiv:2510.11370) the choices are given; the weights
-    are those that the router's scores of today give them, with gradient.
+    With `inputs.choice_bts` (router replay, arXiv:2510.11370) the choices are given; their weights
+    are those that the router's current scores give them, with gradient.
 
     Args:
         x_btd: tokens of whole sequences, whole groups of `config.group_sequences`.
@@ -119,7 +119,7 @@ def route(
 
 
 def _keep(routing: Routing, state: Weights) -> Routing:
-    """Leaves out what an inspection takes out."""
+    """Multiplies combine weights by what an inspection keeps of each expert, see `Inspected`."""
     if KEEP not in state:
         return routing
     keep_bts = state[KEEP].at[routing.expert_bts].get(mode="fill", fill_value=0)
@@ -486,8 +486,8 @@ _ROUTERS: dict[str, Callable[..., Routing]] = {
     "soft": _soft,
     "mixture_of_depths": _mixture_of_depths,
     **dict.fromkeys(("hash", *FORCED), _without_logits),
-    **dict.fromkeys(ALL_EXPERTS, _elementwise),
     "dense": _dense,
+    **dict.fromkeys(("elementwise", "elementwise_input"), _elementwise),
     "relu": _relu,
     "threshold": _threshold,
 }

@@ -392,15 +392,15 @@ def search(
     fitting = [layout for layout in found if layout.bytes <= room]
     if not found:
         raise ConfigError(
-            f"train.batch_size={config.train.batch_size} and the model fit no mesh of "
-            f"{num_devices} devices; use a batch that is a multiple of "
+            f"no mesh of {num_devices} devices fits the model and train.batch_size="
+            f"{config.train.batch_size}; use a batch that is a multiple of "
             f"{num_devices * config.moe.group_sequences}"
         )
     if not fitting:
         least = min(layout.bytes for layout in found)
         raise ConfigError(
-            f"no layout of {topology.name} fits: the smallest needs {bytes_text(least)} a device "
-            f"and {bytes_text(topology.memory)} are there; use more chips"
+            f"no layout of {topology.name} fits: the smallest needs {bytes_text(least)} a device, "
+            f"which has {bytes_text(topology.memory)}; use more chips"
         )
     tried = []
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())

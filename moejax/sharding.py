@@ -21,7 +21,7 @@ from moejax.parameters import AXES_OF
 
 BATCH_AXES = TOKEN_AXES
 CONTEXT_AXIS = "context"
-GATHERED = "gathered"  # what a remat policy keeps of dense layers' weights
+GATHERED = "gathered"  # name by which remat policies keep dense layers' gathered weights
 
 # By the end of the parameter's path. A stacked layer dim in front is never split.
 PARAMETER_SPECS = {
@@ -67,10 +67,11 @@ def _axes_in_table(name: str) -> tuple[Any, ...]:
 
 
 def matrix_dims(name: str) -> tuple[int, int] | None:
-    """Returns how many dims the rows and the columns of a matrix have; None for what is no matrix.
+    """Returns how many dims the rows and the columns of a matrix have; None if it is not a matrix.
 
-    They are the last dims of the array. A matrix has its D over fsdp, and that is one side of it:
-    a query [D, H, K] has one dim of rows and two of columns, a stack of experts [E, F, D] one each.
+    They are the last dims of the array. The dim that fsdp splits, D, is one side of the matrix and
+    all others are the other side: a query [D, H, K] has one dim of rows and two of columns, a stack
+    of experts [E, F, D] one of each.
     """
     axes = [axes for axes in _axes_in_table(name) if axes != EXPERT_AXES]
     if not gathered_axes(axes):
@@ -243,7 +244,7 @@ def device_spec() -> P:
 
 
 def vary_everywhere(array: jax.Array) -> jax.Array:
-    """Inside `shard_map`, marks an array as one that may be another on every device."""
+    """Inside `shard_map`, marks an array as one that may differ between all devices."""
     return _vary(array, frozenset(AXES))
 
 

@@ -28,8 +28,8 @@ class SkipList:
             first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
             if last < first:
                 raise ConfigError(
-                    f"{part!r} is no range of batches; give indices and ranges with the lower one "
-                    "first, for example 120-180,512"
+                    f"{part!r} is not a range of batches; give indices and ranges with the lower "
+                    "one first, for example 120-180,512"
                 )
             found.append((first, last + 1))
         return cls._merged(found)

@@ -30,8 +30,8 @@ class TrainState:
         params: nested dict of arrays.
         opt_state: of Optax.
         router_state: of `router_state.initial_router_state`; no optimizer touches it.
-        rng: uint32 [2]; key data, of the run's seed; for routers that draw, which fold the step in.
-        watch: of `watch.initial_watch`; what a step is judged by.
+        rng: uint32 [2]; key data of the run's seed. Routers that draw fold the step into it.
+        watch: of `watch.initial_watch`; the recent steps that a step is compared with.
     """
 
     step: jax.Array
@@ -85,8 +85,8 @@ def _initial_state(
 def require_room(config: Config) -> None:
     """Checks that the parameters alone fit into the memory of all devices together.
 
-    What a program for it would do is an abort of the process, or of others on the machine. It is no
-    promise that a training fits: `moejax plan` says that.
+    A program that does not fit would abort this process, or others on the machine. Passing does
+    not promise that a training fits: `moejax plan` tells that.
 
     Raises:
         ConfigError: they do not.
@@ -95,7 +95,7 @@ def require_room(config: Config) -> None:
     needed = count * jnp.dtype(config.model.param_dtype).itemsize
     require(
         needed <= there,
-        f"{count:,} parameters take {needed / 2**30:,.0f} GiB and all devices together have "
+        f"{count:,} parameters take {needed / 2**30:,.0f} GiB, but all devices together have "
         f"{there / 2**30:,.0f}; use a smaller model or more devices (moejax plan says how many)",
     )
 

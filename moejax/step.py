@@ -1,5 +1,6 @@
-"""The train step `(state, batch) -> (state, metrics)`, and the gradients that it is made of."""
+"""The train step `(state, batch) -> (state, metrics)`, and the gradients that it applies."""
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -49,7 +50,7 @@ def parameter_group(name: str) -> str:
 
 
 class StepMetrics(NamedTuple):
-    """What a step says of itself: device arrays, the same on every mesh.
+    """What a step reports: device arrays, the same on every mesh.
 
     Attributes:
         losses: of the whole step.
@@ -60,8 +61,8 @@ class StepMetrics(NamedTuple):
         choice_albts: int32 [accumulation, MoE layers, B, T, S]; the experts that tokens chose, with
             `logging.choices`, else None.
         router_state: after the step, [layers, ...], without the table of router `hash`.
-        finite: by quantity, in the order of the computation: whether it is finite everywhere.
-        verdict: whether the step is like the others, and was left without effect.
+        finite: bool by quantity, in the order of the computation: whether all of it is finite.
+        verdict: whether the step is abnormal, and whether it was left without effect.
     """
 
     losses: Losses
@@ -76,7 +77,7 @@ class StepMetrics(NamedTuple):
 
 
 class Microbatch(NamedTuple):
-    """What the gradient of one microbatch is taken of; with a leading dim, all of a step.
+    """What the forward pass of one microbatch reads; with a leading dim, all those of a step.
 
     Attributes:
         batch: arrays [B, T].
@@ -112,12 +113,12 @@ def _forward(graph: nnx.GraphDef, params: Any, router_state, part: Microbatch):
 def _step_stats(
     config: Config, graph, params, router_state, parts: Microbatch, total: Totals
 ) -> RouterStats | None:
-    """Returns the routing sums of the whole step, where the losses of its microbatches need them.
+    """Returns the routing sums of the whole step, which the losses of its microbatches need.
 
-    With accumulation, a loss that is not linear in the sums weighs each microbatch by its slope at
-    the sums of all. They come from a forward pass ahead, which costs a third of a forward and
-    backward; where no such loss is on, only the counts of tokens are filled in. None without
-    accumulation, where the microbatch is the step, and for a dense model.
+    With accumulation, a loss that is not linear in the sums weighs each microbatch by the loss's
+    slope at the sums of the whole step. Those take one more forward pass, a third of the cost of a
+    forward and backward pass; without such a loss, only the counts of tokens are filled in. None
+    without accumulation, where the microbatch is the step, and for a dense model.
     """
     if parts.batch.tokens.shape[0] == 1 or config.num_moe_layers == 0:
         return None
@@ -156,43 +157,70 @@ def gradients(
         graph: of `model_graph`.
         parts: with a leading dim of microbatches.
     """
-    moe, batch = config.moe, parts.batch
-    total = totals(batch.loss_mask, batch.segments)
+    total = totals(parts.batch.loss_mask, parts.batch.segments)
     whole = _step_stats(config, graph, params, router_state, parts, total)
-    l1_l = router_state.get("l1")
-
-    def objective(params, part: Microbatch):
-        model, out = _forward(graph, params, router_state, part)
-        with jax.named_scope("loss"):
-            summed = model.summed_loss(out.hidden_btd, part.batch.targets, part.batch.loss_mask)
-            loss = objective_loss = cross_entropy(summed, total)
-            level = None
-            if out.stats is not None:
-                if whole is None:
-                    objective_loss += auxiliary_loss(out.stats, l1_l, moe)
-                else:
-                    objective_loss += auxiliary_part(out.stats, whole, l1_l, moe)
-                if moe.microbatch_balance_loss_weight:
-                    level = microbatch_balance(out.stats, total, moe)
-                    objective_loss += moe.microbatch_balance_loss_weight * level.sum()
-        choices = out.choice_lbts if config.logging.choices else None
-        return objective_loss, ((loss, level, out.stats), choices)
-
+    objective = functools.partial(
+        _objective, config=config, graph=graph, router_state=router_state, whole=whole, total=total
+    )
     gradient = jax.grad(objective, has_aux=True)
-    if batch.tokens.shape[0] == 1:
-        grads, ((loss, level, stats), choices) = gradient(params, _first(parts))
+    if parts.batch.tokens.shape[0] == 1:
+        grads, (sums, choices) = gradient(params, _first(parts))
         choices = jax.tree.map(lambda leaf: leaf[None], choices)
     else:
+        grads, (sums, choices) = _accumulated(gradient, params, parts)
+    loss, balance_l, stats = sums
+    losses = whole_losses(loss, balance_l, stats, router_state.get("l1"), config.moe)
+    return grads, losses, stats, total, choices
 
-        def accumulate(sums, part: Microbatch):
-            grads, (values, choices) = gradient(params, part)
-            return _add(sums, (grads, values)), choices
 
-        grads, (values, _) = jax.eval_shape(gradient, params, _first(parts))
-        start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf)), (grads, values))
-        (grads, (loss, level, stats)), choices = jax.lax.scan(accumulate, start, parts)
-        grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
-    return grads, whole_losses(loss, level, stats, l1_l, moe), stats, total, choices
+def _objective(
+    params: Any,
+    part: Microbatch,
+    *,
+    config: Config,
+    graph: nnx.GraphDef,
+    router_state: dict[str, jax.Array],
+    whole: RouterStats | None,
+    total: Totals,
+) -> tuple[jax.Array, tuple[tuple, jax.Array | None]]:
+    """Returns a microbatch's share of what the step minimises, and what else comes of it.
+
+    Args:
+        whole: of `_step_stats`.
+
+    Returns:
+        The share; then what adds up over microbatches (cross-entropy, microbatch-level balance loss
+        [L] or None, routing sums) and the choices, None if they are not logged.
+    """
+    moe, l1_l = config.moe, router_state.get("l1")
+    model, out = _forward(graph, params, router_state, part)
+    with jax.named_scope("loss"):
+        summed = model.summed_loss(out.hidden_btd, part.batch.targets, part.batch.loss_mask)
+        loss = share = cross_entropy(summed, total)
+        balance_l = None
+        if out.stats is not None:
+            if whole is None:
+                share += auxiliary_loss(out.stats, l1_l, moe)
+            else:
+                share += auxiliary_part(out.stats, whole, l1_l, moe)
+            if moe.microbatch_balance_loss_weight:
+                balance_l = microbatch_balance(out.stats, total, moe)
+                share += moe.microbatch_balance_loss_weight * balance_l.sum()
+    choices = out.choice_lbts if config.logging.choices else None
+    return share, ((loss, balance_l, out.stats), choices)
+
+
+def _accumulated(gradient: Callable, params: Any, parts: Microbatch) -> tuple[Any, tuple]:
+    """Returns what `gradient` gives for each microbatch, added up; choices are stacked."""
+
+    def accumulate(sums, part: Microbatch):
+        grads, (values, choices) = gradient(params, part)
+        return _add(sums, (grads, values)), choices
+
+    grads, (values, _) = jax.eval_shape(gradient, params, _first(parts))
+    start = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, _sum_dtype(leaf)), (grads, values))
+    (grads, values), choices = jax.lax.scan(accumulate, start, parts)
+    return jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params), (values, choices)
 
 
 def _sum_dtype(leaf: Any):
@@ -206,7 +234,7 @@ def _all_finite(tree: Any) -> jax.Array:
 
 
 def _finite(
-    parts: Losses, stats: RouterStats | None, grads: Any, grad_norm: jax.Array
+    losses: Losses, stats: RouterStats | None, grads: Any, grad_norm: jax.Array
 ) -> OrderedDict[str, jax.Array]:
     """Returns which quantities are finite; the first that is not is where trouble showed first."""
     finite = OrderedDict()  # a dict would leave `jit` sorted by name
@@ -214,7 +242,7 @@ def _finite(
         finite |= {
             f"router logits of MoE layer {i}": jnp.isfinite(z) for i, z in enumerate(stats.z)
         }
-    finite |= {"loss": jnp.isfinite(parts.loss), "total_loss": jnp.isfinite(parts.total)}
+    finite |= {"loss": jnp.isfinite(losses.loss), "total_loss": jnp.isfinite(losses.total)}
     by_group: dict[str, list] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
         by_group.setdefault(parameter_group(path_name(path)), []).append(leaf)
@@ -230,8 +258,8 @@ def train_step(
 ) -> Callable[..., tuple[TrainState, StepMetrics, Any]]:
     """Returns `(state, batch) -> (state, metrics, gradients)`, pure; `make_train_step` jits it.
 
-    Choices [accumulation, MoE layers, B, T, S] as a third argument are used instead of choosing
-    (replay); the router state then stays as it is.
+    A third argument, choices [accumulation, MoE layers, B, T, S], replays those instead of choosing
+    experts; the router state then stays as it is.
     """
     schedule = learning_rate(config.optim, config.train.steps)
 
@@ -239,13 +267,13 @@ def train_step(
         state: TrainState, batch: Batch, choices: jax.Array | None = None
     ) -> tuple[TrainState, StepMetrics, Any]:
         key_ab = sequence_keys(state.rng, state.step, batch.tokens.shape[:2])
-        grads, parts, stats, total, chosen = gradients(
+        grads, losses, stats, total, chosen = gradients(
             config, graph, state.params, state.router_state, Microbatch(batch, key_ab, choices)
         )
         grads = jax.lax.with_sharding_constraint(grads, tree_shardings(mesh, grads))
         grad_norm = optax.tree.norm(grads)
-        finite = _finite(parts, stats, grads, grad_norm)
-        values = {"loss": parts.loss, "grad_norm": grad_norm}
+        finite = _finite(losses, stats, grads, grad_norm)
+        values = {"loss": losses.loss, "grad_norm": grad_norm}
         sound = jnp.stack(list(finite.values())).all()
         verdict, watch = judge(config.watch, state.watch, values, sound)
 
@@ -265,7 +293,7 @@ def train_step(
         finite["parameters after the step"] = _all_finite(params)
         updates = state.step - state.watch["skipped"]  # what the optimizer counts
         metrics = StepMetrics(
-            losses=parts,
+            losses=losses,
             grad_norm=grad_norm,
             learning_rate=jnp.asarray(schedule(updates), jnp.float32),
             totals=total,
@@ -288,7 +316,7 @@ def make_train_step(config: Config, mesh: Mesh, *, donate: bool = True) -> tuple
     """Returns the jitted step, and the state that it takes as shapes with shardings.
 
     Args:
-        donate: the state's memory becomes that of the next one, and it cannot be used again.
+        donate: reuse the memory of the state for the next one; the old state is then invalid.
     """
     optimizer = make_optimizer(config.optim, config.train.steps)
     step = train_step(config, mesh, optimizer, model_graph(config, mesh))

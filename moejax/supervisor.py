@@ -228,8 +228,8 @@ def supervise_command(program: Sequence[str], retries: Retries) -> int:
     workdir = workdir_of(program)
     if workdir is None:
         raise ConfigError(
-            "the command has no --workdir, whose checkpoints say whether it gets on; for example "
-            "moejax supervise -- train configs/quickstart.py --workdir runs/a"
+            "the command has no --workdir, whose checkpoints tell whether it makes progress; for "
+            "example moejax supervise -- train configs/quickstart.py --workdir runs/a"
         )
 
     def start() -> Group:
@@ -238,7 +238,7 @@ def supervise_command(program: Sequence[str], retries: Retries) -> int:
         except OSError as error:
             raise ConfigError(
                 f"{program[0]} cannot be started: {error.strerror}; give a verb of moejax, or a "
-                "program that is here"
+                "program on this machine"
             ) from None
 
     return supervise(start, workdir, retries)

@@ -145,7 +145,7 @@ def parse_topology(text: str) -> Topology:
     sizes, several, slices = sizes.partition(":")
     require(
         name in CHIPS,
-        f"--topology {text}: {name!r} is no chip that can be planned for; use one of "
+        f"--topology {text}: {name!r} is not a chip that can be planned for; use one of "
         f"{', '.join(CHIPS)}, as in v5p:4x4x8 or h100:16x8",
     )
     chip = CHIPS[name]
@@ -159,7 +159,8 @@ def parse_topology(text: str) -> Topology:
     )
     require(
         not several or re.fullmatch(r"[1-9]\d{0,3}", slices) is not None,
-        f"--topology {text}: {slices!r} is no number of slices; give it as in {name}:{example}:2",
+        f"--topology {text}: {slices!r} is not a number of slices; give one as in "
+        f"{name}:{example}:2",
     )
     require(
         not several or (chip.is_tpu and chip.network is not None),

@@ -52,7 +52,7 @@ def slots(config: Config, capacity_factor: float) -> int:
 
 def local_tokens(config: Config, sizes: MeshConfig) -> int:
     """Returns the positions of a microbatch on one device."""
-    microbatch = config.train.batch_size // config.train.accumulation
+    microbatch = config.microbatch_size
     assert sizes.context is not None
     return microbatch // sizes.token_shards * config.data.sequence_length // sizes.context
 

@@ -1,4 +1,4 @@
-"""The ways of a token to its experts and back: one function for each transport.
+"""How tokens get to their experts and back: one function for each transport.
 
 All are called inside the layer's `shard_map`, with one device's tokens. `by_slots` and `by_mixing`
 move equal buffers; the others move assignments, and drop none of those that they are given.
@@ -42,11 +42,11 @@ class Experts(NamedTuple):
     on_rows: Callable
 
 
-EXCHANGED = "exchanged"  # what a remat policy keeps, so that backward repeats no exchange
+EXCHANGED = "exchanged"  # name by which remat policies keep what an exchange delivered
 
 
 def _delivered(tree: Any) -> Any:
-    """Marks what a collective over the expert axis gave."""
+    """Marks what a collective over the expert axes delivered, by name, for remat policies."""
     return checkpoint_name(tree, EXCHANGED)
 
 
@@ -75,6 +75,7 @@ def by_mixing(experts: Experts, x_gtd, mixing: SoftMixing):
 
 
 def _to_experts_and_back(experts: Experts, buf_ecd, weight_ec):
+    """Runs the experts on equal buffers, wherever they are: [E, C, D] -> [E, C, D]."""
     with jax.named_scope("exchange"):
         sent = (buf_ecd, weight_ec)
         buf_ecd, weight_ec = _delivered(jax.tree.map(exchange.slots_to_experts, sent))
@@ -104,18 +105,27 @@ def by_assignments(
     return run(experts, x_td, expert_ts, weight_ts, config)
 
 
-def balanced_rows(tokens: int, config: MoEConfig) -> int:
-    """Returns `buffer_factor` times the balanced load of a device with that many tokens."""
+def _buffer_rows(tokens: int, config: MoEConfig) -> int:
+    """Returns the rows of a receive buffer: `buffer_factor` times a device's balanced load.
+
+    Args:
+        tokens: of each device that sends.
+    """
     return int(config.buffer_factor * tokens * config.mean_selected)
 
 
 def _expected_rows(tokens: int, rows: int, config: MoEConfig) -> int:
-    """Returns that balanced load itself, which may be all of `rows` where these have a bound."""
+    """Returns the rows of a receive buffer that balanced routing fills, at most `rows`."""
     return min(rows, int(tokens * config.mean_selected) + 1)
 
 
 def _in_rounds(run: Callable, operands, fixed, rounds, most: int):
-    """Returns `sum_rounds` and the rounds after the first; a plain call where one always fits."""
+    """Returns `sum_rounds` of `run`, and the rounds after the first.
+
+    Args:
+        rounds: int32; how many this routing needs.
+        most: how many any routing can need; with 1, `run` is called once, without a loop.
+    """
     if most <= 1:
         return run(0, operands, fixed), jnp.zeros((), jnp.int32)
     rounds = _delivered(jnp.maximum(rounds, 1))
@@ -132,9 +142,15 @@ def _window(expert_ts: jax.Array, index, rows: int, none: int) -> jax.Array:
 
 
 def _local_rounds(experts: Experts, x_td, expert_ts, weight_ts, degree: int, config: MoEConfig):
-    """Runs this device's experts, one in `degree` of them, on the tokens of as many devices."""
+    """Runs this device's experts on tokens that are here, in rounds; see `by_assignments`.
+
+    Args:
+        x_td, expert_ts, weight_ts: tokens of `degree` devices; experts are numbered 0 to E/Z - 1,
+            and E/Z marks an assignment to another device's expert.
+        degree: Z, or 1 where nothing is split.
+    """
     local, tokens = config.num_experts // degree, expert_ts.shape[0] // degree
-    rows = min(balanced_rows(tokens, config), expert_ts.size)
+    rows = min(_buffer_rows(tokens, config), expert_ts.size)
     expected = _expected_rows(tokens, rows, config)
 
     def run(index, operands, expert_ts):
@@ -203,7 +219,7 @@ def _by_peers(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     degree, none = exchange.expert_degree(), config.num_experts
     local, assignments = none // degree, expert_ts.size
     tokens = expert_ts.shape[0]
-    part = min(-(-balanced_rows(expert_ts.shape[0], config) // degree), assignments)
+    part = min(-(-_buffer_rows(expert_ts.shape[0], config) // degree), assignments)
     rows = part * degree
     with jax.named_scope("assign"):
         peer_a = jnp.where(expert_ts < none, expert_ts // local, degree).reshape(-1)
@@ -248,7 +264,7 @@ def _by_ragged(experts: Experts, x_td, expert_ts, weight_ts, config: MoEConfig):
     degree, none = exchange.expert_degree(), config.num_experts
     local, assignments = none // degree, expert_ts.size
     tokens = expert_ts.shape[0]
-    rows = min(balanced_rows(expert_ts.shape[0], config), degree * assignments)
+    rows = min(_buffer_rows(expert_ts.shape[0], config), degree * assignments)
     with jax.named_scope("assign"):
         slots = grouped_slots(expert_ts, num_experts=none, rows=assignments)
         count_zze = _delivered(exchange.gather_counts(slots.group_size_e.reshape(degree, local)))

@@ -1,7 +1,7 @@
-"""Watching a training: which step is not like the others, on device, and what the host says of it.
+"""Watching a training: finds abnormal steps on the devices, and says on the host what to do.
 
 The last 128 losses and gradient norms are part of the training's state, so a resumed run judges as
-the undisturbed one would have. A step that a policy skips leaves parameters, optimizer and router
+an undisturbed one would have. A step that a policy skips leaves parameters, optimizer and router
 state as they were, bit for bit; the decision is made on device from values that are the same on
 all of them, so no host waits and all processes agree.
 """
@@ -24,14 +24,14 @@ WatchState = dict[str, jax.Array]
 
 
 class Verdict(NamedTuple):
-    """What a step was found to be: scalars, the same on every device.
+    """Whether a step is abnormal: scalars, the same on every device.
 
     Attributes:
         limits: float32 by quantity, `loss` and `grad_norm`; above it is a spike. Infinite until
             NEEDED steps were seen.
         spikes: bool by quantity.
         skipped: bool; the step was left without effect.
-        in_a_row: int32; skipped steps up to this one, without one between that was not.
+        in_a_row: int32; how many steps in a row were skipped, up to this one.
     """
 
     limits: dict[str, jax.Array]
@@ -56,8 +56,8 @@ def judge(
 ) -> tuple[Verdict, WatchState]:
     """Judges a step, in the step; returns the verdict and the next state.
 
-    A spike enters the window as the limit that it broke, so that it neither hides the next one nor
-    keeps out for ever what has come to stay.
+    A spike enters the window as the limit that it broke: so it does not hide the next spike, and a
+    lasting change of level is accepted after a while.
 
     Args:
         values: `loss` and `grad_norm` of the step.
@@ -117,7 +117,7 @@ class Finding(NamedTuple):
 def findings_of_step(
     whole: Config, verdict: Verdict, values: Mapping[str, Any], finite: Mapping[str, Any]
 ) -> list[Finding]:
-    """Returns what a step's verdict says, the policies applied.
+    """Returns the findings of a step's verdict, each with its policy.
 
     Args:
         whole: the config, whose values the remedies name.
@@ -131,7 +131,7 @@ def findings_of_step(
         # parameters that are broken already stay so, whatever is skipped
         policy = "stop" if config.nonfinite == "skip" and not verdict.skipped else config.nonfinite
         message = (
-            f"{broken[0]} is not finite first, of {len(broken)} quantities; lower "
+            f"{broken[0]} is the first of {len(broken)} quantities that are not finite; lower "
             f"optim.learning_rate={optim.learning_rate} or optim.clip_norm={optim.clip_norm}, or "
             f"raise moe.router_z_loss_weight={whole.moe.router_z_loss_weight}"
         )
@@ -152,7 +152,7 @@ def findings_of_step(
     if row >= config.max_consecutive_skips:
         message = (
             f"{row} steps in a row were skipped, watch.max_consecutive_skips="
-            f"{config.max_consecutive_skips}; it is not the batches: lower "
+            f"{config.max_consecutive_skips}; the batches are not the cause: lower "
             f"optim.learning_rate={optim.learning_rate}"
         )
         found.append(Finding("skips", "stop", message, {"in_a_row": row}))
@@ -160,7 +160,7 @@ def findings_of_step(
 
 
 def router_health(stats: Any, record: Mapping[str, Any]) -> dict[str, float]:
-    """Returns what the limits of collapse are held against, each of the worst layer.
+    """Returns the quantities that the limits of collapse apply to, each of the worst layer.
 
     Args:
         stats: `RouterStats` [layers, ...] on the host; None for a dense model: nothing.
@@ -181,7 +181,7 @@ def router_health(stats: Any, record: Mapping[str, Any]) -> dict[str, float]:
 def findings_of_router(
     config: WatchConfig, health: Mapping[str, float], streaks: Mapping[str, int]
 ) -> tuple[list[Finding], dict[str, int]]:
-    """Returns what is over its limit for long enough, and the next streaks.
+    """Returns a finding for each quantity over its limit for long enough, and the next streaks.
 
     Args:
         health: of `router_health`, by the name of the limit.

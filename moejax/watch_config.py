@@ -1,4 +1,4 @@
-"""The section `watch`: what a training looks for in itself, and what it does then. No JAX."""
+"""The section `watch`: what a training checks of itself, and what it does about it. No JAX."""
 
 import dataclasses
 import math
@@ -10,12 +10,11 @@ from moejax.skip_list import SkipList
 Policy = Literal["off", "warn", "skip", "rollback", "stop"]
 # Why a policy makes no sense for a quantity, and what does.
 REFUSED = {
-    ("nonfinite", ("off", "warn")): "a NaN that is applied stays in every parameter and moment for "
-    "ever, and no checkpoint could follow; use stop, skip or rollback",
-    ("collapse", ("skip", "rollback")): "a router collapses over many steps, by its losses and its "
-    "rate and not by a batch, so that steps without effect leave it collapsed and other batches "
-    "bring it there again; use stop or warn, and raise moe.balance_loss_weight or "
-    "moe.router_z_loss_weight",
+    ("nonfinite", ("off", "warn")): "once applied, a NaN stays in every parameter and moment, and "
+    "no checkpoint could be saved; use stop, skip or rollback",
+    ("collapse", ("skip", "rollback")): "a router collapses over many steps, because of its losses "
+    "and learning rate and not of one batch, so skipping steps or going back would not help; use "
+    "stop or warn, and raise moe.balance_loss_weight or moe.router_z_loss_weight",
 }
 # Keys and the policies that read them.
 READ_BY_POLICY = {"max_consecutive_skips": "skip", "max_rollbacks": "rollback"}
@@ -24,34 +23,34 @@ COLLAPSE_LIMITS = ("max_violation", "max_dead_experts", "max_drop_fraction", "ma
 
 @dataclasses.dataclass(frozen=True)
 class WatchConfig:
-    """What is looked for in every step, and what follows.
+    """What to look for in every step, and what to do about it.
 
-    `warn` says it, `skip` leaves the step without effect, `rollback` goes back to the newest
-    checkpoint and passes over the batches since, `stop` ends the run. Each is an event.
+    `warn` prints it, `skip` leaves the step without effect, `rollback` goes back to the newest
+    checkpoint and leaves out the batches since, `stop` ends the run. Each is an event.
     """
 
-    # a loss or gradient that is not finite; once applied it is in every parameter for ever
-    nonfinite: Policy = "stop"
-    # above mean + spike_sigma deviations of the last 128 steps, once there were 64
+    nonfinite: Policy = "stop"  # a loss or gradient is not finite
+    # the loss is above mean + spike_sigma deviations of the last 128 steps, once there were 64
     loss_spike: Policy = "warn"
-    grad_norm_spike: Policy = "warn"
-    spike_sigma: float = 6.0
-    max_consecutive_skips: int = 10  # then the run stops
-    max_rollbacks: int = 3  # to the same checkpoint; then the run stops
-    # a layer over one of the four limits for collapse_steps steps in a row; None: no such limit
+    grad_norm_spike: Policy = "warn"  # the same of the gradient's global norm
+    spike_sigma: float = 6.0  # standard deviations above the mean that make a spike
+    max_consecutive_skips: int = 10  # steps skipped in a row; then the run stops
+    max_rollbacks: int = 3  # rollbacks to the same checkpoint; then the run stops
+    # a layer is over one of the four limits below for collapse_steps steps in a row
     collapse: Policy = "warn"
-    collapse_steps: int = 50
-    max_violation: float | None = None  # MaxVio, at most E / k - 1
-    max_dead_experts: float | None = 0.5  # of a layer's experts
-    max_drop_fraction: float | None = 0.5  # of all assignments
-    max_router_logit: float | None = 50.0  # root mean square of logsumexp(logits)
+    collapse_steps: int = 50  # steps in a row over a limit that make a collapse
+    # limit of MaxVio, which is at most E / k - 1; None: no limit
+    max_violation: float | None = None
+    max_dead_experts: float | None = 0.5  # limit, as a fraction of a layer's experts
+    max_drop_fraction: float | None = 0.5  # limit, as a fraction of all assignments
+    max_router_logit: float | None = 50.0  # limit of the root mean square of logsumexp(logits)
     # batches that no step sees, by index in the order of the data: 120-180,512
     skip_batches: str | None = None
     # compare what several devices hold alike, bit for bit, every so many steps
     replicas_every: int | None = None
     # compute a step twice and compare, every so many steps; needs room for a second state
     recompute_every: int | None = None
-    mismatch: Literal["warn", "stop"] = "stop"  # of either comparison
+    mismatch: Literal["warn", "stop"] = "stop"  # what follows a difference in them
 
     def __post_init__(self):
         for (name, policies), reason in REFUSED.items():
@@ -84,8 +83,7 @@ class WatchConfig:
             value = getattr(self, name)
             require(
                 reads or value == defaults[name],
-                f"watch.{name}={value} is read by nothing; leave it at {defaults[name]}, or use "
-                f"{remedy}",
+                f"watch.{name}={value} is not read; leave it at {defaults[name]}, or use {remedy}",
             )
 
         for name, policy in READ_BY_POLICY.items():
@@ -96,7 +94,7 @@ class WatchConfig:
             read(name, self.collapse != "off", "watch.collapse=warn")
         require(
             self.collapse == "off" or any(getattr(self, n) is not None for n in COLLAPSE_LIMITS),
-            f"watch.collapse={self.collapse!r} without a limit sees nothing; give one of watch."
+            f"watch.collapse={self.collapse!r} has no limit to check; give one of watch."
             f"{', watch.'.join(COLLAPSE_LIMITS)}, or watch.collapse=off",
         )
         compares = self.replicas_every is not None or self.recompute_every is not None

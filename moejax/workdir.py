@@ -1,4 +1,4 @@
-"""The folder of one run: what lies where in it, and whose config it has. JAX is not imported."""
+"""The folder of one run: its files, and which config may use it. JAX is not imported."""
 
 import contextlib
 import fnmatch
@@ -25,15 +25,15 @@ MANIFEST = "MANIFEST.json"  # in a step's folder, written when all else in it is
 ATLAS = "atlas"  # one `.npz` a step, named by its number
 LOSS_PLOT = "loss.png"
 EXPERT_LOAD_PLOT = "expert_load.png"
-# What a run reads and writes by name; tests hold the modules that name them to it.
+# What a run reads and writes by name; a test checks that modules name no others.
 FILES = (
     *(CONFIG, RUN, METRICS, "events.jsonl", "ledger.jsonl", "lock.json", "eval.jsonl"),
     *(LOSS_PLOT, EXPERT_LOAD_PLOT),
 )
 FOLDERS = (CHECKPOINTS, TENSORBOARD, ATLAS, "choices", "wandb")
 
-# What may differ on resume: how long, how often to look and save, and how the same mathematics is
-# laid out over devices. Everything else decides what a step computes: another training.
+# Keys that may differ on resume: how long to train, how often to look and save, and how the same
+# computation is laid out over devices. All others change what a step computes.
 MAY_CHANGE = (
     "train.steps",
     "train.accumulation",
@@ -115,7 +115,7 @@ def steps_with(root: Path, name: str) -> list[int]:
 
 
 def require_own(workdir: Path) -> None:
-    """Checks that what a run reads and writes is in its folder; by a link it would be elsewhere.
+    """Checks that no file or folder of a run is a link, by which it would be outside the workdir.
 
     Raises:
         ConfigError: which name is a link, or something else than a file or a folder.

@@ -302,7 +302,7 @@ ERRORS = [
     ("inspect --workdir docs", "moejax inspect: error: docs/config.json does not exist; give a"),
     (
         "inspect --workdir W --text a --against V",
-        "moejax inspect: error: --text and --against are two looks; give one of them; see moejax i",
+        "moejax inspect: error: --text and --against do not go together; give one of them; see",
     ),
     (
         "inspect --workdir W --png x.png",
@@ -310,11 +310,11 @@ ERRORS = [
     ),
     (
         "inspect --workdir W --against_step 5",
-        "moejax inspect: error: --against_step is of --against DIR; see ",
+        "moejax inspect: error: --against_step needs --against DIR; see ",
     ),
     (
         "inspect --workdir W --text a --remove 5",
-        "moejax inspect: error: --remove is of the whole atlas; see ",
+        "moejax inspect: error: --remove is for the whole atlas only; see ",
     ),
     (
         "inspect --workdir W moe.top_k=1",
@@ -358,7 +358,7 @@ def test_generate_needs_a_prompt(workdir, tmp_path, capsys):
     (tmp_path / "empty").write_text("\n")
     for words, message in [
         ([], "no prompt; give --prompt"),
-        (["--prompts", str(tmp_path / "empty")], "is empty; write a prompt a line"),
+        (["--prompts", str(tmp_path / "empty")], "is empty; write one prompt per line"),
         (["--prompts", str(tmp_path)], "cannot be read: "),
     ]:
         assert main(["generate", "--workdir", str(workdir), *words]) == 2
@@ -442,7 +442,10 @@ def test_every_shipped_config_loads():
         (["eval", "--workdir", "x" * 5000], "cannot be used (File name too long)"),
         (["fsck", "--workdir", "W", "--json", "y" * 300], "cannot be used (File name too long)"),
         (["fsck", "--workdir", "W", "--json", "/dev/full"], "--json=/dev/full cannot be written"),
-        (["generate", "--workdir", "W", "--prompts", "/dev/zero"], "is larger than 16 MiB; cut it"),
+        (
+            ["generate", "--workdir", "W", "--prompts", "/dev/zero"],
+            "is larger than 16 MiB; cut it",
+        ),
         (["eval", "--workdir", "\x1b[2J"], "error: \\x1b[2J/config.json does not exist"),
     ],
 )

@@ -24,7 +24,7 @@ from moejax.overrides import apply_overrides
     ("words", "message"),
     [
         ("model.num_layers=0", "model.num_layers=0 is below 1; use a whole number of at least 1"),
-        ("model.vocab_size=1e10", "model.vocab_size=10000000000 is above 2**31 - 1, which devices"),
+        ("model.vocab_size=1e10", "model.vocab_size=10000000000 is above 2**31 - 1, the largest"),
         ("data.sequence_length=1e10", "data.sequence_length=10000000000 is above 2**31 - 1"),
         ("moe.every=0", "moe.every=0 is below 1"),
         ("eval.batches=0", "eval.batches=0 is below 1"),
@@ -60,7 +60,7 @@ from moejax.overrides import apply_overrides
         ),
         (
             "model.attention_window=8 model.full_attention_every=1",
-            "model.full_attention_every=1 of model.num_layers=4 leaves windows to all layers or to "
+            "model.full_attention_every=1 of model.num_layers=4 gives a window to all layers or to "
             "none; use 2 up to model.num_layers, or leave out",
         ),
         (
@@ -82,8 +82,8 @@ from moejax.overrides import apply_overrides
             "data.sequence_length=1",
             "data.sequence_length=1 is below 2; a sequence needs a token an",
         ),
-        ("data.source=prepared", "data.source='prepared' with data.path=None: give data.path exac"),
-        ("data.path=x", "data.source='embedded' with data.path='x': give data.path exactly when d"),
+        ("data.source=prepared", "data.source='prepared' with data.path=None: data.source=pre"),
+        ("data.path=x", "data.source='embedded' with data.path='x': data.source=prepared needs"),
         ("optim.b2=1", "optim.b2=1.0 is outside [0, 1); 0.9 and 0.95 are usual"),
         ("optim.clip_norm=0", "optim.clip_norm=0.0 must be a finite number above 0"),
         (
@@ -115,7 +115,10 @@ def test_an_impossible_config_is_refused_with_values_rule_and_remedy(words, mess
     [
         ("depth_fraction=0", "moe.depth_fraction=0.0 is outside (0, 1]; it is the part of the tok"),
         ("depth_fraction=1.5", "moe.depth_fraction=1.5 is outside (0, 1]"),
-        ("buffer_factor=0.9", "moe.buffer_factor=0.9 is below 1; balanced routing has to fit, use"),
+        (
+            "buffer_factor=0.9",
+            "moe.buffer_factor=0.9 is below 1; balanced routing has to fit, so",
+        ),
         ("l1_update_factor=1", "moe.l1_update_factor=1.0 must be a finite number above 1; ReMoE u"),
         ("eval_capacity_factor=0", "moe.eval_capacity_factor=0.0 must be a finite number above 0"),
         # Selection.
@@ -130,21 +133,21 @@ def test_an_impossible_config_is_refused_with_values_rule_and_remedy(words, mess
         ),
         (
             "router=gshard top_k=3",
-            "moe.router='gshard' draws the second of two experts, and moe.top_k=3; use moe.top_k=2",
+            "moe.router='gshard' draws the second of two experts, but moe.top_k=3; use moe.top_k=2",
         ),
-        ("router=gshard top_k=1", "moe.router='gshard' draws the second of two experts, and moe.t"),
+        ("router=gshard top_k=1", "moe.router='gshard' draws the second of two experts, but moe.t"),
         (
             "router=hash zero_experts=1 constant_experts=2",
-            "moe.zero_experts, copy_experts and constant_experts (3 in all) are chosen by score, "
-            "and moe.router='hash'; use one of softmax, sigmoid, sqrt_softplus, cosine, sigmoid_b",
+            "moe.zero_experts, copy_experts and constant_experts (3 in all) need a router that "
+            "chooses by score, and moe.router='hash' does not; use one of softmax, sigmoid, sqrt",
         ),
         (
             "router=noisy copy_experts=1",
-            "moe.zero_experts, copy_experts and constant_experts (1 in all) are chosen by score",
+            "moe.zero_experts, copy_experts and constant_experts (1 in all) need a router",
         ),
         (
             "shared_gate=sigmoid",
-            "moe.shared_gate='sigmoid' gates shared experts, and moe.shared_experts=0; set moe.sh",
+            "moe.shared_gate='sigmoid' gates shared experts, but moe.shared_experts=0; set moe.sh",
         ),
         # Capacity.
         (
@@ -164,15 +167,15 @@ def test_an_impossible_config_is_refused_with_values_rule_and_remedy(words, mess
         ),
         (
             "router=soft capacity_factor=None transport=ragged",
-            "moe.transport='ragged' moves assigned tokens, and moe.router='soft' makes equal slots",
+            "moe.transport='ragged' moves assigned tokens, but moe.router='soft' makes equal slots",
         ),
         (
             "router=soft capacity_factor=None transport=gather",
-            "moe.transport='gather' moves assigned tokens, and moe.router='soft' makes equal slots",
+            "moe.transport='gather' moves assigned tokens, but moe.router='soft' makes equal slots",
         ),
         (
             "num_experts=2 capacity_by_expert=1,2 capacity_factor=None",
-            "moe.capacity_by_expert is given and moe.capacity_factor=None is dropless; give a moe.",
+            "moe.capacity_by_expert is given, but moe.capacity_factor=None is dropless; give a moe",
         ),
         (
             "num_experts=3 capacity_by_expert=1,2",
@@ -199,13 +202,13 @@ def test_an_impossible_config_is_refused_with_values_rule_and_remedy(words, mess
         ),
         (
             "expert_groups=4 groups_per_token=1 top_k=3",
-            "moe.top_k=3 is over the group limit: moe.groups_per_token=1 of moe.expert_groups=4 "
+            "moe.top_k=3 exceeds the group limit: moe.groups_per_token=1 of moe.expert_groups=4 "
             "groups of 2 hold 2 experts; use moe.top_k <= 2 or more moe.groups_per_token, up to 4",
         ),
-        ("expert_groups=4 groups_per_token=5", "moe.top_k=2 is over the group limit: moe.groups_p"),
+        ("expert_groups=4 groups_per_token=5", "moe.top_k=2 exceeds the group limit: moe.groups_p"),
         (
             "expert_groups=4 groups_per_token=2 zero_experts=1",
-            "moe.expert_groups=4 limits experts that have a network; take out the 1 zero, copy an",
+            "moe.expert_groups=4 groups only experts that have a network; leave out the 1 zero, co",
         ),
         (
             "device_groups=4",
@@ -308,7 +311,7 @@ def test_every_key_that_some_routers_ignore_is_tried_above():
 def test_a_decoder_refuses_a_router_that_sees_later_tokens(router):
     """The layer alone is allowed: a model of one's own, an encoder say, may use it."""
     moe = _layer(router)
-    message = rf"^moe.router='{router}': .*; a decoder that is trained so reads ahead, .* Use anot"
+    message = rf"^moe.router='{router}': .*; a decoder trained this way reads ahead, .* Use anot"
     with pytest.raises(ConfigError, match=message):
         Config(moe=moe)
     assert Config(moe=dataclasses.replace(moe, allow_noncausal=True)).moe.router == router
@@ -375,18 +378,18 @@ def test_the_transport_of_dropless_routing_sends_least():
         (
             MeshConfig(data=2, expert=8),
             8,
-            "mesh data 2 x expert 8 needs 16 devices and 8 are there; make an "
+            "mesh data 2 x expert 8 needs 16 devices (available: 8); make an "
             "axis smaller, or on a CPU give --cpu_devices 16",
         ),
         (
             MeshConfig(data=2),
             8,
-            "mesh data 2 takes 2 devices and 8 are there; sizes must multiply to 8",
+            "mesh data 2 uses 2 devices (available: 8); sizes must multiply to 8: ",
         ),
         (
             MeshConfig(expert=3),
             8,
-            "mesh data None x expert 3 takes 3 devices a",
+            "mesh data None x expert 3 uses 3 devices (",
         ),
     ],
 )

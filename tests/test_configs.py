@@ -57,8 +57,8 @@ def test_a_mesh_that_does_not_fit_is_refused(mesh, message):
 
 
 def test_not_enough_devices():
-    with pytest.raises(ConfigError, match=r"needs 8 devices and 4 are there; .*--cpu_devices 8"):
+    with pytest.raises(ConfigError, match=r"needs 8 devices \(available: 4\); .*--cpu_devices 8"):
         MeshConfig(data=2, expert=4).resolve(4)
-    message = r"takes 2 devices and 4 are there; .*set one axis to None"
+    message = r"uses 2 devices \(available: 4\); .*set one axis to None"
     with pytest.raises(ConfigError, match=message):
         MeshConfig(data=2).resolve(4)

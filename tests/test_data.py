@@ -254,7 +254,7 @@ def test_a_thread_that_hangs_is_an_error_that_says_where(monkeypatch):
     assert next(ahead) == 5
     with pytest.raises(
         UnavailableError,
-        match=r"batch 6 did not come in data\.timeout_seconds=0\.2: the thread that reads data "
+        match=r"batch 6 did not arrive in data\.timeout_seconds=0\.2: the thread that reads data "
         r"hangs, in .*test_data\.py:\d+ stuck_disk > threading\.py",
     ):
         next(ahead)
@@ -271,7 +271,7 @@ def test_a_thread_that_is_gone_is_an_error_at_once():
     ahead._closed.clear()
     while not ahead._queue.empty():
         next(ahead)
-    with pytest.raises(UnavailableError, match=r"the thread that reads data ended without a word"):
+    with pytest.raises(UnavailableError, match=r"the thread that reads data died without an error"):
         next(ahead)
     ahead.close()
 
@@ -348,6 +348,6 @@ def test_a_damaged_sequence_is_padding_if_so_asked(corpus, caplog):
 def test_a_tokenizer_larger_than_the_model(corpus):
     check_vocabulary(corpus, 257)
     with pytest.raises(
-        ConfigError, match=r"has 257 ids and model\.vocab_size=256;.*vocab_size=264"
+        ConfigError, match=r"has 257 ids, but model\.vocab_size=256;.*vocab_size=264"
     ):
         check_vocabulary(corpus, 256)

@@ -253,7 +253,7 @@ def test_a_free_axis_takes_what_is_left():
 @pytest.mark.parametrize(
     ("config", "num_devices", "message"),
     [
-        (CONFIG, 4, "needs 8 devices and 4 are there"),
+        (CONFIG, 4, "needs 8 devices (available: 4)"),
         (CONFIG, 12, "sizes must multiply to 12"),
         (
             dataclasses.replace(CONFIG, mesh=MeshConfig(expert=16)),

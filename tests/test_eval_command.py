@@ -262,7 +262,7 @@ def test_the_line_reads_other_data_whole(workdir, data, monkeypatch, tmp_path, c
         ("--patience 5", "--patience 5.0 is not read without --watch; add that, or leave it out"),
         ("--poll_seconds 5", "--poll_seconds 5.0 is not read without --watch"),
         ("--field body", "--field body is not read without --data; leave it out"),
-        ("--limit 5", "--limit 5 is not read without --tasks; give names of tasks"),
+        ("--limit 5", "--limit 5 is not read without --tasks; add that, or leave it out"),
         ("--tasks_path docs", "--tasks_path docs is not read without --tasks"),
         ("--tasks a --tasks_path nowhere", "--tasks_path nowhere is not a folder; give one that"),
         ("--tasks ,", "--tasks ',' names no task; give names, as in a,b"),

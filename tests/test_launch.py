@@ -179,7 +179,7 @@ def test_killed_and_started_again_is_bit_for_bit_the_undisturbed_run(two, killed
     told = re.search(r"process 0 of 2: error: (process 1|another process) was lost", errors)
     assert told or "gloo" in errors, "gloo's own abort may come first"
     assert re.search(r"ended with exit code 13[47]; starting it again in 1 s, after step", errors)
-    assert "another environment" not in errors, "it is the same one"
+    assert "environment has changed" not in errors, "it is the same one"
     (event,) = (event for event in read_events(workdir) if event["kind"] == "restart")
     assert 3 <= event["step"] < 20, "it was killed too late to show anything"
     found, expected = ([strip(r) for r in read_metrics(run)] for run in (workdir, two[0]))
@@ -205,7 +205,7 @@ def test_two_processes_go_on_as_one_to_rounding(killed, alone, tmp_path):
     done = launch(1, workdir, "checkpoint.every=3")
     assert done.returncode == 0, done.stderr
     assert f"resuming after step {before}" in done.stdout
-    assert f"since step {before} this is another environment (processes: 2 -> 1)" in done.stderr
+    assert f"environment has changed since step {before} (processes: 2 -> 1)" in done.stderr
     (event,) = (event for event in read_events(workdir) if event["kind"] == "environment")
     assert event["differing"] == ["processes: 2 -> 1"]
     losses = [[record["loss"] for record in read_metrics(run)] for run in (workdir, alone)]

@@ -21,6 +21,7 @@ from moejax.overrides import (
     config_to_dict,
     config_to_json,
     config_values,
+    keys,
     load_config,
     parse_value,
 )
@@ -39,6 +40,14 @@ def write(tmp_path):
         return str(file)
 
     return write_config
+
+
+def test_every_key_has_a_comment_that_help_shows():
+    comments = {key.name: key.comment for key in keys().values()}
+    assert [name for name, comment in comments.items() if not comment] == []
+    assert comments["optim.learning_rate"] == "the peak, at the end of warmup", "behind the field"
+    assert comments["moe.priority"].startswith("who gets a slot first; "), "above the field"
+    assert comments["moe.shared_experts"].startswith("that see every token"), "no title of a group"
 
 
 def set_key(assignment: str) -> object:

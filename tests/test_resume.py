@@ -99,7 +99,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(straight, tmp_pat
     resumed = train(workdir)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming after step {reached}" in resumed.stdout
-    assert "another environment" not in resumed.stderr
+    assert "environment has changed" not in resumed.stderr
     assert records(workdir) == records(straight)
 
 
@@ -115,7 +115,7 @@ def test_fewer_devices_go_on_to_rounding(straight, tmp_path):
         assert resumed.returncode == 0, resumed.stderr
         assert f"resuming after step {start}" in resumed.stdout
         before = {4: 8, 1: 4}[devices]
-        said = f"since step {start} this is another environment (devices: {before} -> {devices};"
+        said = f"environment has changed since step {start} (devices: {before} -> {devices};"
         assert said in resumed.stderr
         *_, event = (e for e in read_events(workdir) if e["kind"] == "environment")
         assert event["step"] == start
@@ -172,7 +172,7 @@ def test_stopped_by_sigterm_and_resumed_is_bit_for_bit_the_undisturbed_run(strai
     assert process.returncode == 75, errors
     (reached,) = checkpoint_steps(workdir)
     assert reached < 19, "it was stopped too late to show anything"
-    assert f"stopped by SIGTERM, saved at step {reached}; the same command goes on" in errors
+    assert f"stopped by SIGTERM, saved at step {reached}; the same command resumes" in errors
     resumed = train(workdir, *words)
     assert resumed.returncode == 0, resumed.stderr
     expected = records(straight)
@@ -236,7 +236,7 @@ def test_a_run_stops_at_the_first_quantity_that_is_not_finite(tmp_path):
     assert done.returncode == 17
     message = done.stderr.strip().splitlines()[-1]
     assert message.startswith("moejax train: step ")
-    assert "is not finite first" in message
+    assert "quantities that are not finite" in message
     assert "optim.learning_rate=1e+30" in message
     last = json.loads((workdir / "metrics.jsonl").read_text().splitlines()[-1])
     assert "nonfinite" in last
@@ -254,5 +254,5 @@ def test_other_data_are_refused(straight, tmp_path, monkeypatch):
     workdir = tmp_path / "copy"
     shutil.copytree(straight, workdir)
     monkeypatch.setattr(loop, "TrainBatches", OtherText)
-    with pytest.raises(ConfigError, match=r"the data of .* were others"):
+    with pytest.raises(ConfigError, match=r"the data text of .* has changed"):
         loop.train(read_config(straight), workdir)

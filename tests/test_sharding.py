@@ -253,5 +253,5 @@ def test_meshes_have_all_axes(mesh_of):
 
 
 def test_a_mesh_of_more_devices_than_there_are_is_refused():
-    with pytest.raises(ConfigError, match=r"needs 16 devices and 8 are there.*--cpu_devices 16"):
+    with pytest.raises(ConfigError, match=r"needs 16 devices \(available: 8\).*--cpu_devices 16"):
         make_mesh(MeshConfig(data=1, expert=16))

@@ -38,7 +38,7 @@ def test_ranges_that_touch_or_overlap_are_one():
 
 @pytest.mark.parametrize("text", ["5-3", "a", "1-", "-4", "1;2", "1-2-3", "12345678901", ","])
 def test_what_is_no_list(text):
-    with pytest.raises(ConfigError, match=r"is no range of batches; .* for example 120-180,512"):
+    with pytest.raises(ConfigError, match=r"is not a range of batches; .* for example 120-180,512"):
         SkipList.parse(text)
 
 

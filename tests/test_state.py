@@ -1,14 +1,13 @@
 """The state before the first step: its router state, and that it depends on the seed alone."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
 from moejax import loop
-from moejax.config import Config, ConfigError, DataConfig, MeshConfig, ModelConfig, MoEConfig
+from moejax.config import Config, ConfigError, DataConfig, ModelConfig, MoEConfig
 from moejax.corpus import load_corpus
 from moejax.optim import make_optimizer
 from moejax.router_state import hash_table, initial_router_state
@@ -50,36 +49,17 @@ def test_the_hash_table_of_a_training_balances_the_tokens_of_its_corpus(states):
 
 
 @pytest.mark.parametrize("router", ["hash", "softmax"])
-def test_training_hands_the_counts_of_its_own_text_to_the_router_that_reads_them(
-    router, monkeypatch, tmp_path
+def test_a_training_counts_the_tokens_of_its_text_for_the_router_that_needs_them(
+    router, mesh, monkeypatch
 ):
-    given = []
-
-    class Recorded:
-        """In place of the training: keeps what it is made of, and does nothing."""
-
-        writer = SimpleNamespace(close=lambda: None)
-        main_process, start = True, 0
-
-        def __init__(self, *arguments):
-            *_, token_counts, _boards = arguments
-            given.append(token_counts)
-
-        def train(self, preemption):
-            return True
-
-        def finish(self):
-            pass
-
-    moe = MoEConfig(num_experts=8, top_k=2, expert_hidden=8, router=router)
-    config = Config(moe=moe, mesh=MeshConfig(data=8))
-    monkeypatch.setattr(loop, "Training", Recorded)
-    assert loop.train(config, tmp_path) == 0
+    monkeypatch.setattr(loop, "initial_state", lambda config, mesh, optimizer, counts: counts)
+    config = Config(moe=MoEConfig(num_experts=8, top_k=2, expert_hidden=8, router=router))
+    corpus = load_corpus(config.data, "train")
+    counts = loop.first_state(config, mesh, corpus)
     if router == "softmax":
-        assert given == [None]
+        assert counts is None
     else:
-        corpus = load_corpus(config.data, "train")
-        np.testing.assert_array_equal(given[0], corpus.token_counts(config.model.vocab_size))
+        np.testing.assert_array_equal(counts, corpus.token_counts(config.model.vocab_size))
 
 
 def test_counts_of_the_corpus_are_of_every_id():
@@ -111,5 +91,5 @@ def test_a_model_that_no_memory_holds_is_refused():
     """JAX would abort, or the system would end a process of its choice."""
     require_room(Config())
     huge = Config(model=ModelConfig(vocab_size=2**31 - 8, d_model=2**20))
-    with pytest.raises(ConfigError, match=r"parameters take [\d,]+ GiB and all devices together"):
+    with pytest.raises(ConfigError, match=r"parameters take [\d,]+ GiB, but all devices together"):
         require_room(huge)

@@ -604,7 +604,7 @@ def test_a_failed_trial_does_not_stop_the_others(tmp_path):
     failed, done = records_of(workdir)
     assert (failed.state, done.state) == ("failed", "complete")
     assert "exit code 2: moejax train: error: mesh" in (failed.error or "")
-    assert "needs 3 devices and 1 are there" in (failed.error or "")
+    assert "needs 3 devices (available: 1)" in (failed.error or "")
     trial = workdir / "trials/001"
     (last,) = [r for r in read_metrics(trial) if r["split"] == "eval"][-1:]
     assert done.values == (last["loss"],)

@@ -31,14 +31,14 @@ def test_pods(text, chips, rings):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("v9:4x4", "'v9' is no chip that can be planned for; use one of v4, v5e"),
+        ("v9:4x4", "'v9' is not a chip that can be planned for; use one of v4, v5e"),
         ("v5p:4x4", "v5p needs 3 sizes of its torus, for example v5p:4x4x8"),
         ("v5e:4x", "v5e needs 2 sizes"),
         ("v5e:0x4", "v5e needs 2 sizes"),
         ("h100:8", "h100 needs hosts and GPUs of a host, for example h100:4x8"),
         ("v5p", "v5p needs 3 sizes"),
-        ("v5p:2x2x2:0", "'0' is no number of slices; give it as in v5p:4x4x8:2"),
-        ("v5p:2x2x2:", "'' is no number of slices"),
+        ("v5p:2x2x2:0", "'0' is not a number of slices; give one as in v5p:4x4x8:2"),
+        ("v5p:2x2x2:", "'' is not a number of slices"),
         ("v4:2x2x2:2", "the network between slices of v4 is not known; plan one slice"),
         ("h100:2x8:2", "slices are of TPUs; more hosts of GPUs are h100:HOSTSxGPUS"),
     ],

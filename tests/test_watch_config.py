@@ -17,8 +17,8 @@ def test_the_section_goes_through_json():
 @pytest.mark.parametrize(
     ("word", "message"),
     [
-        ("nonfinite=off", r"watch\.nonfinite=off: a NaN that is applied stays .*use stop, skip"),
-        ("nonfinite=warn", r"watch\.nonfinite=warn: a NaN that is applied"),
+        ("nonfinite=off", r"watch\.nonfinite=off: once applied, a NaN stays .*use stop, skip"),
+        ("nonfinite=warn", r"watch\.nonfinite=warn: once applied, a NaN"),
         ("collapse=skip", r"watch\.collapse=skip: a router collapses over many steps"),
         ("collapse=rollback", r"watch\.collapse=rollback: .*raise moe\.balance_loss_weight"),
         ("loss_spike=explode", "one of off, warn, skip, rollback, stop"),
@@ -28,10 +28,10 @@ def test_the_section_goes_through_json():
         ("max_router_logit=-1", r"watch\.max_router_logit=-1.* above 0"),
         ("collapse_steps=0", r"watch\.collapse_steps=0 is below 1"),
         ("replicas_every=0", r"watch\.replicas_every=0 is below 1"),
-        ("skip_batches=7-3", r"watch\.skip_batches: '7-3' is no range"),
-        ("max_consecutive_skips=4", "is read by nothing; .*watch.nonfinite=skip"),
-        ("max_rollbacks=4", "is read by nothing; .*watch.nonfinite=rollback"),
-        ("mismatch=warn", "is read by nothing; .*watch.replicas_every=100"),
+        ("skip_batches=7-3", r"watch\.skip_batches: '7-3' is not a range"),
+        ("max_consecutive_skips=4", "is not read; .*watch.nonfinite=skip"),
+        ("max_rollbacks=4", "is not read; .*watch.nonfinite=rollback"),
+        ("mismatch=warn", "is not read; .*watch.replicas_every=100"),
     ],
 )
 def test_a_wrong_value_is_refused(word, message):
@@ -42,14 +42,14 @@ def test_a_wrong_value_is_refused(word, message):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["collapse=off", "collapse_steps=5"], "is read by nothing; .*watch.collapse=warn"),
+        (["collapse=off", "collapse_steps=5"], "is not read; .*watch.collapse=warn"),
         (
             ["max_dead_experts=None", "max_drop_fraction=None", "max_router_logit=None"],
-            "watch.collapse='warn' without a limit sees nothing",
+            "watch.collapse='warn' has no limit to check",
         ),
         (
             ["loss_spike=off", "grad_norm_spike=off", "spike_sigma=4"],
-            "is read by nothing; .*watch.loss_spike=warn",
+            "is not read; .*watch.loss_spike=warn",
         ),
     ],
 )
@@ -67,7 +67,7 @@ def test_a_dense_model_has_no_router_to_watch():
 
 @pytest.mark.parametrize("word", ["watch.skip_batches=3", "watch.loss_spike=rollback"])
 def test_a_replay_has_its_batches(word):
-    with pytest.raises(ConfigError, match=r"train\.replay=runs/a has the choices of the batches"):
+    with pytest.raises(ConfigError, match=r"train\.replay=runs/a repeats the choices recorded"):
         apply_overrides(Config(), ["train.replay=runs/a", word])
 
 

@@ -352,7 +352,7 @@ def test_going_back_again_and_again_ends(spoil, tmp_path, capsys):
 def test_nothing_to_go_back_to(spoil, tmp_path, capsys):
     spoil("nan", {2})
     assert _train(_config("watch.nonfinite=rollback"), tmp_path) == DIVERGED
-    assert "there is nothing to go back to; there is no checkpoint yet" in capsys.readouterr().err
+    assert "no checkpoint to go back to; there is no checkpoint yet" in capsys.readouterr().err
 
 
 @pytest.mark.slow
