@@ -394,7 +394,7 @@ def test_three_steps_are_the_same_on_other_meshes_and_over_a_checkpoint(mesh_of,
         ({"name": "adafactor", "b1": 0.0}, r"optim.b1=0.0 is not read"),
         (
             {"b2": 0.999, "state_dtype": "bfloat16"},
-            r"optim.b2=0.999 with optim.state_dtype='bfloat16'.*stand still; use at most 0.98",
+            r"optim.b2=0.999 with optim.state_dtype='bfloat16'.*never change; use at most 0.98",
         ),
         ({"name": "muon", "momentum": 1.0}, r"optim.momentum=1.0 is outside"),
     ],
