@@ -47,10 +47,10 @@ contract: setup ## check every router, dispatch and transport, into docs/contrac
 claims: setup ## try claims of the literature at CPU size, into docs/claims.md (an hour)
 	$(TEST_ENV) $(BIN)/moejax claims --workdir runs/claims --page docs/claims.md
 
-faults: setup ## break real trainings in 59 ways, into docs/faults.md (45 minutes; goes on where interrupted)
+faults: setup ## break real trainings in 60 ways, into docs/faults.md (40 minutes; goes on where interrupted)
 	$(TEST_ENV) $(BIN)/python -m faults
 
-faults-short: setup ## the same, without tests and with 10 kills (6 minutes)
+faults-short: setup ## the same, without tests and with 10 kills (9 minutes)
 	$(TEST_ENV) $(BIN)/python -m faults --form short
 
 faults-long: setup ## 200 kills, and their line in docs/faults.md (an hour)

@@ -19,7 +19,7 @@ are held by tests, which the same command runs. The training is tiny (2 layers, 
 milliseconds), so that saves are under way most of the time; all randomness is seeded.
 
 ```
-make faults-short   # {short} kills and everything that needs no test suite
+make faults-short   # {short} kills and everything that needs no test suite; a part of .ci/run
 make faults         # {full} kills, all rows, this page
 make faults-long    # {long} kills, and the line about them below
 ```
