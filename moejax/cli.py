@@ -812,8 +812,7 @@ arm if it has several. Reads only configs, metrics and ledgers, and changes noth
     Verb(
         "report",
         "write a run as one HTML file: loss, load, balance, time, and each expert",
-        "moejax report --workdir DIR [--no_atlas | --text TEXT --against DIR] "
-        "[key=value ...]",
+        "moejax report --workdir DIR [--no_atlas | --text TEXT --against DIR] [key=value ...]",
         """
   moejax report --workdir runs/a                           # runs/a/report.html
   moejax report --workdir runs/a --cpu_devices 1 mesh.expert=1

@@ -142,7 +142,9 @@ def test_stop_leaves_the_last_checkpoint_and_says_what_happened(spoil, tmp_path,
     assert checkpoint_steps(tmp_path) == [2, 4, 6, 8]
     assert all(np.isfinite(leaf).all() for leaf in _last(tmp_path, config).values())
     message = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message.startswith("moejax train: step 10: router logits of MoE layer 0 is the first of ")
+    assert message.startswith(
+        "moejax train: step 10: router logits of MoE layer 0 is the first of "
+    )
     assert message.endswith("; the checkpoint of step 8 is kept")
     (event,) = _events(tmp_path)
     assert (event["kind"], event["step"], event["batch"]) == ("nonfinite", 10, 9)
