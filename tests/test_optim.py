@@ -343,12 +343,8 @@ def _step(config, mesh, state, number):
     return make_train_step(config, mesh)[0](state, jax.device_put(batch, batch_sharding(mesh)))[0]
 
 
-@pytest.mark.parametrize(
-    "name",
-    [  # AdamW is also in every test of a training
-        pytest.param(name, marks=[pytest.mark.slow] if name != "muon" else []) for name in SETTINGS
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
 def test_three_steps_are_the_same_on_other_meshes_and_over_a_checkpoint(mesh_of, tmp_path, name):
     """Two steps on one mesh of eight devices, saved, and one on another, against one device."""
     optim = OptimConfig(name=name, warmup_steps=0, **SETTINGS[name])

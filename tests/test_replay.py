@@ -62,6 +62,7 @@ def test_choices_that_are_missing_or_of_another_shape_are_refused(config, tmp_pa
         load_choices(replaying, mesh, 1)
 
 
+@pytest.mark.slow
 def test_a_replayed_training_has_the_same_losses_and_keeps_its_router_state(config, tmp_path):
     """Without the update of the bias, choices alone make the losses those of the first run."""
     logging = dataclasses.replace(config.logging, choices=True)

@@ -193,6 +193,7 @@ def test_the_last_checkpoints_are_kept(straight):
     assert checkpoint_steps(straight) == [16, 20]
 
 
+@pytest.mark.slow
 def test_checkpoint_evaluates_equally_on_every_number_of_devices(straight):
     config = read_config(straight)
     logged = records(straight)[20, "eval"]

@@ -35,7 +35,7 @@ SMALLER = [
 DRAWS = ("noisy", "gshard", "jitter", "expert_dropout", "dense", "random_experts", "sinkhorn")
 
 
-QUICK = ("base", "sigmoid_bias", "relu", "soft", "expert_choice", "free_experts", "noisy", "hash")
+QUICK = ("sigmoid_bias", "expert_choice", "noisy")
 
 
 def _slow_unless_quick(file: Path):

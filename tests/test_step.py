@@ -149,7 +149,13 @@ MIXES = {
 }
 
 
-@pytest.mark.parametrize(("moe", "accumulations"), MIXES.values(), ids=MIXES)
+MIX_PARAMETERS = [
+    pytest.param(*mix, id=name, marks=[pytest.mark.slow] if name != "every loss" else [])
+    for name, mix in MIXES.items()
+]
+
+
+@pytest.mark.parametrize(("moe", "accumulations"), MIX_PARAMETERS)
 def test_accumulation_changes_neither_losses_nor_gradients_nor_counts(
     mesh, state_of, moe, accumulations
 ):

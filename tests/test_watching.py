@@ -289,6 +289,7 @@ def test_the_list_of_a_run_that_went_back_is_honoured_on_resume(spoil, tmp_path)
     _assert_equal_states(*(_last(tmp_path / folder, longer) for folder in ("back", "asked")))
 
 
+@pytest.mark.slow
 def test_a_rollback_is_known_to_the_next_process_before_any_save(spoil, tmp_path):
     """Killed between the rollback to step 8 and the next checkpoint: batches 8 and 9 stay out."""
     config, longer = (_config("watch.nonfinite=rollback", f"train.steps={n}") for n in (8, 12))
