@@ -38,10 +38,9 @@ from moejax.lifeline import lifeline
 from moejax.lock import RunLock
 from moejax.mesh import make_mesh, mesh_config
 from moejax.metric_writer import MetricWriter
-from moejax.metrics import read_metrics
 from moejax.optim import make_optimizer
 from moejax.overrides import config_to_dict, config_to_json, config_values
-from moejax.plots import plot_expert_load, plot_loss
+from moejax.plots import plot_run
 from moejax.preemption import Preemption
 from moejax.progress import TrainProgress, show_summary
 from moejax.records import host_record, loss_record, routing_record, state_record
@@ -55,7 +54,7 @@ from moejax.together import compiled_together
 from moejax.wandb_board import WandbBoard
 from moejax.watch import Finding, findings_of_router, findings_of_step, router_health
 from moejax.watchdog import Watchdog
-from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT, open_workdir, require_config_of
+from moejax.workdir import open_workdir, require_config_of
 
 # Sums over all steps so far; every record has them.
 COUNTERS = (
@@ -579,7 +578,7 @@ class Training:
         )
         if not self.main_process:
             return
-        files = self._plot()
+        files = plot_run(self.workdir, self.config.num_moe_layers > 0)
         show_summary(
             self.last_eval,
             tokens_per_second=self._speed(),
@@ -588,18 +587,6 @@ class Training:
             record_train=self.last_train,
             spent=self.ledger.totals(),
         )
-
-    def _plot(self) -> list[Path]:
-        """Draws what it can; returns the files. A run is worth more than its pictures."""
-        plots = [(plot_loss, LOSS_PLOT)]
-        if self.config.num_moe_layers:
-            plots.append((plot_expert_load, EXPERT_LOAD_PLOT))
-        try:
-            records = read_metrics(self.workdir)
-            return [p for p in (plot(records, self.workdir / name) for plot, name in plots) if p]
-        except (OSError, ValueError) as error:
-            print(f"moejax train: not drawn: {error}", file=sys.stderr)
-            return []
 
     def _speed(self) -> float | None:
         if not self.seconds or self.last_train is None:

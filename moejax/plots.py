@@ -4,13 +4,16 @@ Matplotlib is imported when a picture is made, and only its Figure: no window, n
 """
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from moejax.metrics import read_metrics
 from moejax.records import relative_load
+from moejax.workdir import EXPERT_LOAD_PLOT, LOSS_PLOT
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,6 +24,22 @@ Record = Mapping[str, Any]
 _DPI = 150
 _TRAIN, _EVAL, _GREY = "#2b6ca3", "#c8452e", "#666666"
 _MAX_COLUMNS = 400  # of a heatmap: more records than that are averaged in runs
+
+
+def plot_run(workdir: Path, has_experts: bool) -> list[Path]:
+    """Draws what it can of a run that is through; returns the files.
+
+    A run is worth more than its pictures: trouble with them is said, and raised to nobody.
+    """
+    plots = [(plot_loss, LOSS_PLOT)]
+    if has_experts:
+        plots.append((plot_expert_load, EXPERT_LOAD_PLOT))
+    try:
+        records = read_metrics(workdir)
+        return [path for plot, name in plots if (path := plot(records, workdir / name))]
+    except (OSError, ValueError) as error:
+        print(f"moejax train: not drawn: {error}", file=sys.stderr)
+        return []
 
 
 def plot_loss(records: Sequence[Record], path: str | Path) -> Path | None:

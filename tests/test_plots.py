@@ -10,9 +10,7 @@ import pytest
 from hostile import file_limit
 from PIL import Image
 
-from moejax.config import Config
-from moejax.loop import Training
-from moejax.plots import _binned_load, _smooth, plot_expert_load, plot_loss
+from moejax.plots import _binned_load, _smooth, plot_expert_load, plot_loss, plot_run
 from moejax.records import layer_summary
 
 
@@ -42,14 +40,12 @@ def _share(pixels, red, green, blue, tolerance=12):
 
 def test_pictures_that_cannot_be_drawn_do_not_end_a_run(tmp_path, capsys):
     """A disk that is full when a run is through must not hide what became of its last save."""
-    training = object.__new__(Training)
-    training.workdir, training.config = tmp_path, Config()
     (tmp_path / "metrics.jsonl").write_text(json.dumps(_records(2, 4, 2)[0]) + "\n")
     with file_limit(1000):
-        assert training._plot() == []
+        assert plot_run(tmp_path, has_experts=True) == []
     assert "not drawn: [Errno 27] File too large" in capsys.readouterr().err
     (tmp_path / "metrics.jsonl").write_text("torn\n")
-    assert training._plot() == []
+    assert plot_run(tmp_path, has_experts=True) == []
     assert "metrics.jsonl line 1 is not a record" in capsys.readouterr().err
 
 
