@@ -33,6 +33,7 @@ from moejax.evaluate import Evaluator
 from moejax.events import Events, read_events, rollbacks_to
 from moejax.flops import model_flops_utilization
 from moejax.generate import generate
+from moejax.history import History
 from moejax.ledger import Ledger
 from moejax.lifeline import lifeline
 from moejax.lock import RunLock
@@ -47,7 +48,6 @@ from moejax.records import host_record, loss_record, routing_record, state_recor
 from moejax.replay import load_choices, save_choices
 from moejax.replicas import Comparisons, Mismatch, describe_mismatches
 from moejax.sharding import place_batch
-from moejax.skip_list import SkipList, resumed_list
 from moejax.state import TrainState, initial_state, require_room
 from moejax.step import StepMetrics, make_train_step
 from moejax.together import compiled_together
@@ -56,11 +56,6 @@ from moejax.watch import Finding, findings_of_router, findings_of_step, router_h
 from moejax.watchdog import Watchdog
 from moejax.workdir import open_workdir, require_config_of
 
-# Sums over all steps so far; every record has them.
-COUNTERS = (
-    *("tokens_seen", "routed_seen", "dropped_seen"),
-    *("skipped_updates", "corrupt_sequences"),
-)
 SAMPLE_PROMPTS = ("And it came to pass", "Y aconteció que", "def main(")
 
 
@@ -213,9 +208,7 @@ class Training:
             again = compiled_together(again)
         together = compiled_together(step_function)
         self.comparisons = Comparisons(watch, mesh, self.abstract, together, again)
-        self.counters = dict.fromkeys(COUNTERS, 0)
-        self.skip_list, self.streaks = SkipList.parse(watch.skip_batches), {}
-        self.rollbacks: dict[int, int] = {}
+        self.history = History(watch)
         resumed = checkpoints.resume(self.abstract)
         if resumed is None:
             start, self.state = 0, first_state(config, mesh, corpus)
@@ -225,7 +218,8 @@ class Training:
             before = resumed.meta["environment"]
             differing = environment_difference(before, self.environment)
             self._take(resumed)
-            self._take_rollbacks(start)
+            told = from_first("rollbacks", lambda: rollbacks_to(read_events(workdir), start))
+            self.history.recall_rollbacks(start, told)
         self.start = start
         self.ledger: Ledger  # from when nothing refuses the run
         self.main_process = jax.process_index() == 0
@@ -239,7 +233,7 @@ class Training:
         self.seconds: list[float] = []
 
     def _take(self, resumed: Resumed) -> None:
-        """Takes a checkpoint's state, counters and streaks; adds its skipped batches to ours."""
+        """Goes on from a checkpoint."""
         step, state, meta = resumed
         require_config_of(step, meta.get("config"), self.config)
         self._check_data(meta)
@@ -248,21 +242,8 @@ class Training:
                 f"train.steps={self.config.train.steps} is below the checkpoint of step {step} in "
                 f"{self.workdir}; use train.steps={step} or more"
             )
-        self.counters = dict.fromkeys(COUNTERS, 0) | meta["counters"]
-        self.streaks = meta["watch"]["streaks"]
-        stored = SkipList.parse(meta["watch"]["skip_batches"])
-        self.skip_list = resumed_list(stored, self.skip_list, step)
+        self.history.restore(step, meta)
         self.start, self.state = step, state
-
-    def _take_rollbacks(self, step: int) -> None:
-        """Adds the batches that earlier rollbacks to `step` left out, by the log of events.
-
-        The checkpoint lacks them if the process ended between a rollback and its next save.
-        """
-        told = from_first("rollbacks", lambda: rollbacks_to(read_events(self.workdir), step))
-        self.rollbacks[step] = len(told)
-        for first, last in told:
-            self.skip_list = self.skip_list.add(first, last + 1)
 
     def _tell_environment(self, start: int, differing: list[str]) -> None:
         if differing:
@@ -331,12 +312,10 @@ class Training:
         resumed = self.checkpoints.resume(self.abstract, back.step - 1)
         if resumed is None:
             raise Diverged(self._explain(back.step, f"{back}; no checkpoint to go back to"))
-        step, times = resumed.step, self.rollbacks.get(resumed.step, 0)
-        self.rollbacks[step] = times + 1
+        step, times = resumed.step, self.history.count_rollback(resumed.step)
         if times >= self.config.watch.max_rollbacks:  # fewer may be allowed than at the start
             raise Diverged(self._explain(back.step, f"{back}; went back {times} times"))
-        first, last = self.skip_list.batch(step), self.skip_list.batch(back.step - 1)
-        self.skip_list = self.skip_list.add(first, last + 1)
+        first, last = self.history.leave_out(step, back.step)
         self._take(resumed)
         self.ledger.rolled_back(step)
         self.writer.close()
@@ -371,7 +350,7 @@ class Training:
 
     def _batch(self, finished: int) -> Batch:
         """Returns the batch after `finished` steps, on the devices; reads this process's rows."""
-        train, index = self.config.train, self.skip_list.batch(finished)
+        train, index = self.config.train, self.history.batch(finished)
         rows = functools.partial(self.data.rows, index)
         return place_batch(self.mesh, rows, train.batch_size, train.accumulation)
 
@@ -407,7 +386,7 @@ class Training:
         start = time.monotonic()
         record = self.evaluator(self.state.params, self.state.router_state)
         seconds = time.monotonic() - start
-        record = {"step": step, "split": "eval", **self.counters, **record}
+        record = {"step": step, "split": "eval", **self.history.counters, **record}
         compiled = self.last_eval is not None  # the first one's seconds are the compiler's
         record["tokens_per_second"] = record["tokens"] / seconds if compiled else None
         self.writer.write(record)
@@ -418,8 +397,7 @@ class Training:
     def _meta(self) -> dict[str, Any]:
         return {
             "config": config_to_dict(self.config),
-            "counters": dict(self.counters),
-            "watch": {"skip_batches": str(self.skip_list), "streaks": self.streaks},
+            **self.history.meta(),
             "data": self.data.fingerprint,
             "validation": self.evaluator.fingerprint,
             "versions": software(),
@@ -437,10 +415,11 @@ class Training:
         )
         if metrics.choice_albts is not None and self.main_process:
             self._save_choices(step, np.asarray(metrics.choice_albts))
-        self.counters["tokens_seen"] += int(metrics.totals.targets)
-        self.counters["routed_seen"] += routing["routed"]
-        self.counters["dropped_seen"] += routing["dropped"]
-        self.counters["skipped_updates"] += int(metrics.verdict.skipped)
+        counters = self.history.counters
+        counters["tokens_seen"] += int(metrics.totals.targets)
+        counters["routed_seen"] += routing["routed"]
+        counters["dropped_seen"] += routing["dropped"]
+        counters["skipped_updates"] += int(metrics.verdict.skipped)
         self._note_data(step, metrics)
         findings = self._look(step, metrics, routing)
         if seconds is not None:
@@ -463,7 +442,7 @@ class Training:
 
     def _note_data(self, step: int, metrics: StepMetrics) -> None:
         """Records the data events of a step: skipped batches, a new epoch, corrupt sequences."""
-        batch, before = (self.skip_list.batch(finished) for finished in (step - 1, step - 2))
+        batch, before = self.history.batch(step - 1), self.history.batch(step - 2)
         if batch > before + 1:
             self.events.write("skip_batches", step, first=before + 1, last=batch - 1)
         epoch = self.data.epoch(batch)
@@ -471,7 +450,7 @@ class Training:
             self.events.write("epoch", step, epoch=epoch, batch=batch)
         lost = self.config.train.batch_size - int(metrics.totals.sequences)
         if lost:
-            self.counters["corrupt_sequences"] += lost
+            self.history.counters["corrupt_sequences"] += lost
             self.events.write("corrupt_data", step, batch=batch, sequences=lost)
         if lost == self.config.train.batch_size:
             raise ConfigError(
@@ -482,14 +461,14 @@ class Training:
         """Returns what `watch.*` finds in a step, and in its router over the last steps."""
         values = {"loss": metrics.losses.loss, "grad_norm": metrics.grad_norm}
         found = findings_of_step(self.config, metrics.verdict, values, metrics.finite)
-        health = router_health(metrics.stats, routing)
-        collapsed, self.streaks = findings_of_router(self.config.watch, health, self.streaks)
+        health, history = router_health(metrics.stats, routing), self.history
+        collapsed, history.streaks = findings_of_router(self.config.watch, health, history.streaks)
         return found + collapsed
 
     def _act(self, step: int, findings: list[Finding]) -> None:
         """Records findings and acts by their policies; the strongest one decides."""
         for finding in findings:
-            about = {"policy": finding.policy, "batch": self.skip_list.batch(step - 1)}
+            about = {"policy": finding.policy, "batch": self.history.batch(step - 1)}
             self.events.write(finding.kind, step, **about, **finding.fields)
         messages = {finding.policy: finding.message for finding in reversed(findings)}
         if "stop" in messages:
@@ -537,7 +516,7 @@ class Training:
             "grad_norm": float(metrics.grad_norm),
             "learning_rate": float(metrics.learning_rate),
             "tokens": tokens,
-            **self.counters,
+            **self.history.counters,
             "tokens_per_second": speed,
             "step_seconds": seconds,
             "mfu": utilization,

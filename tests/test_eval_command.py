@@ -23,7 +23,7 @@ from moejax.errors import UNAVAILABLE
 from moejax.eval_command import EvalRequest, evaluate_request, spread
 from moejax.eval_series import EVAL_SERIES, Watching, read_series
 from moejax.evaluate import Evaluator
-from moejax.loop import COUNTERS
+from moejax.history import COUNTERS
 from moejax.metrics import read_metrics
 from moejax.overrides import apply_overrides, config_to_dict
 from moejax.prepare import prepare

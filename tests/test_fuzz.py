@@ -36,6 +36,7 @@ from moejax import evaluate, generate, loop
 from moejax.checkpoint import Checkpoints
 from moejax.config import Config
 from moejax.errors import BAD_INPUT, CHECK_FAILED, DONE, EXIT_CODES
+from moejax.history import COUNTERS
 from moejax.manifest import Unsound, list_files, read_manifest, write_manifest
 from moejax.mesh import make_mesh
 from moejax.optim import make_optimizer
@@ -85,7 +86,7 @@ def workdir(place):
         "config": config_to_dict(config),
         "data": "0" * 64,
         "validation": meta["splits"]["validation"]["fingerprint"],
-        "counters": dict.fromkeys(loop.COUNTERS, 0),
+        "counters": dict.fromkeys(COUNTERS, 0),
         "watch": {"skip_batches": "", "streaks": {}},
         "environment": {"jax": jax.__version__},
     }

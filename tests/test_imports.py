@@ -12,7 +12,8 @@ import moejax
 PACKAGE = Path(moejax.__file__).parent
 # A module imports only from its left.
 ORDER = [
-    *("errors", "foreign", "moe_config", "skip_list", "watch_config", "config", "overrides"),
+    *("errors", "foreign", "moe_config", "skip_list", "watch_config", "history"),
+    *("config", "overrides"),
     *("workdir", "command_line", "events", "manifest", "store", "lock", "ledger", "supervisor"),
     *("tokenizer", "token_text", "token_file", "corpus", "data", "prepare"),
     *("eval_data", "eval_series"),
