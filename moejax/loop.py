@@ -195,7 +195,7 @@ class Training:
         watchdog: Watchdog,
         boards: Sequence[WandbBoard],
     ):
-        self.config, self.workdir, self.boards = config, workdir, boards
+        self.config, self.workdir = config, workdir
         self.mesh, corpus, self.data, self.evaluator = inputs
         self.checkpoints, self.watchdog, mesh = checkpoints, watchdog, inputs.mesh
         self.environment = environment(config, mesh_config(mesh))
@@ -318,11 +318,7 @@ class Training:
         first, last = self.history.leave_out(step, back.step)
         self._take(resumed)
         self.ledger.rolled_back(step)
-        self.writer.close()
-        main, boards = self.main_process, self.boards
-        self.writer = MetricWriter(self.workdir, step, enabled=main, boards=boards)
-        for board in boards:
-            board.restart()
+        self.writer.go_back(step)
         self.events.write("rollback", back.step, to=step, first=first, last=last)
         self._say(back.step, f"back to step {step}, without batches {first} to {last}")
 

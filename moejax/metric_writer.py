@@ -25,6 +25,8 @@ class Board(Protocol):
 
     def write(self, record: Mapping[str, Any]) -> None: ...
 
+    def restart(self) -> None: ...  # the run went back: steps come again
+
 
 class MetricWriter:
     """Writes records to `workdir/metrics.jsonl` and to TensorBoard events in `workdir/tensorboard`.
@@ -58,15 +60,18 @@ class MetricWriter:
         image_every: int = 10,
         boards: Sequence[Board] = (),
     ):
-        self._boards = boards
+        self._workdir, self._enabled = Path(workdir), enabled
+        self._image_every, self._boards = image_every, boards
         self._lines: _LineFile | None = None
         self._board: TensorBoard | None = None
-        if not enabled:
+        self._open(start_step)
+
+    def _open(self, start_step: int) -> None:
+        if not self._enabled:
             return
-        workdir = Path(workdir)
-        path = workdir / METRICS
+        path = self._workdir / METRICS
         try:
-            workdir.mkdir(parents=True, exist_ok=True)
+            self._workdir.mkdir(parents=True, exist_ok=True)
             _drop_lines_after(path, start_step)
             self._lines = _LineFile(path)
         except OSError as error:
@@ -75,7 +80,14 @@ class MetricWriter:
                 "--workdir",
                 error,
             ) from error
-        self._board = TensorBoard(workdir / TENSORBOARD, start_step, image_every)
+        self._board = TensorBoard(self._workdir / TENSORBOARD, start_step, self._image_every)
+
+    def go_back(self, step: int) -> None:
+        """Goes on after an earlier step, as if opened for it. Raises as opening does."""
+        self.close()
+        self._open(step)
+        for board in self._boards:
+            board.restart()
 
     @property
     def files(self) -> list[Path]:

@@ -58,6 +58,31 @@ def test_start_at_zero_begins_a_new_file(tmp_path):
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_run_that_goes_back_writes_its_steps_again(tmp_path, enabled):
+    class Board:
+        def __init__(self):
+            self.heard = []
+
+        def write(self, record):
+            self.heard.append(record["step"])
+
+        def restart(self):
+            self.heard.append("restart")
+
+    board = Board()
+    with MetricWriter(tmp_path, 0, enabled, boards=[board]) as writer:
+        for step in (1, 2, 3):
+            writer.write(train_record(step))
+        writer.go_back(1)
+        writer.write(train_record(2))
+    assert board.heard == [1, 2, 3, "restart", 2]
+    if enabled:
+        assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    else:
+        assert list(tmp_path.iterdir()) == []
+
+
 def test_resume_that_changes_nothing_leaves_the_file_alone(tmp_path):
     write_steps(tmp_path, [1, 2])
     inode = (tmp_path / "metrics.jsonl").stat().st_ino
