@@ -37,7 +37,7 @@ ORDER = [
         "model",
     ),
     *("loss", "contract", "optim", "watch", "state", "traffic", "step", "replicas"),
-    *("checkpoint", "replay"),
+    *("checkpoint", "replay", "observer"),
     *("evaluate", "inspect_step", "inspect", "inspect_command"),
     *("generate", "score", "lm_eval_adapter", "eval_command"),
     *("describe", "plan", "plan_report", "search", "verify", "loop"),

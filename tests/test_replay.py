@@ -7,9 +7,10 @@ import pytest
 from hostile import file_limit
 
 from moejax.config import Config, ConfigError, MeshConfig
-from moejax.loop import Training, train
+from moejax.loop import train
 from moejax.mesh import make_mesh
 from moejax.metrics import read_metrics
+from moejax.observer import Observer
 from moejax.overrides import apply_overrides
 from moejax.replay import load_choices, save_choices
 
@@ -135,10 +136,10 @@ def test_choices_that_cannot_be_written_leave_nothing_and_stop_nothing(tmp_path,
     choice_albts = np.random.default_rng(0).integers(0, 8, (1, 2, 4, 32, 2), np.int32)
     with file_limit(100), pytest.raises(OSError, match="File too large"):
         save_choices(tmp_path, 1, choice_albts)
-    training = object.__new__(Training)
-    training.workdir, training.main_process = tmp_path, True
+    observer = object.__new__(Observer)
+    observer._workdir, observer._main_process = tmp_path, True
     with file_limit(100):
-        training._save_choices(1, choice_albts)
+        observer._save_choices(1, choice_albts)
     said = capsys.readouterr().err
     assert "step 1: its choices cannot be written ([Errno 27] File too large" in said
     assert list((tmp_path / "choices").iterdir()) == []

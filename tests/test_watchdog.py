@@ -14,6 +14,7 @@ from moejax.config import ConfigError, WatchdogConfig
 from moejax.events import Events, read_events
 from moejax.ledger import Ledger
 from moejax.loop import Training
+from moejax.observer import Diverged
 from moejax.watchdog import Watchdog, behind_of
 
 
@@ -66,7 +67,8 @@ def test_waiting_for_a_save_has_the_limit_of_slow_things(tmp_path, waits):
         if waits == "finish":
             training.finish()
         else:
-            assert training._explain(5, "x") == "step 5: x; the checkpoint of step 4 is kept"
+            said = training.explain(Diverged(5, "x"))
+            assert said == "step 5: x; the checkpoint of step 4 is kept"
         assert (seen, watchdog._limit) == ([60.0], 5.0)
         training.ledger.close()
 
