@@ -2,8 +2,8 @@
 
 XLA's compiler for TPUs or GPUs compiles `step.make_train_step` for the whole pod. Memory is what
 the compiler reserved; FLOPs, memory traffic and collectives are read from the compiled program with
-its loops multiplied out (`hlo.py`). Seconds are estimates from those and from the chip's data
-sheet (`topology.py`), and are printed as such.
+its loops multiplied out (`hlo_costs.py`, `hlo_traffic.py`). Seconds are estimates from those and
+from the chip's data sheet (`topology.py`), and are printed as such.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from moejax import hlo
+from moejax import hlo, hlo_costs, hlo_traffic
 from moejax.config import AXES, EXPERT_AXES, FSDP_AXES, Config, ConfigError, MeshConfig
 from moejax.data import Batch
 from moejax.describe import (
@@ -395,7 +395,7 @@ def _layer_carries(config: Config, sizes: MeshConfig, program: hlo.Program) -> t
 def _work(topology: Topology, mesh: Mesh, program: hlo.Program, unknown_trips: int) -> Work:
     chip = topology.chip
     by_place: dict[tuple[str, str], list[float]] = {}
-    for cost in hlo.costs(program, unknown_trips):
+    for cost in hlo_costs.costs(program, unknown_trips):
         cycles = float(cost.cycles)
         if cost.kernel and chip.clock is not None:
             cycles += cost.flops * chip.clock / chip.flops
@@ -403,12 +403,12 @@ def _work(topology: Topology, mesh: Mesh, program: hlo.Program, unknown_trips: i
         for i, value in enumerate((cost.flops, cost.memory_bytes, cycles)):
             row[i] += value
     parts = [Part(*key, int(row[0]), int(row[1]), row[2]) for key, row in by_place.items()]
-    traffic = _traffic(topology, mesh, hlo.collectives(program, unknown_trips))
+    traffic = _traffic(topology, mesh, hlo_traffic.collectives(program, unknown_trips))
     return Work(tuple(sorted(parts, key=lambda p: (-p.cycles, -p.flops))), traffic)
 
 
 def _traffic(
-    topology: Topology, mesh: Mesh, collectives: Iterable[hlo.Collective]
+    topology: Topology, mesh: Mesh, collectives: Iterable[hlo_traffic.Collective]
 ) -> tuple[Traffic, ...]:
     sizes = {axis: mesh.shape[axis] for axis in AXES}
     devices = list(mesh.devices.flat)
@@ -423,7 +423,7 @@ def _traffic(
     return tuple(sorted(found, key=lambda t: -t.sent))
 
 
-def _between_slices(topology: Topology, devices: Sequence[Any], c: hlo.Collective) -> bool:
+def _between_slices(topology: Topology, devices: Sequence[Any], c: hlo_traffic.Collective) -> bool:
     """Whether a collective of TPUs leaves their slice; the devices of one slice have no number."""
     members = [devices[i] for i in c.groups[0]]
     return topology.slices > 1 and len({device.slice_index for device in members}) > 1
@@ -438,7 +438,7 @@ def place_and_pass(scope: str) -> tuple[str, str]:
     return place, "backward" if "transpose" in words else "forward"
 
 
-def link_seconds(topology: Topology, devices: Sequence[Any], c: hlo.Collective) -> float:
+def link_seconds(topology: Topology, devices: Sequence[Any], c: hlo_traffic.Collective) -> float:
     """Returns the seconds of a collective at the full speed of the links, alone on them.
 
     On a torus, with W the bytes/s of a ring both ways: what is sent over the sum of W of the

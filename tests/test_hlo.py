@@ -1,4 +1,4 @@
-"""What hlo.py reads in a program: by hand in small texts, and in what XLA compiled."""
+"""What is read in a program, sent and computed: by hand in small texts, and in XLA's own."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from moejax import hlo
+from moejax import hlo, hlo_costs, hlo_traffic
 
 # Four devices. %loop runs five times, nobody knows how often %rounds does.
 PROGRAM = """\
@@ -60,7 +60,7 @@ X = 8 * 16 * 2  # bytes of x
 
 
 def test_collectives_of_a_program_by_hand():
-    found = hlo.collectives(hlo.parse(PROGRAM))
+    found = hlo_traffic.collectives(hlo.parse(PROGRAM))
     assert [(c.kind, c.group, c.times, c.sent) for c in found] == [
         ("ragged-all-to-all", 4, 1, X * 3 / 4),  # the smaller buffer, balanced
         ("all-to-all", 4, 5, 5 * X * 3 / 4),  # and none of %rounds
@@ -93,7 +93,7 @@ def test_collectives_of_a_program_that_xla_compiled(mesh_of):
     specs = (P("expert"), P("expert"), P())
     run = jax.shard_map(exchange, mesh=mesh_of(1, 1, 4, 1), in_specs=P("expert"), out_specs=specs)
     text = jax.jit(run).lower(jnp.ones((24, 16))).compile().as_text()
-    found = hlo.collectives(hlo.parse(text))
+    found = hlo_traffic.collectives(hlo.parse(text))
     assert sorted((c.kind, c.group, c.sent) for c in found if not c.is_sum) == [
         ("all-gather", 4, 3 * 384),
         ("all-to-all", 4, 3 * 384),
@@ -129,7 +129,7 @@ backend_config={"custom_call_config":{"body":"","cost_estimate":{"flops":"1000",
 
 def test_flops_of_products_by_hand():
     one = 2 * 5 * 7 * 11
-    assert hlo.matmul_flops(hlo.parse(PRODUCTS)) == 3 * one + one + one + 1000
+    assert hlo_costs.matmul_flops(hlo.parse(PRODUCTS)) == 3 * one + one + one + 1000
 
 
 # As for a GPU: a batch of 3 products by cuBLAS, whose result comes with its working memory.
@@ -149,7 +149,7 @@ custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{
 
 
 def test_flops_of_a_gpus_products_by_hand():
-    assert hlo.matmul_flops(hlo.parse(CUBLAS)) == 3 * 2 * 5 * 7 * 11
+    assert hlo_costs.matmul_flops(hlo.parse(CUBLAS)) == 3 * 2 * 5 * 7 * 11
 
 
 # Attention of 2 sequences, 4 query heads on 2 key heads, 5 queries of 6 keys, widths 7 and 3.
@@ -178,15 +178,15 @@ def test_flops_of_the_attention_kernels_by_hand():
     pairs = 2 * 4 * 5 * 6 // 2
     widths = (7 + 3) + (7 + 7 + 3) + (7 + 7 + 3 + 3)
     program = hlo.parse(ATTENTION)
-    assert hlo.matmul_flops(program) == 2 * pairs * widths
-    scopes = [cost.scope for cost in hlo.costs(program)]
+    assert hlo_costs.matmul_flops(program) == 2 * pairs * widths
+    scopes = [cost.scope for cost in hlo_costs.costs(program)]
     assert scopes == ["jit(step)/attention/pallas_call", "", ""]
 
 
 def test_products_of_a_window_by_hand():
     # 4 numbers, padded by 1, a window of 3: the ends take 2 products and the rest 3.
     plain = {"size": 3, "stride": 1, "pad": 1, "lhs_dilate": 1, "rhs_dilate": 1}
-    assert hlo._window_products(4, 4, **plain) == 2 + 3 + 3 + 2
+    assert hlo_costs._window_products(4, 4, **plain) == 2 + 3 + 3 + 2
 
 
 def test_flops_of_a_program_that_xla_compiled():
@@ -194,7 +194,7 @@ def test_flops_of_a_program_that_xla_compiled():
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, None, length=5)[0]
 
     text = jax.jit(scanned).lower(jnp.ones((48, 32)), jnp.ones((32, 32))).compile().as_text()
-    assert hlo.matmul_flops(hlo.parse(text)) == 5 * 2 * 48 * 32 * 32
+    assert hlo_costs.matmul_flops(hlo.parse(text)) == 5 * 2 * 48 * 32 * 32
 
 
 def test_a_broken_text_is_refused():
@@ -204,7 +204,7 @@ def test_a_broken_text_is_refused():
 
 def _groups(text: str) -> list[list[int]]:
     line = f"%x = f32[4] all-reduce(%a), channel_id=1, replica_groups={text}, to_apply=%add"
-    return hlo._groups(line.partition("), ")[2], 8).tolist()
+    return hlo_traffic._groups(line.partition("), ")[2], 8).tolist()
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_replica_groups_in_every_spelling(text, expected):
 
 def test_pairs_of_a_permutation():
     line = "channel_id=1, source_target_pairs={{0,4},{4,0}}"
-    assert hlo._groups(line, 8).tolist() == [[0, 4], [4, 0]]
+    assert hlo_traffic._groups(line, 8).tolist() == [[0, 4], [4, 0]]
 
 
 @pytest.mark.parametrize(
@@ -244,12 +244,12 @@ def test_pairs_of_a_permutation():
 )
 def test_mesh_axes_of_groups(groups, axes):
     mesh = {"data": 1, "fsdp": 2, "expert": 2, "tensor": 2}
-    c = hlo.Collective("all-reduce", (4,), np.array(groups), 1, "")
+    c = hlo_traffic.Collective("all-reduce", (4,), np.array(groups), 1, "")
     assert c.axes(mesh) == axes
 
 
 def test_a_loop_of_unknown_length_counts_as_often_as_asked():
-    once, twice = (hlo.collectives(hlo.parse(PROGRAM), trips) for trips in (1, 2))
+    once, twice = (hlo_traffic.collectives(hlo.parse(PROGRAM), trips) for trips in (1, 2))
     swaps = [[c.times for c in found if c.kind == "all-to-all"] for found in (once, twice)]
     assert swaps == [[5, 1], [5, 2]]
 
@@ -305,7 +305,7 @@ body=%body, metadata={op_name="jit(f)/transpose(jvp())/while"}
 
 def test_costs_of_a_loop_by_hand():
     """128 bytes a slice: read and written by %read, read by %kept, written by %write."""
-    found = list(hlo.costs(hlo.parse(LOOP)))
+    found = list(hlo_costs.costs(hlo.parse(LOOP)))
     assert sum(c.cycles for c in found) == 3 * 100  # and not what XLA does not know
     numbers, index = 3 * 4 * 128, 2 * 3 * 4  # the index is an operand too
     condition = 0  # of a loop does not count
@@ -362,7 +362,7 @@ replica_groups={{0,1,2,3}}, dimensions={0}, metadata={op_name="all"}
 
 def test_memory_of_what_is_started_early_by_hand():
     """x is 96 bytes, a third of it 32; each counts once, and only where it is in memory."""
-    moved = {c.scope: c.memory_bytes for c in hlo.costs(hlo.parse(ASYNC))}
+    moved = {c.scope: c.memory_bytes for c in hlo_costs.costs(hlo.parse(ASYNC))}
     assert moved == {
         "fetch": 96,  # read
         "part": 32,  # read
@@ -395,7 +395,7 @@ _xla_megascale_transfer_type="ALL_REDUCE"}
 
 @pytest.mark.parametrize(("target", "slices"), [("{1,2}", 2), ("{1:4}", 4), ("{1,2,3}", 3)])
 def test_what_goes_to_other_slices_is_a_collective_over_data(target, slices):
-    (found,) = hlo.collectives(hlo.parse(SLICES.replace("{1,2}x", target + "x")))
+    (found,) = hlo_traffic.collectives(hlo.parse(SLICES.replace("{1,2}x", target + "x")))
     assert (found.kind, found.group, found.scope) == ("all-reduce", slices, "jit(f)/optimizer/add")
     assert found.sent == pytest.approx(2 * 64 * 512 * 2 * (slices - 1) / slices)
     assert found.axes({"data": 2 * slices, "fsdp": 2, "expert": 2}) == ("data",)
@@ -431,7 +431,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
 
 
 def test_an_overlapped_collective_counts_once_and_has_its_fusions_scope():
-    found = hlo.collectives(hlo.parse(OVERLAPPED))
+    found = hlo_traffic.collectives(hlo.parse(OVERLAPPED))
     assert [(c.kind, c.sent, c.scope) for c in found] == [
         ("all-gather", 3 * 32, "jit(f)/weights/g"),
         ("all-reduce", 2 * 32 * 3 / 4, "moe/exchange_back/reduce_scatter"),

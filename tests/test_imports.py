@@ -17,7 +17,7 @@ ORDER = [
     *("workdir", "command_line", "events", "manifest", "store", "lock", "ledger", "supervisor"),
     *("tokenizer", "token_text", "token_file", "corpus", "data", "prepare"),
     *("eval_data", "eval_series"),
-    *("parameters", "topology", "hlo", "flops", "metrics", "records"),
+    *("parameters", "topology", "hlo", "hlo_traffic", "hlo_costs", "flops", "metrics", "records"),
     *("tensorboard", "metric_writer", "progress", "plots"),
     *("atlas", "tallies", "atlas_show", "fsck"),
     *("significance", "compare_runs", "compare", "scaling", "compare_report"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from moejax import hlo, plan, plan_report
+from moejax import hlo, hlo_traffic, plan, plan_report
 from moejax.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from moejax.describe import placements
 from moejax.moe_config import MoEConfig
@@ -61,7 +61,7 @@ def _torus(*sizes):
 
 def _seconds(pod: str, kind: str, groups, size: int, devices=None) -> float:
     topology = parse_topology(pod)
-    c = hlo.Collective(kind, (size,), np.array(groups), 1, "")
+    c = hlo_traffic.Collective(kind, (size,), np.array(groups), 1, "")
     return plan.link_seconds(topology, devices or _torus(*topology.shape), c)
 
 
