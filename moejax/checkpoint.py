@@ -188,18 +188,6 @@ class Checkpoints:
         step, items, meta = found
         return Model(step, items["model"]["params"], items["model"]["router_state"], meta)
 
-    def discard_after(self, step: int) -> None:
-        """Deletes the checkpoints after `step`, of a training that went back to it."""
-        self.wait()
-
-        def discard() -> None:
-            for store in self._stores:
-                for later in store.steps():
-                    if later > step:
-                        store.delete(later)
-
-        self._agree(discard)
-
     def _load(
         self, abstract: dict[str, Any], step: int | None, at_most: int | None = None
     ) -> tuple[int, dict[str, Any], dict[str, Any]] | None:

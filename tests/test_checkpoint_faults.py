@@ -540,16 +540,6 @@ def test_the_newest_of_the_local_and_the_durable_ones_wins(workdir, tmp_path, me
     assert checkpoint_steps(workdir) == [20, 40]
 
 
-def test_going_back_leaves_nothing_of_what_came_after(workdir, mesh):
-    with Checkpoints(workdir, CONFIG) as checkpoints:
-        resumed = checkpoints.resume(abstract(random_state(20, mesh), mesh), at_most=39)
-        assert resumed is not None
-        assert resumed.step == 20
-        checkpoints.discard_after(20)
-        assert checkpoints.save(random_state(40, mesh), {}, None)
-    assert checkpoint_steps(workdir) == [20, 40]
-
-
 @pytest.mark.parametrize("key", ["a.b", "a/b", ""])
 def test_keys_that_would_become_one_are_refused(key):
     """{'a.b': x, 'a': {'b': y}}: Orbax restores the one for the other."""
