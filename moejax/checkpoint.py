@@ -7,7 +7,6 @@ restored, its files are compared with the manifest, and its arrays with those of
 """
 
 import contextlib
-import errno
 import itertools
 import logging
 import re
@@ -27,7 +26,7 @@ from etils import epath
 
 from moejax.cluster import any_complains, appears, check_shared, from_first, refuse_together
 from moejax.config import CheckpointConfig, ConfigError
-from moejax.errors import NO_SPACE, NoSpaceError, StorageError
+from moejax.errors import FULL, NO_SPACE, NoSpaceError, StorageError
 from moejax.events import EVENTS, Events
 from moejax.foreign import printable
 from moejax.manifest import (
@@ -412,8 +411,7 @@ class Checkpoints:
         self._events.write(
             "checkpoint_failed", step, folder=str(store.folder(step)), error=text, free_bytes=free
         )
-        codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        full = getattr(error, "errno", None) in codes or _NO_SPACE.search(str(error))
+        full = getattr(error, "errno", None) in FULL or _NO_SPACE.search(str(error))
         kind = NoSpaceError if full else StorageError
         self._error = kind(
             f"the checkpoint of step {step} was not saved: {text} ({where}); make room or mend the "

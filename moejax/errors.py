@@ -36,7 +36,7 @@ EXIT_CODES = (
         False,
         "`watch.*` stopped the training: not finite, a spike, a collapse, or a device that errs",
     ),
-    ExitCode(NO_SPACE, False, "no space left: the last checkpoint was not saved"),
+    ExitCode(NO_SPACE, False, "no space left, for the last checkpoint or another file"),
     ExitCode(
         UNAVAILABLE,
         True,
@@ -75,7 +75,7 @@ class StorageError(ConfigError):
 
 
 class NoSpaceError(StorageError):
-    """A checkpoint could not be saved because no space was left."""
+    """There was no space for a checkpoint, or for a file that a command cannot do without."""
 
     code = NO_SPACE
 
@@ -89,8 +89,14 @@ _FAILING += (errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNRE
 SERVER_FAILS = tuple(code for code in _FAILING if code != errno.EIO)
 
 
+# A disk, a quota or a limit on the size of a file that has no room.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 def file_error(message: str, error: OSError) -> ConfigError:
-    """Returns what to raise for a file: a StorageError where another try may do better."""
+    """Returns what to raise for a file: its class has the exit code for full and failing disks."""
+    if error.errno in FULL:
+        return NoSpaceError(message)
     return StorageError(message) if error.errno in _FAILING else ConfigError(message)
 
 

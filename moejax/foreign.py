@@ -49,7 +49,7 @@ def read_file(path: str | os.PathLike, most: int, *, links: bool = False) -> byt
     with open_file(path, links=links) as file:
         content = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
     if len(content) > most:
-        raise OSError(errno.EFBIG, f"it is larger than {most / MIB:g} MiB", str(path))
+        raise OSError(errno.EINVAL, f"it is larger than {most / MIB:g} MiB", str(path))
     return content
 
 

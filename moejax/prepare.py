@@ -27,6 +27,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from moejax.config import ConfigError
 from moejax.corpus import PREPARED_VERSION, Corpus, fingerprint, make_corpus, token_dtype
+from moejax.errors import file_error
 from moejax.token_file import chunk_checksums
 from moejax.tokenizer import Tokenizer, load_tokenizer
 
@@ -100,9 +101,10 @@ def prepare(
         (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", "utf-8")
         os.replace(partial, target)
     except OSError as error:
-        raise ConfigError(
+        raise file_error(
             f"the text did not get to --output {target} ({error}); see whether a disk is full or "
-            "fails"
+            "fails",
+            error,
         ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

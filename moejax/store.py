@@ -7,7 +7,6 @@ renamed, never deleted. Anything else in the folder belongs to somebody else.
 """
 
 import contextlib
-import errno
 import json
 import os
 import secrets
@@ -19,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from moejax.errors import ConfigError, StorageError, file_error
+from moejax.errors import FULL, ConfigError, StorageError, file_error
 from moejax.events import EVENTS, read_events
 from moejax.foreign import has_link, read_file
 from moejax.manifest import (
@@ -299,7 +298,7 @@ class Store:
         try:
             self._note(step)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise  # without room for a note only this makes some
         (self.folder(step) / MANIFEST).unlink(missing_ok=True)
         self.clear(step)

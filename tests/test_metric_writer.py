@@ -1,9 +1,11 @@
 """The file that survives crashes, resumes and a full disk."""
 
 import pytest
+from hostile import file_limit
 from test_metrics import train_record
 
 from moejax.config import ConfigError
+from moejax.errors import NoSpaceError
 from moejax.metric_writer import MetricWriter
 from moejax.metrics import read_metrics
 
@@ -102,6 +104,19 @@ def test_unwritable_workdir_is_a_user_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"cannot be written: .*; make room, or give ano"):
         MetricWriter(tmp_path / "file", 0)
+
+
+def test_a_disk_that_is_full_when_a_run_goes_back_is_no_space_left(tmp_path):
+    """A roll-back opens the file again, and drops the steps that are done once more."""
+    write_steps(tmp_path, [1, 2, 3])
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with (
+        file_limit(10),
+        pytest.raises(NoSpaceError, match=r"metrics\.jsonl cannot be written") as e,
+    ):
+        MetricWriter(tmp_path, 2)
+    assert e.value.code == 28
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
 class _FullDisk:

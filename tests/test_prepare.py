@@ -14,6 +14,7 @@ from hostile import file_limit
 from moejax import prepare as prepare_module
 from moejax.config import ConfigError, DataConfig
 from moejax.corpus import Corpus, load_corpus
+from moejax.errors import NoSpaceError
 from moejax.prepare import prepare
 from moejax.tokenizer import load_tokenizer
 
@@ -351,7 +352,7 @@ def test_a_parquet_file_that_is_damaged_inside():
 
 def test_a_disk_that_is_full_leaves_nothing():
     _write("a.txt", "text " * 20_000)
-    with file_limit(1000), pytest.raises(ConfigError, match=r"did not get to --output .*out \("):
+    with file_limit(1000), pytest.raises(NoSpaceError, match=r"did not get to --output .*out \("):
         _prepare("a.txt")
     assert sorted(path.name for path in Path().iterdir()) == ["a.txt"]
 

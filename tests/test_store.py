@@ -7,7 +7,7 @@ import shutil
 import pytest
 from hostile import file_limit
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, NoSpaceError
 from moejax.events import Events
 from moejax.manifest import Unsound
 from moejax.store import UNFINISHED, Store, find_run, require_first_start, start_run
@@ -300,6 +300,9 @@ def test_a_run_whose_checkpoints_are_gone_does_not_begin_anew(tmp_path):
 
 
 def test_no_space_for_the_id_is_an_input_error(tmp_path):
-    with file_limit(0), pytest.raises(ConfigError, match=r"run\.json cannot be written: .*make ro"):
+    with (
+        file_limit(0),
+        pytest.raises(NoSpaceError, match=r"run\.json cannot be written: .*make ro"),
+    ):
         start_run(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -8,7 +8,7 @@ import stat
 import pytest
 
 from moejax.config import Config, ConfigError
-from moejax.errors import StorageError
+from moejax.errors import NoSpaceError, StorageError
 from moejax.eval_series import EVAL_SERIES
 from moejax.events import EVENTS
 from moejax.ledger import LEDGER
@@ -170,7 +170,7 @@ def test_a_workdir_must_be_a_folder_that_can_be_written(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(ConfigError, match="cannot be written: No space left on device"):
+    with pytest.raises(NoSpaceError, match="cannot be written: No space left on device"):
         open_workdir(tmp_path / "full", Config())
     assert list((tmp_path / "full").iterdir()) == []
 
