@@ -7,7 +7,7 @@ from faults.results import Result
 from faults.size import SIZES
 from faults.suite import node_id
 from faults.table import GROUPS, ROWS, Row
-from moejax.workdir import write_atomically
+from moejax.foreign import write_atomically
 
 LONG = ("<!-- long:begin -->\n", "<!-- long:end -->\n")  # what `make faults` leaves as it is
 NO_LONG = "`make faults-long` (200 kills) was not run yet.\n"

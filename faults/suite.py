@@ -9,7 +9,7 @@ from pathlib import Path
 
 from faults.bench import ROOT, Broken, Outcome, expect
 from faults.size import EXAMPLES
-from moejax.workdir import write_atomically
+from moejax.foreign import write_atomically
 
 FILE_SECONDS = 1500.0
 

@@ -20,7 +20,7 @@ from moejax.events import EVENTS, append_line
 from moejax.ledger import LEDGER
 from moejax.manifest import Manifest, Unsound, fingerprint
 from moejax.store import Store, find_run
-from moejax.workdir import CONFIG, METRICS, checkpoint_roots, read_config
+from moejax.workdir import CONFIG, METRICS, checkpoint_roots, checkpoint_steps, read_config
 
 EVAL_SERIES = "eval.jsonl"  # in a workdir
 _ID_LENGTH = 16  # hex digits of a SHA-256
@@ -199,7 +199,7 @@ def wait_for_config(workdir: Path, how: Watching) -> None:
     if not workdir.is_dir():
         raise ConfigError(f"workdir {workdir} does not exist; give that of a run that was started")
     since = how.clock()
-    while not (workdir / CONFIG).exists():
+    while not ((workdir / CONFIG).exists() or checkpoint_steps(workdir)):
         if how.clock() == since:
             tell(f"waiting for a training to begin in {workdir}")
         if how.clock() - since >= how.patience:

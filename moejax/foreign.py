@@ -58,6 +58,21 @@ def no_links(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)  # nobody reads the pipe
 
 
+def write_atomically(file: Path, text: str) -> None:
+    """Writes and syncs a file: a reader sees the old one or the new one, also after a crash."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with open(temporary, "w", encoding="utf-8", opener=no_links) as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
 def require_path(path: str) -> None:
     """Checks that the system takes `path` for a name, whether or not something is there.
 

@@ -1,5 +1,6 @@
 """`moejax fsck`: reads all checkpoints of a run and says which are sound. JAX is not imported."""
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from moejax.store import Store, find_run, require_first_start
 from moejax.workdir import (
     CHECKPOINTS,
     CONFIG,
+    META_FILE,
     METRICS,
     RUN,
     checkpoint_roots,
@@ -29,7 +31,6 @@ from moejax.workdir import (
 )
 
 SOUND = "sound"
-META = "meta/metadata"  # in a checkpoint: the JSON that Orbax wrote
 _LINE_BYTES = 64 * MIB  # that a line of metrics or events may have
 
 
@@ -64,7 +65,7 @@ def fsck(workdir: Path, console: Console | None = None) -> list[Finding]:
         raise ConfigError(f"{workdir} is not a workdir; give one that `moejax train` wrote")
     findings = [_config(workdir), *_json_lines(workdir)]
     local = None
-    if not findings[0].bad:
+    with contextlib.suppress(ConfigError):
         local = read_config(workdir).checkpoint.local
     run = find_run(workdir)
     stores = [Store(root, run) for root in checkpoint_roots(workdir, local, run)]
@@ -115,17 +116,21 @@ def _others(store: Store) -> list[Finding]:
 
 
 def _config(workdir: Path) -> Finding:
+    file = workdir / CONFIG
     try:
         read_config(workdir)
     except ConfigError as error:
-        return Finding(str(workdir / CONFIG), None, str(error), bad=True)
-    return Finding(str(workdir / CONFIG), None, SOUND)
+        return Finding(str(file), None, str(error), bad=True)
+    if not file.exists():
+        verdict = "missing; the checkpoints have the config: resuming the run writes it again"
+        return Finding(str(file), None, verdict, bad=True)
+    return Finding(str(file), None, SOUND)
 
 
 def _config_of_checkpoints(workdir: Path, findings: list[Finding]) -> Finding:
     """Holds config.json to the newest sound checkpoint, whose config has a checksum."""
     file, sound = workdir / CONFIG, [f for f in findings if f.step is not None and f.bytes]
-    stored = Path(max(sound, key=lambda f: f.step or 0).path) / META if sound else None
+    stored = Path(max(sound, key=lambda f: f.step or 0).path) / META_FILE if sound else None
     if stored is None or not stored.is_file():
         return Finding(str(file), None, SOUND)
     try:

@@ -48,7 +48,7 @@ from moejax.step import make_train_step
 from moejax.together import compiled_together
 from moejax.wandb_board import WandbBoard
 from moejax.watchdog import Watchdog
-from moejax.workdir import open_workdir, require_config_of
+from moejax.workdir import CONFIG, open_workdir, require_config_of
 
 SAMPLE_PROMPTS = ("And it came to pass", "Y aconteció que", "def main(")
 
@@ -207,6 +207,7 @@ class Training:
             differing = self._resume(resumed)
         main = jax.process_index() == 0
         if main:
+            self._tell_config()
             open_workdir(workdir, config)  # from here on nothing refuses the run
             self._tell_environment(differing)
         writer = MetricWriter(workdir, self.start, enabled=main, boards=boards)
@@ -247,6 +248,15 @@ class Training:
                 f"now {fingerprint[:12]}); a resumed run reads the same text in the same order: "
                 "bring it back (the embedded Python text is that of the running interpreter), or "
                 "give another --workdir",
+            )
+
+    def _tell_config(self) -> None:
+        if self.start > 0 and not (self.workdir / CONFIG).exists():
+            Events(self.workdir).write("config_restored", self.start)
+            print(
+                f"moejax train: {self.workdir / CONFIG} is missing; it is written again, as the "
+                f"checkpoint of step {self.start} has it",
+                file=sys.stderr,
             )
 
     def _tell_environment(self, differing: list[str]) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,8 +17,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moejax.errors import SERVER_FAILS, StorageError
-from moejax.workdir import MANIFEST, RUN_ID, write_atomically
+from moejax.foreign import write_atomically
 
+MANIFEST = "MANIFEST.json"  # in a step's folder, written when all else in it is on the disk
+RUN_ID = re.compile(r"[0-9a-f]{16}")
 FORMAT = 1
 MAX_BYTES = 256 << 20  # of a manifest: 200 bytes a file, and a million files
 _BLOCK = 1 << 18

@@ -18,6 +18,7 @@ from moejax.config import Config, ConfigError
 from moejax.events import KINDS as EVENT_KINDS
 from moejax.events import read_events
 from moejax.flops import active_parameters, flops_per_token, parameter_counts, total_parameters
+from moejax.foreign import write_atomically
 from moejax.ledger import KINDS as TIME_KINDS
 from moejax.ledger import totals
 from moejax.metrics import iterate_metrics
@@ -30,7 +31,6 @@ from moejax.workdir import (
     atlas_file,
     checkpoint_steps,
     read_config,
-    write_atomically,
 )
 
 REPORT = "report.html"  # in a workdir, unless told otherwise

@@ -20,8 +20,9 @@ from typing import Any
 
 from moejax.errors import FULL, ConfigError, StorageError, file_error
 from moejax.events import EVENTS, read_events
-from moejax.foreign import has_link, read_file
+from moejax.foreign import has_link, read_file, write_atomically
 from moejax.manifest import (
+    MANIFEST,
     Manifest,
     Table,
     Unsound,
@@ -32,12 +33,10 @@ from moejax.manifest import (
 )
 from moejax.workdir import (
     CHECKPOINTS,
-    MANIFEST,
     RUN,
     committed_steps,
     read_run,
     steps_with,
-    write_atomically,
 )
 
 UNFINISHED = ".unfinished"  # in a folder of checkpoints: a file a step, which holds the run's id

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from moejax.errors import ConfigError, UnavailableError, require
+from moejax.foreign import write_atomically
 from moejax.supervisor import newest_checkpoint
 from moejax.sweep_points import Point, applies, point_key, points, value_text
 from moejax.sweep_runs import Prepared, Run, resolve, sweep_from_json, sweep_to_json, untried_point
 from moejax.sweep_space import Adaptive, Between, Cases, Sweep, choices, ranges
-from moejax.workdir import write_atomically
 
 try:
     import optuna

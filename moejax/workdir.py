@@ -2,18 +2,26 @@
 
 import contextlib
 import fnmatch
+import functools
 import hashlib
 import json
 import os
-import re
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from moejax.config import Config, ConfigError
 from moejax.errors import file_error
-from moejax.foreign import MIB, has_link, no_links, read_file
-from moejax.overrides import JSON_FORMAT, config_difference, config_from_json, config_to_json
+from moejax.foreign import MIB, has_link, printable, read_file, write_atomically
+from moejax.manifest import MANIFEST, RUN_ID, Unsound, fingerprint, read_manifest
+from moejax.overrides import (
+    JSON_FORMAT,
+    config_difference,
+    config_from_json,
+    config_to_dict,
+    config_to_json,
+)
 
 CONFIG = "config.json"  # the resolved config
 RUN = "run.json"  # the id of the run, by which it knows its checkpoints
@@ -21,7 +29,7 @@ METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"  # one folder a step, named by its number
 COMMITTED = "commit_success.txt"  # Orbax writes it into a step's folder when that is whole
-MANIFEST = "MANIFEST.json"  # in a step's folder, written when all else in it is on the disk
+META_FILE = "meta/metadata"  # in a step's folder: JSON, the config among it
 ATLAS = "atlas"  # one `.npz` a step, named by its number
 LOSS_PLOT = "loss.png"
 EXPERT_LOAD_PLOT = "expert_load.png"
@@ -63,9 +71,6 @@ PLACES = ("data.path", "data.tokenizer", "train.replay")
 def matches(key: str, patterns: tuple[str, ...]) -> bool:
     """Says whether a dotted key is one of `patterns`, where `mesh.*` stands for a whole section."""
     return any(fnmatch.fnmatchcase(key, pattern) for pattern in patterns)
-
-
-RUN_ID = re.compile(r"[0-9a-f]{16}")
 
 
 def read_run(workdir: Path) -> str | None:
@@ -184,28 +189,91 @@ def _unwritable(workdir: Path, error: OSError) -> ConfigError:
 def read_config(path: str | os.PathLike) -> Config:
     """Returns the config of a workdir, without running anybody's Python.
 
+    Where config.json is missing it is that of the newest checkpoint that has one; stderr tells.
+
     Raises:
         ConfigError: `path` is not a workdir of `moejax train`, or its config is damaged.
     """
-    require_own(Path(path))
-    file = Path(path) / CONFIG
+    workdir = Path(path)
+    require_own(workdir)
+    file = workdir / CONFIG
     try:
         text = read_file(file, 16 * MIB).decode()
     except (FileNotFoundError, NotADirectoryError):
-        raise ConfigError(
-            f"{file} does not exist; give a workdir that `moejax train` wrote"
-        ) from None
+        found = config_of_checkpoint(workdir)
+        if found is None:
+            raise ConfigError(
+                f"{file} does not exist; give a workdir that `moejax train` wrote"
+            ) from None
+        step, config = found
+        _tell_missing(file, step)
+        return config
     except OSError as error:
         raise file_error(f"{file} cannot be read: {error}", error) from None
     except ValueError as error:
-        raise ConfigError(f"{file} cannot be read: {error}") from None
+        raise ConfigError(f"{file} cannot be read: {error}{_way_out(workdir)}") from None
     try:
         return config_from_json(text)
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise ConfigError(f"{file}: {error}{_way_out(workdir)}") from None
+
+
+@functools.cache  # once: `eval --watch` asks again and again
+def _tell_missing(file: Path, step: int) -> None:
+    print(
+        printable(
+            f"moejax: {file} is missing; the config is that of the checkpoint of step {step}; "
+            "resuming the run writes the file again"
+        ),
+        file=sys.stderr,
+    )
+
+
+def _way_out(workdir: Path) -> str:
+    """Returns what to do about a config.json that is damaged, after a semicolon."""
+    found = config_of_checkpoint(workdir)
+    if found is None:
+        return ""
+    return f"; move the file away: the checkpoint of step {found[0]} has the config too"
+
+
+def config_of_checkpoint(workdir: Path, local: str | None = None) -> tuple[int, Config] | None:
+    """Returns step and config of the newest checkpoint whose config is as it was written.
+
+    The manifest has the fingerprint of the config. Nothing else of the checkpoint is read: whether
+    the arrays are sound is seen when they are restored.
+
+    Args:
+        local: the folder `checkpoint.local`.
+
+    Returns:
+        None: no checkpoint has a config that this moejax can use.
+    """
+    run = read_run(workdir)
+    roots = checkpoint_roots(workdir, local, run)
+    pairs = sorted(((step, root) for root in roots for step in _finished_steps(root)), reverse=True)
+    for step, root in pairs:
+        folder = root / str(step)
+        with contextlib.suppress(Unsound, OSError, ValueError, KeyError, TypeError, RecursionError):
+            manifest = read_manifest(folder)
+            stored = json.loads(read_file(folder / META_FILE, 16 * MIB))["config"]
+            ours = manifest.step == step and run in (None, manifest.run)
+            if ours and manifest.about["config"] == fingerprint(stored):
+                return step, config_from_json(_as_file(stored))
+    return None
+
+
+def _as_file(stored: Any) -> str:
+    """Returns the config in a checkpoint's meta as config.json has it."""
+    return json.dumps({"format": JSON_FORMAT, "config": stored})
 
 
 def _check_same_run(workdir: Path, config: Config, step: int) -> None:
+    if not (workdir / CONFIG).exists():
+        found = config_of_checkpoint(workdir, config.checkpoint.local)
+        if found is not None:
+            require_config_of(found[0], config_to_dict(found[1]), config)
+            return
     differing = [
         row
         for row in config_difference(read_config(workdir), config)
@@ -236,9 +304,8 @@ def require_config_of(
     Raises:
         ConfigError: which other keys differ.
     """
-    text = json.dumps({"format": JSON_FORMAT, "config": stored})
     try:
-        difference = config_difference(config_from_json(text), config)
+        difference = config_difference(config_from_json(_as_file(stored)), config)
     except ConfigError as error:
         raise ConfigError(
             f"the checkpoint of step {step} has no usable config in its meta: {error}; move it away"
@@ -254,18 +321,3 @@ def require_config_of(
             f"where {CONFIG} says so it was damaged or changed: give the checkpoint's values back, "
             "there and on the command line"
         )
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Writes and syncs a file: a reader sees the old one or the new one, also after a crash."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with open(temporary, "w", encoding="utf-8", opener=no_links) as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, file)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

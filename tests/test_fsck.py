@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -87,6 +88,19 @@ def test_every_kind_of_damage_has_its_row(workdir, capsys):
     assert main(["fsck", "--workdir", str(workdir)]) == 1
     assert capsys.readouterr().out.count("BAD: ") == 4
     assert (checkpoints / "80").is_dir(), "nothing is changed"
+
+
+def test_a_config_that_is_gone_is_damage_with_a_way_out(tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(Path(__file__).parent / "data" / "format_1", workdir)
+    (workdir / "config.json").unlink()
+    assert verdicts(workdir) == {
+        "config.json": "missing; the checkpoints have the config: resuming the run writes it again",
+        "run.json": "sound",
+        "2": "sound",
+    }
+    assert main(["fsck", "--workdir", str(workdir)]) == 1
+    assert not (workdir / "config.json").exists(), "nothing is changed"
 
 
 def test_a_damaged_config_and_a_lost_id(workdir):

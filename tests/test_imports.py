@@ -14,7 +14,7 @@ PACKAGE = Path(moejax.__file__).parent
 ORDER = [
     *("errors", "foreign", "moe_config", "skip_list", "watch_config", "history"),
     *("config", "overrides"),
-    *("workdir", "command_line", "events", "manifest", "store", "lock", "ledger", "supervisor"),
+    *("manifest", "workdir", "command_line", "events", "store", "lock", "ledger", "supervisor"),
     *("tokenizer", "token_text", "token_file", "corpus", "data", "prepare"),
     *("eval_data", "eval_series"),
     *("parameters", "topology", "hlo", "hlo_traffic", "hlo_costs", "flops", "metrics", "records"),

@@ -3,7 +3,9 @@
 import dataclasses
 import os
 import re
+import shutil
 import stat
+from pathlib import Path
 
 import pytest
 
@@ -26,6 +28,7 @@ from moejax.workdir import (
     MANIFEST,
     MAY_CHANGE,
     MAY_CHANGE_AFTER_TRAINING,
+    META_FILE,
     METRICS,
     RUN,
     TENSORBOARD,
@@ -35,8 +38,11 @@ from moejax.workdir import (
     matches,
     open_workdir,
     read_config,
+    read_run,
     require_config_of,
 )
+
+KEPT = Path(__file__).parent / "data" / "format_1"
 
 
 def add_checkpoint(workdir, step: int) -> None:
@@ -122,6 +128,66 @@ def test_a_folder_of_checkpoints_without_a_config_is_nobodys_to_resume(tmp_path)
     add_checkpoint(tmp_path, 9)
     with pytest.raises(ConfigError, match=r"config\.json does not exist"):
         open_workdir(tmp_path, Config())
+
+
+@pytest.fixture
+def kept(tmp_path) -> Path:
+    """A run of 2 steps whose config.json is gone."""
+    workdir = Path(shutil.copytree(KEPT, tmp_path / "kept"))
+    (workdir / CONFIG).unlink()
+    return workdir
+
+
+def test_a_config_that_is_gone_is_that_of_the_checkpoint(kept, capsys):
+    config = read_config(KEPT)
+    assert read_config(kept) == read_config(kept) == config
+    said = capsys.readouterr().err
+    assert (
+        said.count("config.json is missing; the config is that of the checkpoint of step 2;") == 1
+    )
+    with pytest.raises(
+        ConfigError, match=r"step 2 was written with another config \(seed 0 -> 9\)"
+    ):
+        open_workdir(kept, dataclasses.replace(config, seed=9))
+    assert not (kept / CONFIG).exists(), "only a run that goes on writes it"
+    open_workdir(kept, apply_overrides(config, ["train.steps=9"]))
+    assert read_config(kept).train.steps == 9
+    assert not capsys.readouterr().err
+
+
+def test_a_config_that_is_gone_is_found_on_the_local_disk(kept, tmp_path):
+    """Its manifest is of this run, and no checkpoint is in the workdir yet."""
+    local = {"checkpoint.local": str(tmp_path / "fast"), "checkpoint.local_every": 1}
+    config = apply_overrides(read_config(KEPT), [f"{key}={value}" for key, value in local.items()])
+    durable, fast = checkpoint_roots(kept, config.checkpoint.local, read_run(kept))
+    shutil.move(durable, fast)
+    assert open_workdir(kept, config) == kept
+    (kept / CONFIG).unlink()
+    with pytest.raises(
+        ConfigError, match=r"step 2 was written with another config \(seed 0 -> 9\)"
+    ):
+        open_workdir(kept, dataclasses.replace(config, seed=9))
+
+
+@pytest.mark.parametrize("damage", ["a digit", "of another run", "no config"])
+def test_a_config_that_a_checkpoint_does_not_vouch_for_is_not_taken(kept, damage):
+    file = kept / CHECKPOINTS / "2" / META_FILE
+    if damage == "a digit":
+        file.write_text(file.read_text().replace('"num_experts": 4', '"num_experts": 5'))
+    elif damage == "no config":
+        file.write_text("[]")
+    else:
+        (kept / RUN).write_text((kept / RUN).read_text().replace(str(read_run(kept)), "0" * 16))
+    with pytest.raises(ConfigError, match=r"config\.json does not exist; give a workdir"):
+        read_config(kept)
+
+
+def test_a_config_that_is_damaged_has_a_way_out(kept):
+    for content, said in ((b"{", "not JSON: "), (b"\xff\xfe", "cannot be read: ")):
+        (kept / CONFIG).write_bytes(content)
+        way = r"; move the file away: the checkpoint of step 2 has the config too$"
+        with pytest.raises(ConfigError, match=said + ".*" + way):
+            read_config(kept)
 
 
 def test_only_folders_named_by_a_number_are_checkpoints(tmp_path):
