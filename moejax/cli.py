@@ -535,6 +535,9 @@ def _prepare_options(parser: argparse.ArgumentParser) -> None:
         metavar="X",
     )
     add_option(parser, "--workers", "processes (default: one per core)", type=whole(1), metavar="N")
+    help = "give up when a process does nothing for this many seconds (default: 600)"
+    seconds = between(0, 1e6, open_low=True)
+    add_option(parser, "--timeout_seconds", help, type=seconds, default=600.0, metavar="X")
 
 
 def _prepare(line: Line) -> int:
@@ -552,6 +555,7 @@ def _prepare(line: Line) -> int:
         field=options.field,
         validation_fraction=options.validation_fraction,
         workers=options.workers,
+        timeout_seconds=options.timeout_seconds,
     )
     for name, split in meta["splits"].items():
         print(f"{name}: {split['num_documents']:,} documents, {split['num_tokens']:,} tokens")

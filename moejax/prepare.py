@@ -5,19 +5,15 @@ order of the pieces: the folder is the same, byte for byte, for any number of wo
 """
 
 import array
-import collections
 import contextlib
 import glob
 import hashlib
-import itertools
 import json
-import multiprocessing
+import math
 import os
 import re
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -30,6 +26,7 @@ from moejax.corpus import PREPARED_VERSION, Corpus, fingerprint, make_corpus, to
 from moejax.errors import file_error
 from moejax.token_file import chunk_checksums
 from moejax.tokenizer import Tokenizer, load_tokenizer
+from moejax.workers import in_order
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 _PIECE_BYTES = 1 << 22
@@ -70,6 +67,7 @@ def prepare(
     field: str = "text",
     validation_fraction: float = 0.05,
     workers: int | None = None,
+    timeout_seconds: float = 600.0,
     show_progress: bool = True,
 ) -> dict[str, Any]:
     """Tokenizes files into the folder `output` and returns what its meta.json holds.
@@ -77,11 +75,14 @@ def prepare(
     `inputs` are files, folders or glob patterns, each perhaps as `domain=pattern`; without a name,
     the domain is the name of the folder of the files. `field` is the text in .jsonl and .parquet.
     A document goes to validation by hash of its text; each split gets at least one document.
+    `timeout_seconds` is how long a worker process may do nothing; one worker needs no process.
 
     Raises:
         ConfigError: nothing to read, text that cannot be read, or an output that is there already.
+        NoSpaceError: the disk is full.
+        UnavailableError: a worker hangs.
     """
-    _check_options(validation_fraction, workers)
+    _check_options(validation_fraction, workers, timeout_seconds)
     loaded = load_tokenizer(tokenizer)
     files, domains = find_files(inputs)
     groups = _group([piece for path, domain in files for piece in _cut(path, domain, field)])
@@ -91,7 +92,9 @@ def prepare(
     try:
         with (
             _progress(sum(piece.size for group in groups for piece in group), show_progress) as bar,
-            contextlib.closing(_tokenize_all(groups, tokenizer, loaded, field, workers)) as results,
+            contextlib.closing(
+                _tokenize_all(groups, tokenizer, loaded, field, workers, timeout_seconds)
+            ) as results,
             _SplitWriter(partial / "train", loaded.vocab_size, domains) as train,
             _SplitWriter(partial / "validation", loaded.vocab_size, domains) as validation,
         ):
@@ -111,13 +114,17 @@ def prepare(
     return meta
 
 
-def _check_options(validation_fraction: float, workers: int | None) -> None:
+def _check_options(validation_fraction: float, workers: int | None, timeout_seconds: float) -> None:
     if not 0 < validation_fraction < 1:
         raise ConfigError(
             f"validation_fraction={validation_fraction} is outside (0, 1); 0.05 is usual"
         )
     if workers is not None and workers < 1:
         raise ConfigError(f"workers={workers} is below 1; leave it out to use every core")
+    if not 0 < timeout_seconds < math.inf:
+        raise ConfigError(
+            f"timeout_seconds={timeout_seconds} is not a finite number above 0; 600 is usual"
+        )
 
 
 def _describe(name: str, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -396,11 +403,12 @@ def _bad_parquet(path: str, error: Exception) -> ConfigError:
 # Tokens out of text
 
 
-def _tokenize(pieces: list[Piece], tokenizer: Tokenizer, field: str) -> Documents:
+def _tokenize(pieces: Iterable[Piece], tokenizer: Tokenizer, field: str) -> Documents:
     dtype = token_dtype(tokenizer.vocab_size)
     end = np.array([tokenizer.end_of_document], dtype)
-    parts, lengths, domains, places, num_empty = [], [], [], [], 0
+    parts, lengths, domains, places, num_empty, size = [], [], [], [], 0, 0
     for piece in pieces:
+        size += piece.size
         for text in _read_texts(piece, field):
             if not text.strip():
                 num_empty += 1
@@ -412,7 +420,6 @@ def _tokenize(pieces: list[Piece], tokenizer: Tokenizer, field: str) -> Document
             digest = hashlib.sha256(text.encode("utf-8")).digest()
             places.append(int.from_bytes(digest[:6], "big") / 2**48)
     token_n = np.concatenate(parts) if parts else np.zeros(0, dtype)
-    size = sum(piece.size for piece in pieces)
     return Documents(token_n, lengths, domains, places, num_empty, size)
 
 
@@ -420,12 +427,17 @@ _in_worker: tuple[Tokenizer, str]
 
 
 def _tokenize_all(
-    groups: list[list[Piece]], name: str, tokenizer: Tokenizer, field: str, workers: int | None
+    groups: list[list[Piece]],
+    name: str,
+    tokenizer: Tokenizer,
+    field: str,
+    workers: int | None,
+    timeout_seconds: float,
 ) -> Generator[Documents, None, None]:
     """Yields the result of each group in order; `name` is the tokenizer's."""
     workers = min(workers or os.cpu_count() or 1, len(groups))
     if workers > 1:
-        yield from _in_processes(groups, name, field, workers)
+        yield from in_order(_work, groups, workers, timeout_seconds, _start_worker, name, field)
     else:
         yield from (_tokenize(group, tokenizer, field) for group in groups)
 
@@ -435,7 +447,7 @@ def _start_worker(tokenizer: str, field: str) -> None:
     _in_worker = load_tokenizer(tokenizer), field
 
 
-def _work(pieces: list[Piece]) -> Documents:
+def _work(pieces: Iterable[Piece]) -> Documents:
     return _tokenize(pieces, *_in_worker)
 
 
@@ -450,30 +462,6 @@ def _group(pieces: list[Piece]) -> list[list[Piece]]:
         groups[-1].append(piece)
         size += piece.size
     return groups
-
-
-def _in_processes(
-    groups: list[list[Piece]], tokenizer: str, field: str, workers: int
-) -> Iterator[Documents]:
-    """Yields the result of each group in order, with at most 2 per worker under way."""
-    executor = ProcessPoolExecutor(
-        workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(tokenizer, field),
-    )
-    waiting, under_way = iter(groups), collections.deque()
-    try:
-        under_way.extend(executor.submit(_work, g) for g in itertools.islice(waiting, 2 * workers))
-        while under_way:
-            yield under_way.popleft().result()
-            under_way.extend(executor.submit(_work, g) for g in itertools.islice(waiting, 1))
-    except BrokenProcessPool as error:
-        raise ConfigError(
-            f"one of {workers} worker processes died (out of memory?); use --workers 1"
-        ) from error
-    finally:
-        executor.shutdown(cancel_futures=True)
 
 
 # Tokens into files

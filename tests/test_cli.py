@@ -117,12 +117,13 @@ def test_verify_describe_and_prepare_pass_on_what_they_are_given(calls, tmp_path
     config = load_config(QUICKSTART, ["seed=1"])
     assert main(["verify", QUICKSTART, "seed=1", "--all", "--cpu_devices", "8"]) == 1
     assert main(["describe", QUICKSTART, "seed=1", "--devices", "16"]) == 0
-    assert main(["prepare", "a.py", "en=b/*.txt", "--output", "out", "--workers", "2"]) == 0
+    words = ["a.py", "en=b/*.txt", "--output", "out", "--workers", "2", "--timeout_seconds", "9"]
+    assert main(["prepare", *words]) == 0
     assert calls == [
         ("start_jax", 8, False),
         ("verify", config, True, None, None),
         ("describe", config, 16),
-        ("prepare", ["a.py", "en=b/*.txt"], "bytes", "out", "text", 0.05, 2),
+        ("prepare", ["a.py", "en=b/*.txt"], "bytes", "out", "text", 0.05, 2, 9.0),
     ]
     assert "train: 3 documents, 4,000 tokens\n" in capsys.readouterr().out
     page, file = tmp_path / "contract.md", tmp_path / "rows.json"

@@ -15,7 +15,7 @@ ORDER = [
     *("errors", "foreign", "moe_config", "skip_list", "watch_config", "history"),
     *("config", "overrides"),
     *("manifest", "workdir", "command_line", "events", "store", "lock", "ledger", "supervisor"),
-    *("tokenizer", "token_text", "token_file", "corpus", "data", "prepare"),
+    *("tokenizer", "token_text", "token_file", "corpus", "data", "workers", "prepare"),
     *("eval_data", "eval_series"),
     *("parameters", "topology", "hlo", "hlo_traffic", "hlo_costs", "flops", "metrics", "records"),
     *("tensorboard", "metric_writer", "progress", "plots"),

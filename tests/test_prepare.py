@@ -1,10 +1,12 @@
 """`prepare`: each format, any number of workers, and what is said of input that cannot be read."""
 
+import contextlib
 import importlib
 import json
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +14,13 @@ import pytest
 from hostile import file_limit
 
 from moejax import prepare as prepare_module
+from moejax import workers as workers_module
 from moejax.config import ConfigError, DataConfig
 from moejax.corpus import Corpus, load_corpus
-from moejax.errors import NoSpaceError
+from moejax.errors import NoSpaceError, UnavailableError
 from moejax.prepare import prepare
 from moejax.tokenizer import load_tokenizer
+from moejax.workers import in_order
 
 
 @pytest.fixture(autouse=True)
@@ -129,18 +133,76 @@ def test_the_folder_is_the_same_for_any_number_of_workers(monkeypatch):
     assert corpus.num_documents > 100
 
 
-def test_a_worker_that_is_killed_is_an_error_at_once(tmp_path):
+def _in_workers(groups: list[list[str]], workers: int = 2, seconds: float = 60.0):
+    """The results of workers for groups of files."""
+    pieces = [[prepare_module.Piece(path, 0, 0, 4, 4) for path in group] for group in groups]
+    start = prepare_module._start_worker
+    return in_order(prepare_module._work, pieces, workers, seconds, start, "bytes", "text")
+
+
+def test_a_worker_that_is_killed_is_an_error_at_once():
     """By the kernel, for want of memory, say."""
-    pieces = [prepare_module.Piece(str(tmp_path / f"{i}.txt"), 0, 0, 4, 4) for i in range(4)]
-    for piece in pieces:
-        Path(piece.path).write_text("text")
-    results = prepare_module._in_processes([[piece] for piece in pieces], "bytes", "text", 1)
+    results = _in_workers([[_write(f"{i}.txt", "text")] for i in range(4)], workers=1)
     next(results)
     for child in multiprocessing.active_children():
         os.kill(child.pid, signal.SIGKILL)
         child.join()
     with pytest.raises(ConfigError, match=r"one of 1 worker processes died .*use --workers 1"):
         list(results)
+
+
+def test_a_worker_that_hangs_is_an_error_that_names_the_file(monkeypatch):
+    """A pipe that nobody writes into is a file server that does not answer. As long as a worker
+    uses the processor it is waited for, whatever the limit: a document may be large."""
+    os.mkfifo("pipe.txt")
+    first, last = _write("a.txt", "text"), _write("b.txt", "text")
+    results = _in_workers([[first], [last, "pipe.txt", first], [last]], seconds=3.0)
+    assert next(results).length_d == [5]
+    looks, measured = [], workers_module._processor_time
+
+    def working(process: int) -> int:
+        looks.append(process)
+        return len(looks) if len(looks) < 25 else measured(process)
+
+    monkeypatch.setattr(workers_module, "_processor_time", working)
+    with pytest.raises(
+        UnavailableError, match=r"process \d+ has done nothing for .*=3 .*pipe\.txt;"
+    ):
+        next(results)
+    assert len(looks) >= 45
+    assert not multiprocessing.active_children()
+
+
+def test_workers_that_are_stopped_are_an_error_and_leave_nothing(monkeypatch):
+    monkeypatch.setattr(prepare_module, "_PIECE_BYTES", 500)
+    _write_jsonl("in/a.jsonl", TEXTS)
+    ended = threading.Event()
+
+    def stop() -> None:
+        while not ended.wait(0.02):
+            for child in multiprocessing.active_children():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(child.pid, signal.SIGSTOP)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        with pytest.raises(UnavailableError, match=r"done nothing for .*=1 .*in/a\.jsonl;") as e:
+            _prepare("in", workers=2, timeout_seconds=1)
+    finally:
+        ended.set()
+        thread.join()
+    assert e.value.code == 69
+    assert not multiprocessing.active_children()
+    assert [path.name for path in Path().iterdir()] == ["in"]
+
+
+def test_an_error_does_not_wait_for_a_worker_that_hangs():
+    os.mkfifo("pipe.txt")
+    groups = [[_write("bad.txt", b"\xff")], ["pipe.txt"]]
+    with pytest.raises(ConfigError, match=r"bad\.txt is not UTF-8"):
+        list(_in_workers(groups, seconds=600.0))
+    assert not multiprocessing.active_children()
 
 
 def test_an_error_in_a_worker_comes_out_and_leaves_nothing(monkeypatch):
@@ -331,6 +393,7 @@ def test_too_many_domains():
     [
         ({"validation_fraction": 0.0}, r"validation_fraction=0\.0 is outside \(0, 1\)"),
         ({"workers": 0}, r"workers=0 is below 1"),
+        ({"timeout_seconds": 0}, r"timeout_seconds=0 is not a finite number above 0"),
     ],
 )
 def test_options_out_of_range(options, message):
