@@ -21,7 +21,8 @@ from moejax.token_file import CHUNK_BYTES, CorruptData, TokenFile
 from moejax.tokenizer import Tokenizer, load_tokenizer
 
 Split = Literal["train", "validation"]
-PREPARED_VERSION = 2  # of what `moejax prepare` writes
+PREPARED_VERSION = 3  # of what `moejax prepare` writes
+_READABLE = (2, 3)  # 2 has no SHA-256 of documents.npz
 VALIDATION_FRACTION = 0.05  # of the embedded documents
 
 _ASSET = "bible_en_es.tsv.xz"
@@ -289,13 +290,24 @@ def _read_documents(
     """Returns where documents start, their domains, and the checksums of the tokens' chunks."""
     _check_size(path, about["documents_bytes"])
     try:
-        with open_file(path, links=True) as file, np.load(file, allow_pickle=False) as arrays:
-            # they are stored as they are: a file that unpacks to more was not written by us
-            if sum(entry.file_size for entry in arrays.zip.infolist()) > about["documents_bytes"]:
-                raise ValueError("it is larger inside than outside")
-            start_d, domain_d, checksum_c = (
-                arrays[name] for name in ("start_d", "domain_d", "checksum_c")
-            )
+        with open_file(path, links=True) as file:
+            if "documents_sha256" in about:  # a zip file has bytes that nothing reads
+                digest = hashlib.sha256()
+                while block := file.read(MIB):
+                    digest.update(block)
+                if digest.hexdigest() != about["documents_sha256"]:
+                    raise ValueError("it has another SHA-256 than when it was written")
+                file.seek(0)
+            with np.load(file, allow_pickle=False) as arrays:
+                # they are stored as they are: a file that unpacks to more was not written by us
+                if (
+                    sum(entry.file_size for entry in arrays.zip.infolist())
+                    > about["documents_bytes"]
+                ):
+                    raise ValueError("it is larger inside than outside")
+                start_d, domain_d, checksum_c = (
+                    arrays[name] for name in ("start_d", "domain_d", "checksum_c")
+                )
     except Exception as error:  # NumPy and zipfile raise a dozen kinds, by where the damage is
         raise ConfigError(f"{path} is damaged ({error}); prepare the text again") from error
     count = about["num_tokens"]
@@ -366,11 +378,11 @@ def read_meta(folder: Path) -> dict:
     if (
         not isinstance(meta, dict)
         or meta.get("format") != "moejax-prepared"
-        or meta.get("version") != PREPARED_VERSION
+        or meta.get("version") not in _READABLE
     ):
         raise ConfigError(
-            f"{path} does not describe prepared data of version {PREPARED_VERSION}; write the "
-            "folder with moejax prepare"
+            f"{path} does not describe prepared data of version "
+            f"{' or '.join(map(str, _READABLE))}; write the folder with moejax prepare"
         )
     _check_meta(path, meta)
     return meta
@@ -395,6 +407,7 @@ def _check_meta(path: Path, meta: dict) -> None:
         counts = ("num_tokens", "documents_bytes")
         wrong += [f"splits.{split}.{k}" for k in counts if not is_count(about.get(k))]
         texts = ("dtype", "fingerprint")
+        texts += ("documents_sha256",) if meta["version"] > 2 else ()
         wrong += [f"splits.{split}.{k}" for k in texts if not isinstance(about.get(k), str)]
     if wrong:
         raise ConfigError(

@@ -497,11 +497,14 @@ class _SplitWriter(contextlib.AbstractContextManager):
         documents = self._folder / "documents.npz"
         checksum_c = np.asarray(self._checksums, "<u4")
         np.savez(documents, start_d=start_d, domain_d=domain_d, checksum_c=checksum_c)
+        with documents.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {
             "dtype": self._dtype.str,
             "num_tokens": int(start_d[-1]),
             "num_documents": len(self),
             "documents_bytes": documents.stat().st_size,
+            "documents_sha256": digest,
             "fingerprint": fingerprint(self._hash, start_d, domain_d, self._names),
         }
 

@@ -252,6 +252,17 @@ def checksums(folder: Path, tokens: np.ndarray) -> None:
     sums: list[int] = []
     chunk_checksums(tokens.tobytes(), sums, 0)
     np.savez(path, **arrays | {"checksum_c": np.array(sums, np.uint32)})
+    vouch(folder)
+
+
+def vouch(folder: Path) -> None:
+    """Makes meta.json fit changed documents."""
+    documents, file = folder / "train" / "documents.npz", folder / "meta.json"
+    meta = json.loads(file.read_text())
+    meta["splits"]["train"]["documents_bytes"] = documents.stat().st_size
+    digest = hashlib.sha256(documents.read_bytes()).hexdigest()
+    meta["splits"]["train"]["documents_sha256"] = digest
+    file.write_text(json.dumps(meta))
 
 
 def test_damage_is_found_when_it_is_read_where_it_may_be_skipped(folder):
@@ -295,15 +306,36 @@ def test_documents_that_do_not_fit_their_tokens(folder, name):
     path = folder / "train" / "documents.npz"
     arrays = dict(np.load(path))
     np.savez(path, **arrays | {name: arrays[name][:-1]})
-    meta = json.loads((folder / "meta.json").read_text())
-    meta["splits"]["train"]["documents_bytes"] = path.stat().st_size
-    (folder / "meta.json").write_text(json.dumps(meta))
+    vouch(folder)
     with pytest.raises(ConfigError, match=r"documents\.npz does not fit the \d+ tokens and 1 dom"):
         load_corpus(_config(folder), "train")
 
 
-def test_a_flipped_bit_in_the_documents(folder):
-    """An npz has checksums of its own."""
+def test_every_flipped_bit_in_the_documents_is_found(folder):
+    """Also in the bytes of a zip file that nothing reads."""
+    path = folder / "train" / "documents.npz"
+    before = path.read_bytes()
+    for place in range(0, len(before), 5):
+        data = bytearray(before)
+        data[place] ^= 1 << place % 8
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=r"documents\.npz is damaged .*another SHA-256"):
+            load_corpus(_config(folder), "train")
+
+
+def test_data_that_an_older_version_prepared(folder):
+    """Without the SHA-256 of its documents, which a newer one has to have."""
+    file, train = folder / "meta.json", load_corpus(_config(folder), "train")
+    meta = json.loads(file.read_text())
+    for about in meta["splits"].values():
+        del about["documents_sha256"]
+    file.write_text(json.dumps(meta))
+    with pytest.raises(ConfigError, match=r"lacks a usable splits\.train\.documents_sha256, spl"):
+        load_corpus(_config(folder), "train")
+    file.write_text(json.dumps(meta | {"version": 2}))
+    older = load_corpus(_config(folder), "train")
+    assert older.fingerprint == train.fingerprint
+    np.testing.assert_array_equal(older.start_d, train.start_d)
     path = folder / "train" / "documents.npz"
     data = bytearray(path.read_bytes())
     data[len(data) // 4] ^= 1
@@ -324,11 +356,12 @@ def test_an_empty_split(folder):
     )
     (folder / "train" / "tokens.bin").write_bytes(b"")
     about = meta["splits"]["train"]
-    about |= {"num_tokens": 0, "num_documents": 0, "documents_bytes": path.stat().st_size}
+    about |= {"num_tokens": 0, "num_documents": 0}
     about["fingerprint"] = fingerprint(
         hashlib.sha256(), np.zeros(1, np.int64), np.zeros(0, np.uint8), ("texts",)
     )
     (folder / "meta.json").write_text(json.dumps(meta))
+    vouch(folder)
     corpus = load_corpus(_config(folder), "train")
     with pytest.raises(ConfigError, match=r"0 tokens, 0 sequences .* fewer than"):
         TrainBatches(corpus, 8, 4, seed=0)
@@ -337,9 +370,7 @@ def test_an_empty_split(folder):
 def test_documents_are_never_unpickled(folder):
     path = folder / "train" / "documents.npz"
     np.savez(path, start_d=np.array([{}], object), domain_d=np.zeros(1, np.uint8))
-    meta = json.loads((folder / "meta.json").read_text())
-    meta["splits"]["train"]["documents_bytes"] = path.stat().st_size
-    (folder / "meta.json").write_text(json.dumps(meta))
+    vouch(folder)
     with pytest.raises(ConfigError, match=r"documents\.npz is damaged .*allow_pickle"):
         load_corpus(_config(folder), "train")
 
@@ -374,12 +405,10 @@ def test_cleaning_markup():
 
 def test_documents_that_unpack_to_more_than_they_are(folder):
     """A bomb: a file of the size that meta.json says, which would fill the memory."""
-    file, meta = folder / "train" / "documents.npz", folder / "meta.json"
+    file = folder / "train" / "documents.npz"
     with np.load(file) as arrays:
         np.savez_compressed(file, **arrays, more=np.zeros(1 << 20))
-    about = json.loads(meta.read_text())
-    about["splits"]["train"]["documents_bytes"] = file.stat().st_size
-    meta.write_text(json.dumps(about))
+    vouch(folder)
     with pytest.raises(ConfigError, match=r"documents.npz is damaged .*larger inside than outside"):
         load_corpus(_config(folder), "train")
 
