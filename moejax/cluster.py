@@ -94,8 +94,8 @@ def _checked(cluster: Cluster) -> Cluster | None:
         )
     if not 0 <= index < count:
         raise ConfigError(
-            f"process {index} of {count} at {address}: processes are numbered from 0 to "
-            f"{count - 1}; start as many as {PROCESSES} says, each with its own {PROCESS_ID}"
+            f"there is no process {index} of {count} (coordinator {address}): the first is 0, the "
+            f"last is {count - 1}; start {PROCESSES} processes, each with its own {PROCESS_ID}"
         )
     return cluster if count > 1 else None
 
@@ -110,12 +110,12 @@ def _from_launcher(environment: Mapping[str, str]) -> Cluster | None:
         if not given:
             return None
         raise ConfigError(
-            f"{given[0]}={environment[given[0]]} is set and {COORDINATOR} is not: this process "
+            f"{given[0]}={environment[given[0]]} is set, but {COORDINATOR} is not: this process "
             f"would train alone; set {COORDINATOR} to HOST:PORT of process 0, or unset {given[0]}"
         )
     if missing:
         raise ConfigError(
-            f"{COORDINATOR}={address} is set and {', '.join(missing)} is not; a launcher sets all "
+            f"{COORDINATOR}={address} is set, but not {', '.join(missing)}; a launcher sets all "
             "three, see docs/launching.md"
         )
     return Cluster(address, _whole(environment, PROCESSES), _whole(environment, PROCESS_ID))
@@ -176,8 +176,8 @@ def _tpu_cluster(hosts: list[str], worker: int, slices: Mapping[str, str]) -> Cl
         missing = [name for name in (SLICES_COORDINATOR, SLICE_ID) if not slices.get(name)]
         if missing:
             raise ConfigError(
-                f"{SLICES}={slices[SLICES]} is set and {', '.join(missing)} is not; whatever "
-                "starts several slices sets all three, see docs/launching.md"
+                f"{SLICES}={slices[SLICES]} is set, but not {', '.join(missing)}; set all three "
+                "to start several slices, see docs/launching.md"
             )
         first = slices[SLICES_COORDINATOR]  # the first host of slice 0
         number, index = _whole(slices, SLICES), _whole(slices, SLICE_ID)
@@ -272,9 +272,9 @@ def own_address(address: str, seconds: float) -> str:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UnavailableError(
-                    f"the name {host} of process 0, at {address}, is not known on its own host "
-                    f"({error.strerror or error}); give one that is in {COORDINATOR}, or the "
-                    f"IP:PORT to listen at in {BIND}"
+                    f"process 0 cannot look up the name of its own host {host}, at {address} "
+                    f"({error.strerror or error}); set {COORDINATOR} to a name that process 0 "
+                    f"knows, or {BIND} to the IP:PORT where it should listen"
                 ) from None
         time.sleep(0.5)
 
@@ -290,13 +290,13 @@ def _check_port(bind: str) -> None:
     except OSError as error:
         if error.errno == errno.EADDRNOTAVAIL:
             raise ConfigError(
-                f"process 0 cannot listen at {bind}, which is no address of this machine; start "
-                f"process 0 where {COORDINATOR} says, or give the address to listen at in {BIND}, "
-                f"where 0.0.0.0:{port} is all of them"
+                f"process 0 cannot listen at {bind}: this machine has another address; start "
+                f"process 0 on the host in {COORDINATOR}, or set {BIND} to an address of this "
+                f"machine (0.0.0.0:{port} is all of them)"
             ) from None
         raise ConfigError(
             f"process 0 cannot listen on port {port} ({error.strerror or error}): another program "
-            f"has it; end that one, or give another port in {COORDINATOR} to every process"
+            f"uses it; end that program, or set another port in {COORDINATOR} for every process"
         ) from None
 
 
@@ -319,8 +319,8 @@ def _await_coordinator(cluster: Cluster, seconds: int) -> None:
 def _unreached(cluster: Cluster, seconds: int, reason: object) -> str:
     return (
         f"process {cluster.process_id} of {cluster.num_processes} did not reach process 0 at "
-        f"{cluster.address} in {seconds} s ({reason}); see whether process 0 runs, on that host, "
-        f"with that port open to this one; {JOIN_SECONDS} is how long to wait"
+        f"{cluster.address} in {seconds} s ({reason}); check that process 0 runs on that host, and "
+        f"that its port can be reached from here; {JOIN_SECONDS} sets how long to wait"
     )
 
 
@@ -334,9 +334,9 @@ def _give_up_after(seconds: int, cluster: Cluster) -> Iterator[None]:
     def give_up() -> None:
         index, count = cluster.process_id, cluster.num_processes
         print(
-            f"moejax: error: process {index} of {count} waited {seconds} s at {cluster.address} "
-            f"and not all {count} processes came; look at the logs of the others, start all of "
-            f"them, or wait longer with {JOIN_SECONDS}",
+            f"moejax: error: process {index} of {count} waited {seconds} s at {cluster.address}, "
+            f"but not all {count} processes came; look at the logs of the others and start all of "
+            f"them; {JOIN_SECONDS} sets how long to wait",
             file=sys.stderr,
             flush=True,
         )
@@ -406,7 +406,7 @@ def check_shared(folder: Path, what: str = "workdir") -> None:
             mark = folder / client.blocking_key_value_get(key, _join_seconds() * 1000)
         # exists() may not ask the server
         if not appears(lambda: folder.is_dir() and mark.name in os.listdir(folder)):
-            complaint = f"has another {what} {folder} than process 0; use a shared file system"
+            complaint = f"does not see process 0's {what} {folder}; use a shared file system"
     try:
         refuse_together(f"shared {what}", complaint)
     finally:
@@ -420,8 +420,8 @@ def _explained(topic: str) -> Iterator[None]:
         yield
     except jax.errors.JaxRuntimeError as error:
         raise UnavailableError(
-            f"the processes could not compare their {topic}: one ended, or did not come in "
-            f"{_join_seconds()} s ({str(error).splitlines()[0][:200]}); look at the logs of the "
+            f"the processes could not compare their {topic}: one of them ended, or was not there "
+            f"in {_join_seconds()} s ({str(error).splitlines()[0][:200]}); look at the logs of the "
             "others"
         ) from None
 
@@ -506,7 +506,7 @@ def failing_together(topic: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
-            raise file_error(f"{error}; let every process read it", error) from error
+            raise file_error(f"{error}; make it readable for every process", error) from error
     except ConfigError as error:
         with contextlib.suppress(ConfigError):  # the complaint itself, or the others are gone too
             refuse_together(topic, f"cannot go on: {error}", error.code)

@@ -75,20 +75,23 @@ def test_first_host_of_a_compressed_list(nodes, first):
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "JAX_NUM_PROCESSES, JAX_PROCESS_ID is not"),
-        (LAUNCHER | {"JAX_PROCESS_ID": "4"}, "process 4 of 4 .*numbered from 0 to 3"),
+        ({"JAX_COORDINATOR_ADDRESS": "h:1"}, "is set, but not JAX_NUM_PROCESSES, JAX_PROCESS_ID; "),
+        (
+            LAUNCHER | {"JAX_PROCESS_ID": "4"},
+            "no process 4 of 4 .*the first is 0, the last is 3; start",
+        ),
         (LAUNCHER | {"JAX_NUM_PROCESSES": "four"}, "JAX_NUM_PROCESSES='four' is not a whole"),
         (LAUNCHER | {"JAX_COORDINATOR_ADDRESS": "10.0.0.1"}, "not HOST:PORT"),
         (
             {"JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"},
-            "JAX_NUM_PROCESSES=4 is set and JAX_COORDINATOR_ADDRESS is not: .*; set JAX_COORD",
+            "JAX_NUM_PROCESSES=4 is set, but JAX_COORDINATOR_ADDRESS is not: .*; set JAX_COORD",
         ),
-        ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID=0 is set .* train alone"),
+        ({"JAX_PROCESS_ID": "0"}, "JAX_PROCESS_ID=0 is set, .* train alone"),
         (
             GKE | {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "0"},
-            "MEGASCALE_NUM_SLICES=2 is set and MEGASCALE_COORDINATOR_ADDRESS is not; .* all three",
+            "MEGASCALE_NUM_SLICES=2 is set, but not MEGASCALE_COORDINATOR_ADDRESS; set all three",
         ),
-        (GKE | SLICES | {"MEGASCALE_SLICE_ID": "3"}, "process 7 of 6 .*numbered from 0 to 5"),
+        (GKE | SLICES | {"MEGASCALE_SLICE_ID": "3"}, "no process 7 of 6 .*the last is 5; start"),
         (GKE | SLICES | {"MEGASCALE_NUM_SLICES": "two"}, "MEGASCALE_NUM_SLICES='two' is not a wh"),
     ],
 )
@@ -174,12 +177,16 @@ def test_a_name_is_looked_up_until_it_is_known(monkeypatch):
     monkeypatch.setattr(cluster.time, "sleep", lambda _: None)
     assert cluster.own_address("a-0.a:5", 60) == "10.0.0.9:5"
     answers.append(socket.gaierror(-2, "Name or service not known"))
-    with pytest.raises(UnavailableError, match=r"the name a-0.a of process 0, .* is not known"):
+    with pytest.raises(
+        UnavailableError, match=r"process 0 cannot look up .* own host a-0.a, at .*not known\)"
+    ):
         cluster.own_address("a-0.a:5", -1)
 
 
 def test_an_address_of_another_machine_is_refused():
-    with pytest.raises(ConfigError, match=r"cannot listen at 192.0.2.1:5, which is no address of"):
+    with pytest.raises(
+        ConfigError, match=r"cannot listen at 192.0.2.1:5: this machine has another"
+    ):
         cluster._check_port("192.0.2.1:5")
 
 
@@ -369,7 +376,7 @@ def test_a_folder_that_a_process_does_not_share_is_refused_by_all(monkeypatch, t
     assert _run_each(monkeypatch, [check("a"), check("a")]) == [None, None]
     for error in _run_each(monkeypatch, [check("a"), check("b")]):
         assert isinstance(error, ConfigError)
-        assert "process 1 has another checkpoint.local" in str(error)
+        assert "process 1 does not see process 0's checkpoint.local" in str(error)
         assert "use a shared file system" in str(error)
     assert list(tmp_path.glob("*/*")) == [], "nothing is left of it"
 

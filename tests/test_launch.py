@@ -307,7 +307,7 @@ def listening(port: int) -> set[str]:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        (0, "process 0 of 2 waited 2 s at {} and not all 2 processes came"),
+        (0, "process 0 of 2 waited 2 s at {}, but not all 2 processes came"),
         (1, "process 1 of 2 did not reach process 0 at {} in 2 s"),
     ],
 )
@@ -360,7 +360,7 @@ def test_a_workdir_of_its_own_is_refused_by_all(tmp_path, port):
     """The part of a checkpoint that process 1 writes would be missing where process 0 looks."""
     both = [start(index, port, tmp_path / str(index)) for index in (0, 1)]
     for said in errors_of(*both):
-        assert f"process 1 has another workdir {tmp_path / '1'}" in said
+        assert f"process 1 does not see process 0's workdir {tmp_path / '1'}" in said
         assert "use a shared file system" in said
 
 
