@@ -19,7 +19,13 @@ from moejax.ledger import Totals, totals
 from moejax.manifest import Unsound, read_manifest
 from moejax.metrics import read_metrics
 from moejax.overrides import config_values
-from moejax.workdir import CHECKPOINTS, CONFIG, committed_steps, read_config
+from moejax.workdir import (
+    CHECKPOINTS,
+    CONFIG,
+    committed_steps,
+    config_of_checkpoint,
+    read_config,
+)
 
 AXES = {
     "tokens": "tokens seen",
@@ -81,10 +87,10 @@ def find_workdirs(path: Path) -> list[Path]:
     Raises:
         ConfigError: there is none.
     """
-    if (path / CONFIG).is_file() and not (path / TRIALS).is_dir():
+    if not (path / TRIALS).is_dir() and _is_run(path):
         return [path]
     folder = path / TRIALS if (path / TRIALS).is_dir() else path
-    found = sorted(file.parent for file in folder.glob(f"*/{CONFIG}"))
+    found = sorted(inside for inside in folder.glob("*") if _is_run(inside))
     if not found:
         what = "has no run in it" if path.is_dir() else "does not exist"
         raise ConfigError(
@@ -92,6 +98,10 @@ def find_workdirs(path: Path) -> list[Path]:
             "workdirs"
         )
     return found
+
+
+def _is_run(path: Path) -> bool:
+    return (path / CONFIG).is_file() or config_of_checkpoint(path) is not None
 
 
 def load_runs(

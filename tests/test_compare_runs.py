@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from moejax.cli import main
 from moejax.compare import compare
-from moejax.compare_runs import load_run, seconds_at
+from moejax.compare_runs import find_workdirs, load_run, seconds_at
 from moejax.config import Config, ConfigError
 from moejax.overrides import apply_overrides
 from moejax.store import Store, start_run
@@ -188,3 +190,15 @@ def test_another_text_is_refused(tmp_path):
     ):
         compare([a, new])
     assert any("which text was evaluated" in note for note in compare([same, new]).notes)
+
+
+def test_a_run_whose_config_is_gone_is_not_left_out(tmp_path):
+    """Its checkpoint has the config."""
+    for name in ("a", "b"):
+        shutil.copytree(Path(__file__).parent / "data" / "format_1", tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "a" / "config.json").unlink()
+    assert find_workdirs(tmp_path) == [tmp_path / "a", tmp_path / "b"]
+    assert find_workdirs(tmp_path / "a") == [tmp_path / "a"]
+    with pytest.raises(ConfigError, match="notes has no run in it"):
+        find_workdirs(tmp_path / "notes")
