@@ -330,7 +330,10 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "in tokens, and in what says where documents start; moejax reads no ArrayRecord",
             "exit code 2, the file named; nothing wrong is read",
             inputs.flipped,
-            ("test_token_file.test_a_flipped_bit_is_found_where_it_is_and_nowhere_else",),
+            (
+                "test_token_file.test_a_flipped_bit_is_found_where_it_is_and_nowhere_else",
+                "test_corpus.test_every_flipped_bit_in_the_documents_is_found",
+            ),
         ),
         Row(
             "35",
@@ -362,7 +365,7 @@ GROUPS: dict[str, tuple[Row, ...]] = {
             "38",
             "what reads data hangs, dies or raises",
             "the thread that reads ahead; `prepare`'s worker",
-            "an error in data.timeout_seconds, with where it is",
+            "an error in data.timeout_seconds (--timeout_seconds), with where it is",
             None,
             (
                 "test_data.test_a_thread_that_hangs_is_an_error_that_says_where",
@@ -370,6 +373,8 @@ GROUPS: dict[str, tuple[Row, ...]] = {
                 "test_data.test_an_error_in_the_thread_comes_out_in_the_caller",
                 "test_prepare.test_an_error_in_a_worker_comes_out_and_leaves_nothing",
                 "test_prepare.test_a_worker_that_is_killed_is_an_error_at_once",
+                "test_prepare.test_a_worker_that_hangs_is_an_error_that_names_the_file",
+                "test_prepare.test_workers_that_are_stopped_are_an_error_and_leave_nothing",
             ),
         ),
         Row(
