@@ -18,7 +18,7 @@ import numpy as np
 from moejax.errors import ConfigError
 from moejax.foreign import no_links, open_file
 
-FORMAT = 1  # of the file
+FORMAT = 2  # of the file
 PARTS = 10  # of a document
 TOP = 12  # tokens that are kept of an expert
 SNIPPETS = 3  # contexts that are kept of an expert
@@ -90,6 +90,8 @@ class Atlas:
         saturation_sl: float [S, L]; the share of the choices here that were already chosen there.
         views: texts, token by token.
         notes: what of this the router does not define, or was not measured, one sentence each.
+        run: id of the run; "" for a model that is of no checkpoint.
+        checkpoint: the digest of its manifest: a run that went back has another at the same step.
     """
 
     step: int
@@ -115,6 +117,8 @@ class Atlas:
     saturation_sl: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 0)))
     views: tuple[TokenView, ...] = ()
     notes: tuple[str, ...] = ()
+    run: str = ""
+    checkpoint: str = ""
 
     def __post_init__(self):
         if self.saturation_sl.size == 0:  # the default knows no L
@@ -138,7 +142,7 @@ class Atlas:
 
 
 _VIEW_ARRAYS = ("expert_ltk", "weight_ltk", "loss_t")
-_TEXTS = ("step", "tokens", "domains", "top_text", "snippets", "notes")
+_TEXTS = ("step", "tokens", "domains", "top_text", "snippets", "notes", "run", "checkpoint")
 _ARRAYS = tuple(
     field.name for field in dataclasses.fields(Atlas) if field.name not in (*_TEXTS, "views")
 )
@@ -208,6 +212,8 @@ def _atlas(texts: dict, stored) -> Atlas:
         domains=tuple(texts["domains"]),
         top_text=tuple(texts["top_text"]),
         notes=tuple(texts["notes"]),
+        run=texts["run"],
+        checkpoint=texts["checkpoint"],
         snippets=tuple(Snippet(*row) for row in texts["snippets"]),
         views=views,
         **{name: stored[name] for name in _ARRAYS},

@@ -29,7 +29,7 @@ from moejax.inspect import REMOVED, Inspector, layer_numbers
 from moejax.mesh import Device
 from moejax.tallies import Agreement, agreement
 from moejax.tokenizer import load_tokenizer
-from moejax.workdir import atlas_file, checkpoint_steps
+from moejax.workdir import atlas_file, checkpoint_steps, find_manifest
 
 log = logging.getLogger("moejax")
 
@@ -67,6 +67,9 @@ def atlas_of_workdir(
     atlas = inspector.atlas(
         restored.step, restored.params, restored.router_state, remove=remove, earlier=earlier()
     )
+    manifest = find_manifest(workdir, config.checkpoint.local, restored.step)
+    if manifest is not None:
+        atlas = dataclasses.replace(atlas, run=manifest.run, checkpoint=manifest.digest)
     if jax.process_index() == 0:
         save_atlas(atlas, atlas_file(workdir, restored.step))
     return atlas

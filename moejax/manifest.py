@@ -60,6 +60,11 @@ class Manifest(NamedTuple):
     def bytes(self) -> int:
         return sum(size for size, _ in self.files.values())
 
+    @property
+    def digest(self) -> str:
+        """What tells it from all others, also from those of its step: SHA-256 of its content."""
+        return fingerprint(_body(self))
+
 
 def fingerprint(value: Any) -> str:
     """Returns the SHA-256 of JSON, whatever the order of its keys."""
@@ -229,8 +234,8 @@ def sync_file(file: Path) -> None:
             os.close(descriptor)
 
 
-def _encode(manifest: Manifest) -> str:
-    body = {
+def _body(manifest: Manifest) -> dict[str, Any]:
+    return {
         "format": FORMAT,
         "run": manifest.run,
         "step": manifest.step,
@@ -239,8 +244,11 @@ def _encode(manifest: Manifest) -> str:
         "tables": manifest.tables,
         "files": manifest.files,
     }
-    text = json.dumps({**body, "digest": fingerprint(body)}, sort_keys=True, indent=0)
-    return text + "\n"
+
+
+def _encode(manifest: Manifest) -> str:
+    whole = {**_body(manifest), "digest": manifest.digest}
+    return json.dumps(whole, sort_keys=True, indent=0) + "\n"
 
 
 def _decode(given: Any) -> Manifest:

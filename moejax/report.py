@@ -30,7 +30,9 @@ from moejax.workdir import (
     ATLAS,
     atlas_file,
     checkpoint_steps,
+    find_manifest,
     read_config,
+    read_run,
 )
 
 REPORT = "report.html"  # in a workdir, unless told otherwise
@@ -110,16 +112,53 @@ def report_workdir(
 
 
 def wants_atlas(workdir: Path, config: Config) -> bool:
-    """Returns whether the newest checkpoint of a run with experts has no atlas."""
+    """Returns whether the newest checkpoint of a run with experts has no atlas of its own."""
     steps = checkpoint_steps(workdir, config.checkpoint.local)
-    return bool(config.num_moe_layers and steps) and not atlas_file(workdir, steps[-1]).exists()
+    if not (config.num_moe_layers and steps):
+        return False
+    try:
+        return not _belongs(load_atlas(atlas_file(workdir, steps[-1])), workdir, config)
+    except ConfigError:  # there is none, or it is damaged
+        return True
+
+
+def _belongs(atlas: Atlas, workdir: Path, config: Config) -> bool:
+    """Whether an atlas is of a checkpoint that the run has, or had before its newest one.
+
+    A run that went back, or was begun anew in the same workdir, has others at the same steps.
+    """
+    manifest = find_manifest(workdir, config.checkpoint.local, atlas.step)
+    if manifest is not None:
+        return atlas.checkpoint == manifest.digest
+    steps = checkpoint_steps(workdir, config.checkpoint.local)
+    if steps and atlas.step > steps[-1]:
+        return False
+    return read_run(workdir) in (None, atlas.run)
 
 
 def _atlas(workdir: Path, config: Config) -> tuple[Atlas | None, str]:
-    """Returns the newest atlas of a workdir, or why there is none."""
-    found = [(step, atlas_file(workdir, step)) for step in _atlas_steps(workdir)]
-    if found:
-        return load_atlas(found[-1][1]), ""
+    """Returns the newest atlas of a workdir that is of its run as it is now, or why there is none.
+
+    Raises:
+        ConfigError: all that could be shown are damaged.
+    """
+    stale, damaged = [], []
+    for step in reversed(_atlas_steps(workdir)):
+        try:
+            atlas = load_atlas(atlas_file(workdir, step))
+        except ConfigError as error:
+            damaged.append(error)
+            continue
+        if _belongs(atlas, workdir, config):
+            return atlas, ""
+        stale.append(step)
+    if damaged:
+        raise damaged[0]
+    if stale:
+        return None, (
+            f"that of step {stale[0]} is of a checkpoint that the run has not, for it went back or "
+            f"was begun anew; `moejax inspect --workdir {workdir}` makes one of its newest"
+        )
     if not config.num_moe_layers:
         return None, "the model is dense, it has no experts"
     if not checkpoint_steps(workdir, config.checkpoint.local):

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config, ConfigError
-from moejax.errors import file_error
+from moejax.errors import StorageError, file_error
 from moejax.foreign import MIB, has_link, printable, read_file, write_atomically
-from moejax.manifest import MANIFEST, RUN_ID, Unsound, fingerprint, read_manifest
+from moejax.manifest import MANIFEST, RUN_ID, Manifest, Unsound, fingerprint, read_manifest
 from moejax.overrides import (
     JSON_FORMAT,
     config_difference,
@@ -98,6 +98,18 @@ def checkpoint_steps(workdir: Path, local: str | None = None) -> list[int]:
     """Returns the steps that have a finished checkpoint, in order; nothing of it is read."""
     roots = checkpoint_roots(workdir, local, read_run(workdir))
     return sorted({step for root in roots for step in _finished_steps(root)})
+
+
+def find_manifest(workdir: Path, local: str | None, step: int) -> Manifest | None:
+    """Returns the manifest of a workdir's checkpoint; None where there is none that can be read.
+
+    Args:
+        local: `checkpoint.local` of the run.
+    """
+    for root in checkpoint_roots(workdir, local, read_run(workdir)):
+        with contextlib.suppress(Unsound, StorageError):
+            return read_manifest(root / str(step))
+    return None
 
 
 def _finished_steps(root: Path) -> list[int]:

@@ -52,6 +52,8 @@ def atlas(**changes) -> Atlas:
         "saturation_sl": floats(S, L),
         "views": (view,),
         "notes": ("one",),
+        "run": 2 * "01234567",
+        "checkpoint": 4 * "89abcdef",
     }
     return Atlas(**(fields | changes))
 
@@ -137,5 +139,5 @@ def test_another_format_is_refused(tmp_path):
     stream = io.BytesIO()
     np.savez(stream, **entries)
     file.write_bytes(stream.getvalue())
-    with pytest.raises(ConfigError, match="it has format 0, and this reads 1"):
+    with pytest.raises(ConfigError, match="it has format 0, and this reads 2"):
         load_atlas(file)

@@ -17,7 +17,7 @@ from moejax.inspect_command import agreement_of_workdirs
 from moejax.mesh import make_mesh
 from moejax.metrics import read_metrics
 from moejax.overrides import apply_overrides
-from moejax.workdir import read_config
+from moejax.workdir import find_manifest, read_config
 
 TRAINED = [
     *("model.num_layers=2", "model.d_model=32", "model.num_heads=2", "model.num_kv_heads=1"),
@@ -64,6 +64,12 @@ def test_removing_an_expert_costs_its_own_tokens_most(written):
     assert (atlas.norm_le[used_le] > 0).all()
     # the last layer reaches no other token's loss
     np.testing.assert_allclose(atlas.removed_other_le[1], 0, atol=1e-6)
+
+
+def test_an_atlas_names_its_checkpoint(workdir, written):
+    manifest = find_manifest(workdir, None, 150)
+    assert manifest is not None
+    assert (written[0].run, written[0].checkpoint) == (manifest.run, manifest.digest)
 
 
 def test_parts_of_the_loss_add_up(written):

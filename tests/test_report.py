@@ -26,11 +26,13 @@ from moejax.report import (
     pair_lift,
     report_data,
     report_workdir,
+    wants_atlas,
     write_report,
 )
 from moejax.report_page import packed, packed_json, quantised, render
+from moejax.store import Store, start_run
 from moejax.tallies import Agreement
-from moejax.workdir import atlas_file, open_workdir
+from moejax.workdir import CHECKPOINTS, COMMITTED, atlas_file, open_workdir
 
 ROOT = Path(__file__).parents[1]
 CHROMIUM = shutil.which("chromium")
@@ -155,6 +157,53 @@ def test_the_newest_atlas_is_shown(made_up, tmp_path):
     output = tmp_path / "page.html"
     assert main(["report", "--workdir", str(workdir), "--output", str(output)]) == 0
     assert page_data(output.read_text())["atlas"]["step"] == 100
+
+
+def test_an_atlas_is_that_of_its_checkpoint_and_not_of_its_step(made_up, tmp_path):
+    """After a rollback, and after training anew, the same steps are other models."""
+    config = made_up.synthetic_config(2, 4)
+    workdir = open_workdir(tmp_path / "run", config)
+
+    def checkpoint(step: int, content: bytes) -> dict:
+        """Writes one, and returns what binds an atlas to it."""
+        store = Store(workdir / CHECKPOINTS, start_run(workdir))
+        if store.folder(step).exists():
+            store.delete(step)
+        (store.begin(step) / "model").mkdir(parents=True)
+        (store.folder(step) / "model" / "data").write_bytes(content)
+        (store.folder(step) / COMMITTED).write_text("")
+        manifest = store.seal(step, {}, {}, {})
+        return {"step": step, "run": manifest.run, "checkpoint": manifest.digest}
+
+    def make_atlas(of: dict) -> None:
+        atlas = dataclasses.replace(made_up.synthetic_atlas(2, 4), **of)
+        save_atlas(atlas, atlas_file(workdir, of["step"]))
+
+    def shown() -> tuple[int | None, str]:
+        report_workdir(workdir, None, with_atlas=True)
+        data = page_data((workdir / "report.html").read_text())
+        return data["atlas"] and data["atlas"]["step"], data["missing"]
+
+    make_atlas(first := checkpoint(10, b"first"))
+    assert not wants_atlas(workdir, config)
+    assert shown() == (10, "")
+    make_atlas({**first, "step": 30})  # of a step that a rollback took away
+    assert shown() == (10, "")
+    second = checkpoint(10, b"other")
+    assert wants_atlas(workdir, config), "the run went back and came to this step again"
+    step, missing = shown()
+    assert step is None
+    assert "that of step 30 is of a checkpoint that the run has not" in missing
+    make_atlas(second)
+    checkpoint(20, b"later")
+    assert wants_atlas(workdir, config)
+    assert shown() == (10, ""), "the last one that there is"
+    Store(workdir / CHECKPOINTS, start_run(workdir)).delete(10)
+    assert shown() == (10, ""), "its checkpoint was not kept"
+    (workdir / "run.json").write_text(json.dumps({"run": 16 * "0"}))
+    assert shown()[0] is None, "another run trained here since"
+    atlas_file(workdir, 20).write_bytes(b"damaged")
+    assert wants_atlas(workdir, config)
 
 
 def test_what_was_asked_for_stands_next_to_the_atlas(made_up, tmp_path):
