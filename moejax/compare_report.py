@@ -330,7 +330,7 @@ def plot_curves(
         for arm in arms:
             colour = colormaps["tab10"](named.index(arm)) if arm in named else "#bbbbbb"
             for index, run in enumerate(arm.runs):
-                label = arm.name if arm in named and index == 0 else None
+                label = _label(arm.name) if arm in named and index == 0 else None
                 marker = "o" if len(run.loss_n) < 12 else ""
                 line = {"color": colour, "marker": marker, "markersize": 3, "alpha": 0.8}
                 order = 2 if arm in named else 1
@@ -342,6 +342,12 @@ def plot_curves(
     panels[0].set_ylim(*_limits(arms))
     panels[-1].legend(frameon=False, fontsize=8)
     figure.savefig(path)
+
+
+def _label(name: str) -> str:
+    """Returns a name that Matplotlib shows: it hides `_a`, and reads `$` as mathematics."""
+    shown = name.replace("$", r"\$")
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def _limits(arms: Sequence[Arm]) -> tuple[float | None, float | None]:

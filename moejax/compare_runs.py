@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moejax.config import Config, ConfigError
+from moejax.errors import StorageError, file_error
 from moejax.flops import flops_per_token
 from moejax.ledger import Totals, totals
 from moejax.manifest import Unsound, read_manifest
@@ -85,8 +86,15 @@ def find_workdirs(path: Path) -> list[Path]:
     """Returns the workdirs that a path stands for: itself, a sweep's trials, or what is inside.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the path cannot be read.
     """
+    try:
+        return _find_workdirs(path)
+    except OSError as error:
+        raise _unread(path, error) from None
+
+
+def _find_workdirs(path: Path) -> list[Path]:
     if not (path / TRIALS).is_dir() and _is_run(path):
         return [path]
     folder = path / TRIALS if (path / TRIALS).is_dir() else path
@@ -101,7 +109,10 @@ def find_workdirs(path: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return (path / CONFIG).is_file() or config_of_checkpoint(path) is not None
+    try:
+        return (path / CONFIG).is_file() or config_of_checkpoint(path) is not None
+    except StorageError:
+        return True  # reading it tells what is wrong
 
 
 def load_runs(
@@ -109,8 +120,8 @@ def load_runs(
 ) -> tuple[list[Run], list[str]]:
     """Returns the runs under `paths`, each once, and notes on those that were left out.
 
-    A run that is named itself must have an evaluation; one of a folder or a sweep without any, such
-    as a trial that failed, is left out.
+    A run that is named itself must have an evaluation and a disk that answers; one of a folder or a
+    sweep without, such as a trial that failed, is left out.
 
     Raises:
         ConfigError: as `find_workdirs` and `load_run`; or no run is left.
@@ -120,12 +131,13 @@ def load_runs(
     for source, path in enumerate(map(Path, paths)):
         workdirs = find_workdirs(path)
         for workdir in workdirs:
-            if (real := workdir.resolve()) in seen:
+            real = os.path.realpath(workdir)
+            if real in seen:
                 continue
             seen.add(real)
             try:
                 runs.append(load_run(workdir, source, metric))
-            except NothingToCompare as error:
+            except (NothingToCompare, StorageError) as error:
                 if workdirs == [path]:
                     raise
                 notes.append(f"left out: {error}")
@@ -144,15 +156,27 @@ def load_run(workdir: Path, source: int = 0, metric: str = "loss") -> Run:
     """Reads one workdir; it may be in training, resumed, or torn by a crash.
 
     Raises:
-        ConfigError: it is no workdir, is damaged, or was never evaluated.
+        ConfigError: it is no workdir, is damaged, or was never evaluated; a StorageError where its
+            disk or file server fails.
     """
+    try:
+        return _load_run(workdir, source, metric)
+    except OSError as error:
+        raise _unread(workdir, error) from None
+
+
+def _unread(path: Path, error: OSError) -> ConfigError:
+    reason = error.strerror or str(error)
+    message = f"{path} cannot be read: {reason}; see whether its disk answers, or leave it out"
+    return file_error(message, error)
+
+
+def _load_run(workdir: Path, source: int, metric: str) -> Run:
     config = read_config(workdir)
     try:
         records = kept_records(read_metrics(workdir))
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    except OSError as error:
-        raise ConfigError(f"{workdir} cannot be read: {error}") from None
     evals = [r for r in records if r["split"] == "eval" and metric in r]
     if not evals:
         raise NothingToCompare(_why_nothing(workdir, config, records, metric))
@@ -234,9 +258,10 @@ def seconds_at(records: Sequence[dict[str, Any]], step_n: np.ndarray) -> np.ndar
 def _text_of(workdir: Path) -> str | None:
     """Returns the fingerprint of the validation text, from the newest checkpoint that has one."""
     root = workdir / CHECKPOINTS
-    for step in reversed(committed_steps(root)):
-        with contextlib.suppress(Unsound, OSError):
-            return read_manifest(root / str(step)).about.get("validation")
+    with contextlib.suppress(OSError):
+        for step in reversed(committed_steps(root)):
+            with contextlib.suppress(Unsound, StorageError):
+                return read_manifest(root / str(step)).about.get("validation")
     return None
 
 

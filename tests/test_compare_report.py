@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 from tensorboardX.proto import event_pb2, plugin_hparams_pb2
-from test_compare_runs import write_run
+from test_compare_runs import runs_of, write_run
 
 from moejax.cli import main
+from moejax.compare import Arm
+from moejax.compare_report import plot_curves
 
 
 @pytest.fixture
@@ -80,6 +82,18 @@ def test_tensorboard_has_curves_and_hparams(written):
     assert hparams["moe.top_k"].number_value == 3
     assert hparams["moe.num_experts_by_layer"].string_value == "(4, 8, 4, 8)"
     assert set(hparams) == {"seed", "moe.top_k", "moe.num_experts_by_layer"}
+
+
+def test_every_arm_is_in_the_legend_by_its_own_name(tmp_path, monkeypatch):
+    """Matplotlib hides labels that begin with `_`, and would take $x$ for a formula."""
+    figures = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, _: figures.append(self))
+    run = runs_of(write_run(tmp_path / "a", [3.0, 2.0]))
+    plot_curves([Arm(name, tuple(run)) for name in ("_a", "$x$ $\\bad$")], tmp_path / "x.png")
+    (figure,) = figures
+    figure.draw_without_rendering()
+    legend = figure.axes[-1].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [" _a", r"\$x\$ \$\bad\$"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):

@@ -1,17 +1,21 @@
 """The runs of a comparison, written by hand: what they say while they live, and what is refused."""
 
+import errno
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from moejax import compare_runs
 from moejax.cli import main
 from moejax.compare import compare
 from moejax.compare_runs import find_workdirs, load_run, seconds_at
 from moejax.config import Config, ConfigError
+from moejax.errors import StorageError
 from moejax.overrides import apply_overrides
 from moejax.store import Store, start_run
 from moejax.workdir import CHECKPOINTS, COMMITTED, open_workdir
@@ -158,6 +162,49 @@ def test_a_damaged_line_is_refused(tmp_path):
     (workdir / "metrics.jsonl").write_text("{broken\n" + lines)
     with pytest.raises(ConfigError, match=r"line 1 is not a record .*; delete that line"):
         load_run(workdir)
+
+
+def failing(function, name, code=errno.EIO):
+    """The function, on a disk that fails for paths with `name` in them."""
+
+    def call(path, *rest, **options):
+        if name in str(path):
+            raise OSError(code, "Input/output error", str(path))
+        return function(path, *rest, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("reads", ["read_config", "read_metrics"])
+def test_a_disk_that_fails_costs_its_own_run_only(reads, tmp_path, monkeypatch):
+    for name in ("a", "b", "bad"):
+        write_run(tmp_path / name, [3.0, 2.0], f"moe.top_k={1 + len(name)}", f"seed={ord(name[0])}")
+    inner = "moejax.workdir.read_file" if reads == "read_config" else "moejax.compare_runs." + reads
+    module, _, name = inner.rpartition(".")
+    monkeypatch.setattr(inner, failing(getattr(sys.modules[module], name), "/bad"))
+    found = compare([tmp_path])
+    assert sorted(run.workdir.name for run in found.runs) == ["a", "b"]
+    assert any(re.match("left out: .*bad.*nput/output error", note) for note in found.notes)
+    with pytest.raises(StorageError, match=r"bad.* cannot be read: .*nput/output error"):
+        compare([tmp_path / "a", tmp_path / "bad"])
+
+
+def test_a_file_server_that_fails_leaves_the_text_unknown(tmp_path, monkeypatch):
+    for name in ("a", "b"):
+        with_text(write_run(tmp_path / name, [3.0, 2.0], f"seed={ord(name)}"), "1" * 64)
+    for function in ("read_manifest", "committed_steps"):
+        with monkeypatch.context() as patch:
+            inner = getattr(compare_runs, function)
+            patch.setattr(compare_runs, function, failing(inner, "/b/", errno.ESTALE))
+            notes = compare([tmp_path]).notes
+        assert any("no checkpoint says yet which text" in note for note in notes)
+
+
+def test_a_folder_on_a_disk_that_fails_is_named(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(compare_runs, "_find_workdirs", failing(lambda path: [path], ""))
+        with pytest.raises(StorageError, match="cannot be read: Input/output error; see whether"):
+            compare([tmp_path])
 
 
 def test_another_vocabulary_is_refused(tmp_path):
