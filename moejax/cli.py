@@ -597,6 +597,8 @@ def _sweep_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", action="store_true", help="resume the sweep in the workdir, if it has one"
     )
+    help = "with --resume: try trials again that crashed, or also those that their config failed"
+    add_option(parser, "--retry_failed", help, choices=["crashed", "all"])
     _storage(parser)
     add_cpu_devices(parser)
 

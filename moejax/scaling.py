@@ -6,9 +6,12 @@ The form for dense models, and its fit by a Huber loss of log L, are those of Ch
 (arXiv:2203.15556, appendix D.3); E lowers the part of N, as in Clark et al. (arXiv:2202.01169) and,
 with more interactions, in the joint law of Ludziejewski et al. (arXiv:2502.05172). What does not
 vary over the runs is left out of the law. Only the end of a complete run is a point: within a run
-the learning rate has not come down yet. docs/compare.md says how to read it.
+the learning rate has not come down yet. Of arms of one N, D and E only the best is fitted: the law
+is of what is reached there, not of how well a learning rate was chosen. docs/compare.md says how to
+read it.
 """
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -17,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moejax.compare import Comparison
+from moejax.compare import Arm, Comparison
 from moejax.compare_runs import Run
 from moejax.config import Config, ConfigError
 from moejax.flops import active_counts, parameter_counts
@@ -29,6 +32,7 @@ HUBER = 1e-3  # of the residual of log L, as in Chinchilla
 STEEPEST = 3.0  # exponent; one that ends here, or at 0, is not determined by the runs
 RESAMPLES = 200
 INTERVAL = (2.5, 97.5)  # percentiles
+LISTED = 6  # arms that a note names
 BEYOND = 10.0  # times the largest N and D, to which the law is drawn and told
 
 
@@ -51,6 +55,7 @@ class Law:
         theta_p: [P] its parameters, as `_unpack` reads them.
         theta_sp: [S, P] the same of every resample.
         error: root mean square of log L, what is left of the points.
+        notes: which runs were left out, and which are worse than the law lets a run be.
     """
 
     axes: str
@@ -58,6 +63,7 @@ class Law:
     theta_p: np.ndarray
     theta_sp: np.ndarray
     error: float
+    notes: tuple[str, ...] = ()
 
     def value(self, N: float, D: float, E: float) -> tuple[float, float, float]:
         """Returns the loss that the law gives, and its interval (95% of the resamples)."""
@@ -116,15 +122,70 @@ def sizes(config: Config) -> tuple[float, float]:
 
 
 def fit(comparison: Comparison) -> Law:
-    """Fits the law to the complete runs of a comparison.
+    """Fits the law to the complete runs of a comparison, of one N, D and E those of the best arm.
 
     Raises:
         ConfigError: they are too few, or nothing that the law knows varies enough among them.
     """
-    usable = [run for run in comparison.runs if run.complete and math.isfinite(run.loss)]
-    points = tuple(_point(run) for run in usable)
-    axes = varying(points)
-    return fit_points(points, axes)
+    found = [arm._replace(runs=tuple(filter(_usable, arm.runs))) for arm in comparison.arms]
+    best, others = frontier([arm for arm in found if arm.runs])
+    points = tuple(_point(run) for arm in best for run in arm.runs)
+    law = fit_points(points, varying(points))
+    notes = []
+    if others:
+        notes.append(
+            "Left out of the fit, for another arm of the same N, D and E is better: "
+            f"{_listed(others)}."
+        )
+    if worse := dominated(best):
+        notes.append(
+            "Fitted, though a run of no more N, D and E has a lower loss, as by chance or for a "
+            f"learning rate that suits it less: {_listed(worse)}."
+        )
+    return dataclasses.replace(law, notes=tuple(notes))
+
+
+def _usable(run: Run) -> bool:
+    return run.complete and math.isfinite(run.loss)
+
+
+def frontier(arms: Sequence[Arm]) -> tuple[list[Arm], list[Arm]]:
+    """Returns the arm with the least mean loss of each N, D and E, and the others.
+
+    The mean over seeds chooses, and all seeds of the chosen arm stay: the best single run would be
+    the luckiest one.
+    """
+    places = [_place(arm) for arm in arms]
+    axes = [distinct(values) for values in zip(*places, strict=True)]
+    best: dict[tuple[int, ...], Arm] = {}
+    for arm, place in zip(arms, places, strict=True):
+        kind = tuple(bisect.bisect(a, x) for a, x in zip(axes, place, strict=True))
+        if kind not in best or arm.loss < best[kind].loss:
+            best[kind] = arm
+    chosen = list(best.values())
+    return chosen, [arm for arm in arms if not any(arm is other for other in chosen)]
+
+
+def dominated(arms: Sequence[Arm]) -> list[Arm]:
+    """Returns the arms that are worse than one of no more N, D and E: no law as this has such."""
+
+    places = np.array([_place(arm) for arm in arms])
+    losses = np.array([arm.loss for arm in arms])
+    return [
+        arm
+        for arm, place in zip(arms, places, strict=True)
+        if np.any((places <= 1.001 * place).all(axis=1) & (losses < arm.loss))
+    ]
+
+
+def _place(arm: Arm) -> tuple[float, float, float]:
+    active, expansion = sizes(arm.config)
+    return active, arm.cost("tokens"), expansion
+
+
+def _listed(arms: Sequence[Arm]) -> str:
+    shown = [f"{arm.name} ({arm.loss:.4f})" for arm in arms[:LISTED]]
+    return ", ".join(shown) + (f" and {len(arms) - LISTED} more" if len(arms) > LISTED else "")
 
 
 def _point(run: Run) -> Point:
@@ -291,7 +352,7 @@ def describe(law: Law) -> list[str]:
             f"At the least loss for C FLOPs, N grows as C^{beta / (alpha + beta):.2f} "
             f"({low:.2f} to {high:.2f})."
         )
-    return lines
+    return [*lines, *law.notes]
 
 
 def predictions(law: Law) -> list[tuple[Point, float, float, float]]:

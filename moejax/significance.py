@@ -14,6 +14,16 @@ def spread(values: Sequence[float]) -> float | None:
     return stdev(values)
 
 
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> float | None:
+    """Returns half of Student's interval of a mean over seeds; None as `spread`."""
+    error = spread(values)
+    return (
+        None
+        if error is None
+        else _half(error / math.sqrt(len(values)), len(values) - 1, confidence)
+    )
+
+
 def welch(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, float | None]:
     """Returns half the 95% interval of the difference of means, and the two-sided p of Welch's t.
 
@@ -40,7 +50,12 @@ def paired(differences: Sequence[float]) -> float | None:
 
 
 def _t_test(difference: float, error: float, freedom: float) -> tuple[float, float]:
-    from scipy.special import stdtr, stdtrit  # not scipy.stats, which takes a second to import
+    from scipy.special import stdtr  # not scipy.stats, which takes a second to import
 
-    half = error * float(stdtrit(freedom, (1 + CONFIDENCE) / 2))
-    return half, 2 * float(stdtr(freedom, -abs(difference) / error))
+    return _half(error, freedom), 2 * float(stdtr(freedom, -abs(difference) / error))
+
+
+def _half(error: float, freedom: float, confidence: float = CONFIDENCE) -> float:
+    from scipy.special import stdtrit
+
+    return error * float(stdtrit(freedom, (1 + confidence) / 2))

@@ -33,6 +33,7 @@ from moejax.sweep_study import (
     LOGS,
     STORAGE_VARIABLE,
     SWEEP,
+    Retry,
     Study,
     TrialRecord,
     claim,
@@ -56,6 +57,7 @@ class Options(NamedTuple):
     launcher: str = "local"
     slurm: str = ""
     resume: bool = False
+    retry_failed: Retry | None = None
     storage: str | None = None
     cpu_devices: int | None = None
 
@@ -81,6 +83,8 @@ def sweep(file: str, overrides: dict[str, Any], options: Options) -> int:
                 f"workdir {options.workdir} is in use by another `moejax sweep`; end that one first"
             )
         stack.callback(os.close, held)
+        if options.retry_failed is not None:
+            _retry(study, options.retry_failed)
         _show_plan(study)
         code = _run(study, options)
         unfinished = [r for r in study.records() if r.state not in ENDED]
@@ -97,6 +101,11 @@ def _check_devices(prepared: Prepared, options: Options) -> None:
     require(
         options.launcher == "slurm" or not options.slurm,
         f"--slurm={options.slurm!r} is for --launcher slurm; give both, or leave it out",
+    )
+    require(
+        options.resume or options.retry_failed is None,
+        f"--retry_failed {options.retry_failed} is for a sweep that has run; give --resume too, or "
+        "leave it out",
     )
     if options.launcher == "slurm":
         _slurm_script()
@@ -124,8 +133,19 @@ def _study(prepared: Prepared, options: Options) -> Study:
     return open_study(workdir, options.storage, prepared)
 
 
+def _retry(study: Study, which: Retry) -> None:
+    again = study.retry(which)
+    told = ", ".join(f"{record.number:03d}" for record in again)
+    print(f"failed trials that are tried again: {told or 'none'}")
+    if left := sum(r.state == "failed" for r in study.records()):
+        print(f"{left} more failed by their config; --retry_failed all tries them too")
+
+
 def _show_plan(study: Study) -> None:
-    """Says how many trials there are, and what constraints were solved to."""
+    """Says how many trials there are, what constraints were solved to, what is of later keys."""
+    if study.new_keys:
+        told = ", ".join(f"{name}={value}" for name, value in study.new_keys.items())
+        print(f"keys that are newer than this sweep have their defaults: {told}")
     records = study.records()
     counts = Counter("done" if r.state in ENDED else "to do" for r in records)
     told = ", ".join(f"{count} {what}" for what, count in sorted(counts.items()))
@@ -283,10 +303,17 @@ def _run(study: Study, options: Options) -> int:
             file=sys.stderr,
         )
         return CHECK_FAILED
-    complete = any(r.state == "complete" for r in records)
-    if not complete:
-        print(f"moejax sweep: no trial is complete; see {study.workdir / LOGS}", file=sys.stderr)
-    return DONE if complete else CHECK_FAILED
+    if any(r.state == "complete" for r in records):
+        return DONE
+    counts = Counter(r.state for r in records)
+    told = ", ".join(f"{count} {state}" for state, count in sorted(counts.items()))
+    errors = [f"; trial {r.number:03d}: {printable(r.error)}" for r in records if r.error]
+    print(
+        f"moejax sweep: no trial is complete ({told}){''.join(errors[:1])}; see "
+        f"{study.workdir / LOGS}; when it is mended, --resume --retry_failed all tries them again",
+        file=sys.stderr,
+    )
+    return CHECK_FAILED
 
 
 # What is shown

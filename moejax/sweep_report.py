@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy.special import stdtrit
 
+from moejax.significance import CONFIDENCE, mean_interval
 from moejax.sweep_points import Point, describe_point, point_key, value_text
 from moejax.sweep_runs import config_quantities
 from moejax.sweep_space import Between, Cases, Sweep, ranges
@@ -23,7 +23,6 @@ from moejax.sweep_study import State, Study, TrialRecord
 REPORT, TRIALS_CSV, RANKING_CSV = "report.md", "trials.csv", "ranking.csv"
 PARALLEL, IMPORTANCE = "parallel.png", "importance.png"
 SHOWN = 30  # rows of a table of the report; the CSV files have all
-CONFIDENCE = 0.95
 
 
 class Estimate(NamedTuple):
@@ -73,11 +72,7 @@ class Ranked(NamedTuple):
 
 def estimate(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
     """Returns mean and Student's t interval of values that were drawn independently."""
-    mean, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return Estimate(mean, None)
-    error = float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Estimate(mean, float(stdtrit(count - 1, (1 + confidence) / 2)) * error)
+    return Estimate(float(np.mean(values)), mean_interval(values, confidence))
 
 
 def ranking(records: Sequence[TrialRecord], sweep: Sweep) -> list[Ranked]:
@@ -185,7 +180,7 @@ def write_report(study: Study) -> Path:
     records, sweep = study.records(), study.sweep
     rows = ranking(records, sweep)
     _write_csv(study.workdir / TRIALS_CSV, _trial_rows(study, records))
-    _write_csv(study.workdir / RANKING_CSV, _ranking_rows(rows, sweep))
+    _write_csv(study.workdir / RANKING_CSV, _ranking_csv(rows, sweep))
     parts = [f"# {study.workdir.name}", _summary(study, records)]
     if sweep.finalists:
         parts.append(verdict(rows, sweep))
@@ -228,6 +223,22 @@ def _explanation(sweep: Sweep, rows: Sequence[Ranked]) -> str:
     if any(row.failed for row in rows):
         text += " Trainings that failed are in no mean: it is that of the seeds that went well."
     return text
+
+
+def _ranking_csv(rows: Sequence[Ranked], sweep: Sweep) -> list[dict[str, Any]]:
+    """Returns the ranking with a number a cell; `half_interval` is half of the 95% interval."""
+    found = []
+    for rank, row in enumerate(rows, start=1):
+        cells: dict[str, Any] = {"rank": rank, "point": row.name}
+        cells |= {f"solved {name}": value for name, value in row.solved.items()}
+        cells |= {"seeds": len(row.values), "failed": row.failed}
+        for objective, mean in zip(sweep.objectives, row.means, strict=True):
+            cells |= {objective.name: mean.mean, f"{objective.name} half_interval": mean.half}
+        mean, half = row.difference or (None, None)
+        cells |= {"difference": mean, "difference half_interval": half}
+        cells |= {"better": row.better, "pairs": row.pairs, "best": int(row.best)}
+        found.append(cells)
+    return found
 
 
 def _ranking_rows(rows: Sequence[Ranked], sweep: Sweep) -> list[dict[str, Any]]:

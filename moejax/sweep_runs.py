@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from moejax.config import Config
 from moejax.errors import ConfigError, require
-from moejax.overrides import build_config, load_values, run_file
+from moejax.overrides import build_config, keys, load_values, run_file
 from moejax.sweep_points import Point, describe_point, draw, held, point_key, points, value_text
 from moejax.sweep_space import (
     QUANTITIES,
@@ -300,14 +300,19 @@ def sweep_to_json(prepared: Prepared) -> dict[str, Any]:
 
 
 def sweep_from_json(data: Mapping[str, Any]) -> Prepared:
-    """Reads what `sweep_to_json` wrote.
+    """Reads what `sweep_to_json` wrote. A key that it did not know takes its default, as in a run.
 
     Raises:
         ConfigError: it is of another format, or a config of it cannot be any more.
     """
     if data.get("format") != FORMAT:
         raise ConfigError(f"not a sweep of format {FORMAT} but of {data.get('format')!r}")
-    return Prepared(_decoded(data["sweep"]), settings_of(data["base"]))
+    return Prepared(_decoded(data["sweep"]), {**new_keys(data), **settings_of(data["base"])})
+
+
+def new_keys(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the keys that are newer than a stored sweep, with their defaults."""
+    return {name: key.default for name, key in keys().items() if name not in data["base"]}
 
 
 def _encoded(value: Any) -> Any:

@@ -21,7 +21,15 @@ from moejax.errors import ConfigError, UnavailableError, require
 from moejax.foreign import write_atomically
 from moejax.supervisor import newest_checkpoint
 from moejax.sweep_points import Point, applies, point_key, points, value_text
-from moejax.sweep_runs import Prepared, Run, resolve, sweep_from_json, sweep_to_json, untried_point
+from moejax.sweep_runs import (
+    Prepared,
+    Run,
+    new_keys,
+    resolve,
+    sweep_from_json,
+    sweep_to_json,
+    untried_point,
+)
 from moejax.sweep_space import Adaptive, Between, Cases, Sweep, choices, ranges
 
 try:
@@ -42,6 +50,7 @@ MOST_ATTEMPTS = 5  # of a trial whose worker died each time before a newer check
 MOST_REPEATS = 10  # proposals in a row that cannot be, or were tried; then the next one is random
 
 Stage = Literal["list", "search", "final", "base"]
+Retry = Literal["crashed", "all"]  # which failed trials are tried again
 State = optuna.trial.TrialState
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -65,7 +74,10 @@ class Job(NamedTuple):
 
 
 class TrialRecord(NamedTuple):
-    """What a storage knows of one trial. `values` are of the objectives, () before its end."""
+    """What a storage knows of one trial. `values` are of the objectives, () before its end.
+
+    `crashed` says of a failed one that its config is not to blame, as far as one can tell.
+    """
 
     number: int
     state: str  # waiting, running, complete, pruned, failed
@@ -76,6 +88,7 @@ class TrialRecord(NamedTuple):
     solved: dict[str, int]
     values: tuple[float, ...]
     error: str | None
+    crashed: bool = False
 
 
 def claim(file: Path) -> int | None:
@@ -174,6 +187,7 @@ class Study:
 
     def __init__(self, workdir: Path, prepared: Prepared, name: str, url: str):
         self.workdir, self.prepared = workdir, prepared
+        self.new_keys: dict[str, Any] = {}  # with their defaults: the sweep began without them
         self._name, self._storage = name, open_storage(url)
         self._labels = _labels(prepared.sweep)
         kinds = optuna.study.StudyDirection
@@ -200,9 +214,13 @@ class Study:
         return self.workdir / LOGS / f"{number:03d}.log"
 
     def records(self) -> list[TrialRecord]:
-        """Returns all trials but proposals that came to nothing, by number."""
+        """Returns all trials but proposals that came to nothing, by number.
+
+        Of one that was tried again the last try counts.
+        """
         found = self.optuna.get_trials(deepcopy=False)
-        return [_record(trial) for trial in found if _counts(trial)]
+        by_number = {_number(trial): _record(trial) for trial in found if _counts(trial)}
+        return [by_number[number] for number in sorted(by_number)]
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
@@ -234,6 +252,21 @@ class Study:
                     known.add((stage, point_key(point), seed))
         return len(known) - before
 
+    def retry(self, which: Retry) -> list[TrialRecord]:
+        """Puts failed trials among those that wait, under their numbers; returns them.
+
+        Optuna keeps what has ended as it is: the try is a trial of its own that names the first.
+        """
+        with self._locked():
+            failed = [r for r in self.records() if r.state == "failed"]
+            failed = [r for r in failed if which == "all" or r.crashed]
+            failed = [r for r in failed if self._is_free(r.number)]
+            for r in failed:
+                parameters = {name: self._label(name, r.point[name]) for name in r.point}
+                attributes = {"stage": r.stage, "point": r.point, "seed": r.seed}
+                self.optuna.enqueue_trial(parameters, {**attributes, "retry_of": r.number})
+        return failed
+
     # What is next
 
     def take(self) -> Job | Literal["wait", "done"]:
@@ -242,7 +275,7 @@ class Study:
             trials = self.optuna.get_trials(deepcopy=False)
             running = [trial for trial in trials if trial.state == State.RUNNING]
             for trial in running:
-                if (descriptor := self._claim(trial.number)) is not None and (
+                if (descriptor := self._claim(_number(trial))) is not None and (
                     job := self._take_over(trial, descriptor)
                 ):
                     return job
@@ -257,6 +290,12 @@ class Study:
     def _claim(self, number: int) -> int | None:
         return claim(self.workdir / CLAIMS / f"{number:03d}")
 
+    def _is_free(self, number: int) -> bool:
+        if (descriptor := self._claim(number)) is None:
+            return False
+        os.close(descriptor)
+        return True
+
     def _take_over(self, frozen: optuna.trial.FrozenTrial, descriptor: int) -> Job | None:
         """Goes on with a trial that was nobody's, unless that was tried too often."""
         trial = optuna.Trial(self.optuna, frozen._trial_id)  # as Optuna's own integrations do
@@ -265,13 +304,14 @@ class Study:
             self.fail(trial, "its worker died while it was made", counts=False)
             os.close(descriptor)
             return None
-        step = newest_checkpoint(self.trial_dir(frozen.number))
+        step = newest_checkpoint(self.trial_dir(_number(frozen)))
         further = step > known.get("checkpoint", 0)
         attempts = 1 if further else known.get("attempts", 1) + 1
         trial.set_user_attr("attempts", attempts)
         trial.set_user_attr("checkpoint", step)
         if attempts > MOST_ATTEMPTS:
-            self.fail(trial, f"its worker died {MOST_ATTEMPTS} times without a newer checkpoint")
+            said = f"its worker died {MOST_ATTEMPTS} times without a newer checkpoint"
+            self.fail(trial, said, crashed=True)
             os.close(descriptor)
             return None
         return self._job(trial, known["point"], known["seed"], descriptor)
@@ -281,7 +321,7 @@ class Study:
         known = trial.user_attrs
         for name in known["point"]:
             self._suggest(trial, name)
-        return self._job(trial, known["point"], known["seed"], self._claim(trial.number))
+        return self._job(trial, known["point"], known["seed"], self._claim(_number(trial)))
 
     def _job(self, trial, point: Point, seed: int, descriptor: int | None) -> Job:
         assert descriptor is not None, "claims are made under the lock"
@@ -289,7 +329,7 @@ class Study:
         trial.set_user_attr("settings", run.settings)
         trial.set_user_attr("solved", run.solved)
         trial.set_user_attr("worker", f"{socket.gethostname()}:{os.getpid()}")
-        return Job(trial, trial.number, trial.user_attrs["stage"], run, descriptor)
+        return Job(trial, _number(trial), trial.user_attrs["stage"], run, descriptor)
 
     def _propose(self) -> Job | None:
         """Asks for a point that can be and was not tried; None: the search has all its trials.
@@ -335,6 +375,8 @@ class Study:
             return False
         sign = 1 if self.sweep.objectives[0].direction == "min" else -1
         done = [(sign * r.values[0], r) for r in searched if r.values]
+        if not done:
+            return False  # nothing to compare with the base config
         best = [record.point for _, record in sorted(done, key=lambda row: row[0])[:wanted]]
         seeds = self.sweep.seeds[1:]
         return self._enqueue("base", [{}], seeds) + self._enqueue("final", best, seeds) > 0
@@ -381,11 +423,20 @@ class Study:
     def prune(self, trial: optuna.Trial) -> None:
         self.optuna.tell(trial, state=State.PRUNED)
 
-    def fail(self, trial: optuna.Trial, error: str, counts: bool = True) -> None:
-        """Records the error of a trial; `counts=False`: it was a proposal that never ran."""
+    def fail(
+        self, trial: optuna.Trial, error: str, *, counts: bool = True, crashed: bool = False
+    ) -> None:
+        """Records the error of a trial.
+
+        Args:
+            counts: False for a proposal that never ran.
+            crashed: whether another try may do better with the same config; see `retry`.
+        """
         trial.set_user_attr("error", error if len(error) <= 1000 else f"{error[:1000]} ...")
         if not counts:
             trial.set_user_attr("no_trial", True)
+        if crashed:
+            trial.set_user_attr("crashed", True)
         self.optuna.tell(trial, state=State.FAIL)
 
     def close(self) -> None:
@@ -414,7 +465,7 @@ def _record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
     known = trial.user_attrs
     complete = trial.state == State.COMPLETE
     return TrialRecord(
-        trial.number,
+        _number(trial),
         "failed" if trial.state == State.FAIL else trial.state.name.lower(),
         known["stage"],
         known["point"],
@@ -423,7 +474,13 @@ def _record(trial: optuna.trial.FrozenTrial) -> TrialRecord:
         known.get("solved", {}),
         tuple(trial.values) if complete else (),
         known.get("error"),
+        known.get("crashed", False),
     )
+
+
+def _number(trial: optuna.Trial | optuna.trial.FrozenTrial) -> int:
+    """Returns the number that names a trial's workdir, the first one where it is tried again."""
+    return trial.user_attrs.get("retry_of", trial.number)
 
 
 def _counts(trial: optuna.trial.FrozenTrial) -> bool:
@@ -497,7 +554,8 @@ def open_study(workdir: Path, given: str | None, prepared: Prepared | None = Non
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{workdir / SWEEP} cannot be read: {error}") from None
     if prepared is not None:
-        _check_same(workdir, data, json.loads(json.dumps(sweep_to_json(prepared))))
+        both = (sweep_to_json(made) for made in (stored, prepared))
+        _check_same(workdir, *(json.loads(json.dumps(one)) for one in both))
     if data["storage"] is not None:
         require(
             given is not None or STORAGE_VARIABLE in os.environ,
@@ -505,6 +563,7 @@ def open_study(workdir: Path, given: str | None, prepared: Prepared | None = Non
             f"{STORAGE_VARIABLE}",
         )
     study = Study(workdir, stored, data["study"], storage_url(workdir, given))
+    study.new_keys = new_keys(data)
     study.enqueue()  # all that a process that was killed left out
     return study
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.command_line import safe_path
-from moejax.errors import DONE, PREEMPTED, ConfigError, require
+from moejax.errors import BAD_INPUT, DIVERGED, DONE, PREEMPTED, ConfigError, require
 from moejax.lock import LOCK
 from moejax.metrics import read_metrics
 from moejax.supervisor import Forwarding, Group
@@ -68,19 +68,9 @@ def run_trial(study: Study, job: Job, signals: Forwarding, cpu_devices: int | No
     folder, log = study.trial_dir(job.number), study.log_of(job.number)
     folder.mkdir(exist_ok=True)
     wait_until_free(folder)
-    devices = [] if cpu_devices is None else ["--cpu_devices", str(cpu_devices)]
-    base = ["train", str(study.workdir / BASE), "--workdir", str(folder), *devices]
-    command = [
-        sys.executable,
-        *safe_path(),
-        "-m",
-        "moejax",
-        *base,
-        *override_words(job.run.settings),
-    ]
     with open(log, "ab") as output:
         training = subprocess.Popen(
-            command,
+            _command(study, job, cpu_devices),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
@@ -99,7 +89,16 @@ def run_trial(study: Study, job: Job, signals: Forwarding, cpu_devices: int | No
     elif training.returncode == DONE:
         _record(study, job, folder)
     elif signals.asked is None and training.returncode != PREEMPTED:  # that is taken again
-        study.fail(job.trial, describe_failure(training.returncode, log))
+        # the same config would be refused again, or diverge again; all else may be the machine's
+        crashed = training.returncode not in (BAD_INPUT, DIVERGED)
+        study.fail(job.trial, describe_failure(training.returncode, log), crashed=crashed)
+
+
+def _command(study: Study, job: Job, cpu_devices: int | None) -> list[str]:
+    devices = [] if cpu_devices is None else ["--cpu_devices", str(cpu_devices)]
+    folder, settings = study.trial_dir(job.number), override_words(job.run.settings)
+    words = ["train", str(study.workdir / BASE), "--workdir", str(folder), *devices, *settings]
+    return [sys.executable, *safe_path(), "-m", "moejax", *words]
 
 
 def _record(study: Study, job: Job, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """The scaling law: planted ones are found again, and what runs do not determine is said."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -138,6 +139,39 @@ def test_sizes_are_those_of_the_config():
     assert expansion == 8.0  # 16 experts, 2 of them used
     assert active == sum(active_counts(moe).values()) - active_counts(moe)["embeddings"]
     assert scaling.sizes(load_config("configs/quickstart_dense.py"))[1] == 1.0
+
+
+def test_of_one_size_and_length_the_best_arm_counts(tmp_path, capsys):
+    """Bad learning rates are no points; of the good one both seeds are, the unlucky one too."""
+    for width in (64, 128, 256):
+        for steps in (2, 4, 8):
+            loss = 1.5 + 20 / width**0.7 + 3 / steps**0.5
+            for rate, seed, more in ((0.003, 0, 1e-3), (0.003, 1, -1e-3), (0.1, 0, 0.5)):
+                words = [f"model.d_model={width}", "moe.every=None", f"seed={seed}"]
+                folder = tmp_path / "trials" / f"{width}_{steps}_{rate}_{seed}"
+                losses = [4.0] * (steps - 1) + [loss + more]
+                write_run(folder, losses, *words, f"optim.learning_rate={rate}")
+    # less of both, and yet better than its like: nothing that a law in N and D can say
+    write_run(
+        tmp_path / "trials" / "odd",
+        [4.0, 1.6],
+        *("model.d_model=32", "model.num_heads=2", "model.head_dim=16", "moe.every=None"),
+    )
+    assert main(["compare", str(tmp_path), "--scaling"]) == 0
+    shown = capsys.readouterr().out
+    left_out = next(line for line in shown.splitlines() if line.startswith("Left out"))
+    assert left_out.startswith("Left out of the fit, for another arm of the same N, D and E is b")
+    assert "and 3 more" in left_out
+    assert "_2_0.1_0 (" in left_out
+    assert "0.003" not in left_out
+    assert "fitted to 19 complete runs" in shown
+    fitted = next(line for line in shown.splitlines() if line.startswith("Fitted, though"))
+    assert "and 3 more" in fitted
+    shutil.rmtree(tmp_path / "trials" / "odd")
+    law = scaling.fit(compare([tmp_path]))
+    assert len(law.points) == 18
+    assert len(law.notes) == 1
+    assert law.parameters()["beta"][0] == pytest.approx(0.5, rel=0.1)
 
 
 def test_a_sweep_from_its_workdirs(tmp_path, capsys):

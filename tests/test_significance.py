@@ -5,7 +5,7 @@ import math
 import pytest
 import scipy.stats
 
-from moejax.significance import paired, spread, welch
+from moejax.significance import mean_interval, paired, spread, welch
 
 
 def test_significance_is_that_of_scipy_stats():
@@ -21,6 +21,14 @@ def test_significance_is_that_of_scipy_stats():
     assert welch([1.0, 1.0], [2.0, 2.0]) == (None, None)  # nothing varies: no test
     assert welch([1.0, math.nan], b) == (None, None)
     assert paired([0.1]) is None
+
+
+def test_the_interval_of_a_mean_is_that_of_scipy_stats():
+    values = [1.51, 1.53, 1.49, 1.58]
+    for confidence in (0.95, 0.99):
+        low, high = scipy.stats.ttest_1samp(values, 0).confidence_interval(confidence)
+        assert mean_interval(values, confidence) == pytest.approx((high - low) / 2)
+    assert mean_interval([1.0]) is None
 
 
 def test_spread_is_over_seeds_and_unknown_below_two():

@@ -4,6 +4,7 @@ import contextlib
 import csv
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -22,11 +23,13 @@ from rich.console import Console
 
 from moejax.cli import main
 from moejax.config import ConfigError
-from moejax.errors import BAD_INPUT, UNAVAILABLE
+from moejax.errors import BAD_INPUT, CHECK_FAILED, DIVERGED, NO_SPACE, UNAVAILABLE
 from moejax.lock import RunLock
 from moejax.metrics import read_metrics
 from moejax.overrides import load_config
-from moejax.sweep import Options, SlurmWorkers, table
+from moejax.supervisor import Forwarding
+from moejax.sweep import Options, SlurmWorkers, _show_plan, table
+from moejax.sweep import _run as run_workers
 from moejax.sweep_report import _listed, _places, estimate, ranking, verdict, write_report
 from moejax.sweep_runs import prepare, sweep_from_json
 from moejax.sweep_space import Adaptive, Between, Cases, Grid, Objective, Sweep
@@ -40,7 +43,14 @@ from moejax.sweep_study import (
     shown_url,
     storage_url,
 )
-from moejax.sweep_worker import core_share, describe_failure, gpu_share, is_behind, wait_until_free
+from moejax.sweep_worker import (
+    core_share,
+    describe_failure,
+    gpu_share,
+    is_behind,
+    run_trial,
+    wait_until_free,
+)
 from moejax.workdir import read_config
 
 ROOT = Path(__file__).parents[1]
@@ -115,6 +125,93 @@ def test_a_trial_whose_workers_die_is_given_up(study_of):
     (record,) = study.records()
     assert record.state == "failed"
     assert "died 5 times without a newer checkpoint" in record.error
+
+
+def test_a_failed_trial_is_tried_again_in_its_place(study_of, tmp_path):
+    """Under its number, so from its checkpoint; only what crashed, unless all are asked for."""
+    study = study_of(Grid({K: [2, 4, 8]}))
+    for crashed, value in ((True, None), (False, None), (False, 1.0)):
+        job = take(study)
+        if value is None:
+            study.fail(job.trial, "exit code 1: no", crashed=crashed)
+        else:
+            study.complete(job.trial, [value])
+        os.close(job.claim)
+    assert [r.number for r in study.retry("crashed")] == [0]
+    assert [r.state for r in study.records()] == ["waiting", "failed", "complete"]
+    assert study.retry("crashed") == [], "it waits already"
+    job = take(study)
+    assert (job.number, job.run.config.moe.top_k) == (0, 2)
+    assert study.trial_dir(job.number).name == "000"
+    os.close(job.claim)  # its worker dies: the next one takes the same
+    job = take(study)
+    assert job.number == 0
+    study.fail(job.trial, "exit code 1: again", crashed=True)
+    assert study.retry("crashed") == [], "its worker is just about to let go of it"
+    os.close(job.claim)
+    assert [r.number for r in study.retry("all")] == [0, 1]
+    assert [job.number for job in finish(study, lambda job: 2.0)] == [0, 1]
+    assert [(r.number, r.state, r.error) for r in study.records()] == [
+        (number, "complete", None) for number in range(3)
+    ]
+    with contextlib.closing(open_study(tmp_path / "s", None)) as again:
+        assert len(again.records()) == 3
+        assert again.take() == "done", "none is put there anew"
+
+
+def test_a_trial_that_crashes_is_told_from_one_that_cannot_be(study_of, monkeypatch):
+    """By the exit code of its training: bad input and divergence are its config's."""
+    study = study_of(Grid({K: [2, 3, 4, 5]}))
+    crashed = []
+    for code in (BAD_INPUT, DIVERGED, 1, NO_SPACE):
+        command = [sys.executable, "-c", f"raise SystemExit({code})"]
+        monkeypatch.setattr("moejax.sweep_worker._command", lambda *_, command=command: command)
+        with Forwarding() as signals:
+            run_trial(study, job := take(study), signals, None)
+        os.close(job.claim)
+        crashed.append(study.records()[job.number].crashed)
+    assert crashed == [False, False, True, True]
+
+
+def test_a_search_without_a_complete_trial_ends(study_of, capsys, monkeypatch):
+    """No base config is trained that there is nothing to compare with."""
+    study = study_of(Adaptive({K: [2, 4]}, 2, startup=1), seeds=(0, 1), finalists=1)
+    while isinstance(job := study.take(), Job):
+        study.fail(job.trial, "exit code 17: diverged")
+        os.close(job.claim)
+    assert job == "done"
+    assert [r.stage for r in study.records()] == ["search", "search"]
+
+    class NoWorkers:
+        def __init__(self, *_):
+            pass
+
+        def left(self) -> bool:
+            return False
+
+    monkeypatch.setattr("moejax.sweep.LocalWorkers", NoWorkers)
+    assert run_workers(study, Options(study.workdir)) == CHECK_FAILED
+    said = capsys.readouterr().err
+    assert "no trial is complete (2 failed); trial 000: exit code 17: diverged; see" in said
+    assert "--resume --retry_failed all tries them again" in said
+
+
+def test_a_sweep_from_before_a_key_is_resumed(study_of, tmp_path, capsys):
+    space = Grid({K: [2]})
+    study_of(space).close()
+    file = tmp_path / "s/sweep.json"
+    data = json.loads(file.read_text())
+    del data["base"]["moe.expert_dropout"]
+    del data["sweep"]["finalists"]
+    file.write_text(json.dumps(data))
+    with contextlib.closing(open_study(tmp_path / "s", None, made(space))) as study:
+        _show_plan(study)
+    assert "keys that are newer than this sweep have their defaults: moe.expert_dropout=0" in (
+        capsys.readouterr().out
+    )
+    other = made(space, fixed={"moe.expert_dropout": 0.1})
+    with pytest.raises(ConfigError, match=r"another sweep \(moe.expert_dropout 0.0 -> 0.1, fixed"):
+        open_study(tmp_path / "s", None, other)
 
 
 def test_what_was_tried_is_found_again_and_the_rest_added(study_of, tmp_path):
@@ -365,6 +462,7 @@ def test_the_storage_of_a_sweep_elsewhere_is_asked_for_again(study_of, tmp_path,
         (["configs/sweeps/capacity.py:small", "moe.topk=3"], "did you mean moe.top_k?"),
         (["configs/sweeps/capacty.py"], "capacty.py does not exist; did you mean"),
         (["configs/sweeps/capacity.py", "--slurm=--time 1"], "is for --launcher slurm"),
+        (["configs/sweeps/capacity.py", "--retry_failed", "all"], "give --resume too, or leave it"),
         (
             ["configs/sweeps/capacity.py", "--launcher=slurm", "--slurm='"],
             "No closing quotation; close the quotation",
@@ -528,11 +626,23 @@ def test_what_failed_is_told_next_to_the_mean_of_the_rest(study_of):
     assert "| 1 | optim.learning_rate=0.1 | 1 | 1 | 1.9000 |" in text
     assert "Trainings that failed are in no mean" in text
     assert r"exit code 17: \<lambda>" in text, "no markup"
+    with open(study.workdir / "ranking.csv", newline="") as file:
+        one, two = csv.DictReader(file)
+    assert (one["loss"], one["loss half_interval"], one["difference"]) == ("1.9", "", "")
+    assert (two["loss"], two["loss half_interval"]) == ("1.999", "0.0")
+    assert float(two["difference"]) == pytest.approx(0.099)
+    assert (two["better"], two["pairs"], two["seeds"], one["failed"]) == ("0", "1", "2", "1")
     space = Sweep("", Adaptive({K: [4]}, 1), seeds=(0, 1, 2, 3), finalists=1)
     rows = [record(i, {}, i, 1.0, stage="base") for i in (1, 2, 3)]
     rows += [record(5, {K: 4}, 1, 0.9, stage="final"), record(6, {K: 4}, 2, 0.9, stage="final")]
     rows.append(record(7, {K: 4}, 3, stage="final")._replace(state="failed"))
     assert "`moe.top_k=4`, 1 failed; the others" in verdict(ranking(rows, space), space)
+
+
+def is_number(text: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return text == "" or math.isfinite(float(text))
+    return False
 
 
 def test_a_report_has_tables_and_pictures(study_of, monkeypatch):
@@ -545,6 +655,10 @@ def test_a_report_has_tables_and_pictures(study_of, monkeypatch):
     assert (
         "The first 4 of 6; `ranking.csv`, `trials.csv` have all." in write_report(study).read_text()
     )
+    with open(study.workdir / "ranking.csv", newline="") as file:
+        ranks = list(csv.DictReader(file))
+    texts = {name for row in ranks for name, value in row.items() if not is_number(value)}
+    assert texts == {"point"}
     for name in ("parallel.png", "importance.png"):
         assert f"({name})" in text
         assert (study.workdir / name).read_bytes().startswith(b"\x89PNG")

@@ -12,6 +12,7 @@ from moejax.sweep_points import points
 from moejax.sweep_runs import (
     Prepared,
     load_sweep,
+    new_keys,
     override_words,
     prepare,
     resolve,
@@ -179,6 +180,15 @@ def test_words_give_the_settings_back():
         "data.tokenizer": "a=b, c",
     }
     assert read_overrides(override_words(settings)) == settings
+
+
+def test_a_key_that_is_newer_than_a_sweep_takes_its_default():
+    made = prepared(Grid({K: [2]}))
+    data = json.loads(json.dumps(sweep_to_json(made)))
+    del data["base"]["moe.expert_dropout"]
+    back = sweep_from_json(data)
+    assert dict(back.base) == made.base
+    assert new_keys(data) == {"moe.expert_dropout": made.base["moe.expert_dropout"]}
 
 
 def test_a_sweep_of_another_format_is_refused():
