@@ -5,6 +5,7 @@ padding that prefill left there, and a query sees rows up to its own position on
 seen.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -76,7 +77,8 @@ def make_generate(
     that the tokenizer does not have, where the vocabulary was rounded up, is never drawn.
     """
     end, known = tokenizer.end_of_document, tokenizer.vocab_size
-    config = with_moe(config, dropless(config.moe))
+    # Each prompt is a group by itself: no other one has a part in its experts.
+    config = with_moe(config, dataclasses.replace(dropless(config.moe), group_sequences=1))
     graph = model_graph(config, mesh)
 
     @partial(jax.jit, out_shardings=replicated(mesh))

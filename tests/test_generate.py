@@ -215,6 +215,16 @@ def test_generation_is_dropless_whatever_the_training():
     assert load_tokenizer("bytes").end_of_document < V
 
 
+def test_a_prompt_is_its_own_capacity_group(mesh, monkeypatch):
+    """Groups of the training would have to be filled with prompts, which then share experts."""
+    moe = {"router": "expert_choice", "capacity_factor": None, "allow_noncausal": True}
+    config = with_moe(CONFIG, dataclasses.replace(CONFIG.moe, group_sequences=16, **moe))
+    seen = []
+    monkeypatch.setattr("moejax.generate.model_graph", lambda config, _: seen.append(config.moe))
+    make_generate(config, mesh, 1, 0, 1.0, load_tokenizer("bytes"))
+    assert (seen[0].group_sequences, seen[0].router) == (1, "expert_choice")
+
+
 def test_prompts_that_cannot_be_are_refused_before_anything_is_compiled(texts, monkeypatch):
     run, _ = texts
     with pytest.raises(ConfigError, match=r"prompt 1 is not UTF-8: 'x\\udcff'; convert it"):
