@@ -5,6 +5,7 @@ weights.
 """
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,9 +17,9 @@ from jax.sharding import PartitionSpec as P
 
 from moejax import exchange, reference
 from moejax.assign import capacities, capacity_slots, group_keys, service_order
-from moejax.config import EXPERT_AXES
+from moejax.config import EXPERT_AXES, TOKEN_AXES
 from moejax.dispatch import kept_experts, side_by_side
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, require
 from moejax.experts import (
     capacity_experts,
     capacity_modules,
@@ -206,6 +207,7 @@ def apply_moe(
 
     With `apply_one`, weights["expert"] is the parameters of your own experts, a pytree.
     """
+    _check_sequences(x_btd.shape[0], config, mesh)
     check_choices(inputs, x_btd, config)
     # Padding may hold anything, and 0 times NaN is NaN: it is taken out first.
     x_btd = jnp.where(inputs.mask_bt[..., None], x_btd, 0)
@@ -261,6 +263,19 @@ def check_choices(inputs: RouterInputs, x_btd: jax.Array, config: MoEConfig) -> 
             f"[sequences, tokens, choices] = {wanted}; record them with the same batch, "
             "data.sequence_length and moe.top_k"
         )
+
+
+def _check_sequences(batch: int, config: MoEConfig, mesh: AnyMesh) -> None:
+    """Refuses a batch that does not give every device whole capacity groups."""
+    # one sequence alone is not split, see `sharding.token_spec`
+    shards = math.prod(mesh.shape[axis] for axis in TOKEN_AXES) if batch > 1 else 1
+    group = config.group_sequences
+    require(
+        batch % (shards * group) == 0,
+        f"a batch of {batch} sequences is not a multiple of {shards * group}: the mesh splits "
+        f"sequences over {shards} devices, of which each takes whole groups of "
+        f"moe.group_sequences={group}; fill the batch up with sequences whose mask is False",
+    )
 
 
 def _moe_local(weights, x_btd, inputs: RouterInputs, state, *, config: MoEConfig, apply_one):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from moejax import exchange, moe, reference
+from moejax.errors import ConfigError
 from moejax.mesh import single_device_mesh
 from moejax.moe_config import MoEConfig
 from moejax.parameters import moe_parameters
@@ -143,6 +144,28 @@ def test_experts_without_tokens_have_gradient_0(mesh_of):
             assert np.isfinite(gradient).all()
             assert np.abs(gradient[:2]).max() > 0
             np.testing.assert_array_equal(gradient[2:], 0)
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "group", "message"),
+    [
+        ((1, 1, 1, 1), 3, 2, r"a batch of 3 sequences is not a multiple of 2: .*sequences=2; fill"),
+        (
+            (2, 1, 4, 1),
+            12,
+            1,
+            r"a batch of 12 sequences is not a multiple of 8: the mesh .* over 8",
+        ),
+        ((2, 1, 4, 1), 1, 2, r"a batch of 1 sequences is not a multiple of 2: .* over 1 devices"),
+    ],
+)
+def test_a_batch_must_be_whole_groups_on_every_device(mesh_of, shape, batch, group, message):
+    x_btd, mask_bt = np.zeros((batch, T, D), np.float32), np.ones((batch, T), bool)
+    config = _config(capacity_factor=None, group_sequences=group)
+    with pytest.raises(ConfigError, match=message):
+        moe.apply_moe(
+            WEIGHTS, x_btd, RouterInputs(mask_bt), {}, config=config, mesh=mesh_of(*shape)
+        )
 
 
 def test_a_batch_of_padding_gives_zeros(mesh_of):
