@@ -229,6 +229,11 @@ def _sum_dtype(leaf: Any):
     return jnp.float32 if narrow else leaf.dtype
 
 
+def global_norm(tree: Any) -> jax.Array:
+    """Returns the float32 norm of all arrays together; a sum in bfloat16 stops growing at 256."""
+    return optax.tree.norm(jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree))
+
+
 def _all_finite(tree: Any) -> jax.Array:
     return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
 
@@ -271,7 +276,7 @@ def train_step(
             config, graph, state.params, state.router_state, Microbatch(batch, key_ab, choices)
         )
         grads = jax.lax.with_sharding_constraint(grads, tree_shardings(mesh, grads))
-        grad_norm = optax.tree.norm(grads)
+        grad_norm = global_norm(grads)
         finite = _finite(losses, stats, grads, grad_norm)
         values = {"loss": losses.loss, "grad_norm": grad_norm}
         sound = jnp.stack(list(finite.values())).all()

@@ -3,7 +3,7 @@
 A few optimizer steps of the config's model run on one device with the dense oracle
 (`reference.py`), and then on the layouts that the config allows. Each must give the same losses,
 gradients, gradient norm, router state and counts. Only the steps and the batch are smaller than in
-training, the compute dtype is float32, and some sequences end in padding.
+training, all is float32, and some sequences end in padding.
 
 Two logits of a token may be equal to within rounding, and a layout may rank them the other way
 round: a tie. Where the choices of a few tokens differ, the layout runs again with the oracle's
@@ -215,13 +215,15 @@ def laid_out(config: Config, layout: Layout, num_devices: int) -> Config:
     batch_size = num_devices * ACCUMULATION * moe.group_sequences
     return dataclasses.replace(
         config,
-        model=dataclasses.replace(config.model, remat=layout.remat, dtype="float32"),
+        model=dataclasses.replace(
+            config.model, remat=layout.remat, dtype="float32", param_dtype="float32"
+        ),
         moe=moe,
         train=dataclasses.replace(
             config.train, batch_size=batch_size, accumulation=layout.accumulation
         ),
         mesh=MeshConfig(**layout.sizes),
-        logging=dataclasses.replace(config.logging, choices=True),
+        logging=dataclasses.replace(config.logging, choices=config.num_moe_layers > 0),
     )
 
 

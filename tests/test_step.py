@@ -20,6 +20,7 @@ from moejax.state import abstract_state, model_graph
 from moejax.step import (
     GROUPS,
     Microbatch,
+    global_norm,
     gradients,
     make_train_step,
     parameter_group,
@@ -145,7 +146,15 @@ MIXES = {
     # Noise is drawn for each sequence, and is the same in whichever microbatch it is.
     "noisy": ({"router": "noisy", "load_loss_weight": 0.1, "importance_loss_weight": 0.1}, (1, 4)),
     # The coefficient of the state weighs the loss.
-    "relu": ({"router": "relu", "l1_coefficient": 0.05}, (1, 4)),
+    "relu": (
+        {
+            "router": "relu",
+            "l1_coefficient": 0.05,
+            "balance_loss_weight": 0.0,
+            "router_z_loss_weight": 0.0,
+        },
+        (1, 4),
+    ),
 }
 
 
@@ -194,6 +203,16 @@ def test_the_reported_loss_is_the_cross_entropy_alone(mesh, state_of):
     np.testing.assert_allclose(losses.total, losses.loss + 0.1 * balance + 0.01 * z, rtol=1e-6)
     assert losses.total > losses.loss + 0.2  # 1 for each layer at least
     assert stats.count_e.shape == (2, 8)
+    untargeted = ROWS._replace(loss_mask=np.zeros_like(ROWS.loss_mask))
+    _, losses, *_ = _gradients(CONFIG, mesh)(state.params, {}, _microbatches(1, untargeted))
+    assert losses.loss == 0 < losses.total
+
+
+def test_the_gradient_norm_of_narrow_parameters_is_a_float32_sum():
+    """257 ones; in bfloat16 a sum of 256 and 1 is 256."""
+    norm = global_norm({"a": jnp.ones(256, jnp.bfloat16), "b": jnp.ones(1, jnp.bfloat16)})
+    np.testing.assert_allclose(norm, 257**0.5, rtol=1e-6)
+    assert norm.dtype == jnp.float32
 
 
 def test_the_microbatch_balance_loss_of_one_microbatch_is_that_of_the_step(mesh, state_of):

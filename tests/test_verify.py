@@ -187,6 +187,9 @@ def test_a_layout_s_config_drops_or_takes_further_rounds(config):
     found = verify.laid_out(_with_moe(config, capacity_factor=2.0), layout, 8)
     assert (found.moe.capacity_factor, found.moe.transport) == (None, "ragged")
     assert found.moe.buffer_factor == 1
+    narrow = dataclasses.replace(config.model, dtype="bfloat16", param_dtype="bfloat16")
+    found = verify.laid_out(dataclasses.replace(config, model=narrow), layout, 8)
+    assert (found.model.dtype, found.model.param_dtype) == ("float32", "float32")
     assert (found.mesh.fsdp, found.mesh.expert, found.model.remat) == (2, 4, "full")
     layout = layout._replace(dispatch="capacity by all_to_all")
     found = verify.laid_out(_with_moe(config, capacity_factor=2.0), layout, 8)
