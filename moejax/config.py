@@ -249,6 +249,12 @@ class OptimConfig:
                 f"optim.{name}={value} is not read by optim.name={self.name!r}; leave it at "
                 f"{defaults[name]}, or use {' or '.join(readers)}",
             )
+        fraction, usual = self.final_fraction, defaults["final_fraction"]
+        require(
+            self.schedule != "constant" or fraction == usual,
+            f"optim.final_fraction={fraction} is not read by optim.schedule='constant'; leave it "
+            f"at {usual}, or use optim.schedule=linear",
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -452,6 +458,7 @@ class Config:
         self._check_groups()
         self._check_by_layer()
         self._check_watch()
+        self._check_choices()
 
     def _check_runs(self, every: int) -> None:
         """Checks that the layers after the first dense ones are whole runs of `every` layers."""
@@ -512,6 +519,20 @@ class Config:
             self.train.replay is None or not (watch.skip_batches or "rollback" in watch.policies),
             f"train.replay={self.train.replay} repeats the choices recorded for each batch, but "
             f"{passes} gives steps other batches; leave one out",
+        )
+
+    def _check_choices(self) -> None:
+        """Refuses to record or to replay choices where there are none."""
+        chooses = self.moe.every is not None and self.moe.router != "soft"
+        why = f"moe.every={self.moe.every} and moe.router={self.moe.router!r}"
+        require(
+            chooses or self.train.replay is None,
+            f"train.replay={self.train.replay} with {why}: no token chooses an expert, so nothing "
+            "can be replayed; leave it out, or use another router",
+        )
+        require(
+            self.moe.every is not None or not self.logging.choices,
+            "logging.choices=True with moe.every=None, which has no MoE layer; leave it out",
         )
 
     def moe_stacks(self) -> "tuple[tuple[Stack, Config], ...]":

@@ -6,7 +6,7 @@
 import dataclasses
 import itertools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from moejax.errors import (
     ConfigError,
@@ -60,6 +60,9 @@ NO_CAPACITY = {
     **dict.fromkeys(ALL_EXPERTS, "every expert takes every token"),
 }
 FORCED = ("random", "balanced")  # nothing is learned about routing: for benchmarks
+WITH_LOGITS = tuple(r for r in Router.__args__ if r not in WITHOUT_LOGITS)
+BALANCED = tuple(r for r in WITH_LOGITS if r != "relu")  # whose L1 loss stands for the others
+WITH_CAPACITY = tuple(r for r in Router.__args__ if r not in NO_CAPACITY)
 
 # A key that is listed here is read by these routers only.
 READ_BY: dict[str, tuple[str, ...]] = {
@@ -80,6 +83,17 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "l1_update_factor": ("relu",),
     "quantile_decay": ("quantile", "threshold"),
     "load_loss_weight": ("noisy",),
+    "balance_loss_weight": BALANCED,
+    "sequence_balance_loss_weight": BALANCED,
+    "router_z_loss_weight": BALANCED,
+    "importance_loss_weight": BALANCED,
+    "mutual_information_loss_weight": BALANCED,
+    "device_balance_loss_weight": BALANCED,
+    "microbatch_balance_loss_weight": WITH_LOGITS,
+    "balance_convention": WITH_LOGITS,
+    "eval_capacity_factor": WITH_CAPACITY,
+    "priority": WITH_CAPACITY,
+    "group_sequences": tuple(r for r in Router.__args__ if r not in ALL_EXPERTS),
 }
 
 
@@ -331,6 +345,13 @@ class MoEConfig:
             f"need a router that chooses by score, and moe.router={self.router!r} does not; use "
             f"one of {', '.join(SCORED)}",
         )
+        tau = self.zero_computation_weight
+        require(
+            self.free_experts > 0 or tau == _default("zero_computation_weight"),
+            f"moe.zero_computation_weight={tau} weighs zero, copy and constant experts, but there "
+            f"are none; leave it at {_default('zero_computation_weight')}, or set "
+            "moe.zero_experts=1",
+        )
         require(
             self.shared_experts > 0 or self.shared_gate == "none",
             f"moe.shared_gate={self.shared_gate!r} gates shared experts, but "
@@ -339,13 +360,13 @@ class MoEConfig:
 
     def _check_reads(self) -> None:
         """Refuses a key that was set and that the router would ignore."""
-        defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, routers in READ_BY.items():
             value = getattr(self, name)
+            off = name.endswith("_loss_weight") and value == 0  # as asked for
             require(
-                self.router in routers or value == defaults[name],
+                self.router in routers or value == _default(name) or off,
                 f"moe.{name}={value} is not read by moe.router={self.router!r}; leave it at "
-                f"{defaults[name]}, or use one of {', '.join(routers)}",
+                f"{_default(name)}, or use one of {', '.join(routers)}",
             )
 
     def _check_capacity(self) -> None:
@@ -440,6 +461,10 @@ class MoEConfig:
                 self.of_layer(layer)
             except ConfigError as error:
                 raise ConfigError(f"MoE layer {layer} of moe.*_by_layer: {error}") from None
+
+
+def _default(name: str) -> Any:
+    return MoEConfig.__dataclass_fields__[name].default
 
 
 class Stack(NamedTuple):

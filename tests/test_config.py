@@ -90,6 +90,19 @@ from moejax.overrides import apply_overrides
             "train.accumulation=3",
             "train.batch_size=16 is not a multiple of train.accumulation=3; microbatches have eq",
         ),
+        (
+            "moe.every=None train.replay=runs/a",
+            "train.replay=runs/a with moe.every=None and moe.router='softmax': no token chooses an "
+            "expert, so nothing can be replayed; leave it out, or use another router",
+        ),
+        (
+            "moe.router=soft moe.capacity_factor=None moe.allow_noncausal=True train.replay=runs/a",
+            "train.replay=runs/a with moe.every=1 and moe.router='soft': no token chooses an ex",
+        ),
+        (
+            "moe.every=None logging.choices=True",
+            "logging.choices=True with moe.every=None, which has no MoE layer; leave it out",
+        ),
         ("mesh.expert=None", "mesh.data and mesh.expert are all None; at most one axis can take "),
         ("seed=-1", "seed=-1 is outside [0, 2**32); use a non-negative whole number below"),
         (
@@ -134,6 +147,11 @@ def test_an_impossible_config_is_refused_with_values_rule_and_remedy(words, mess
         (
             "router=gshard top_k=3",
             "moe.router='gshard' draws the second of two experts, but moe.top_k=3; use moe.top_k=2",
+        ),
+        (
+            "zero_computation_weight=0.5",
+            "moe.zero_computation_weight=0.5 weighs zero, copy and constant experts, but there are "
+            "none; leave it at 0.75, or set moe.zero_experts=1",
         ),
         ("router=gshard top_k=1", "moe.router='gshard' draws the second of two experts, but moe.t"),
         (
@@ -271,6 +289,16 @@ OTHER_VALUES = {
     "l1_update_factor": 1.5,
     "quantile_decay": 0.5,
     "load_loss_weight": 0.1,
+    "balance_loss_weight": 0.02,
+    "sequence_balance_loss_weight": 0.1,
+    "router_z_loss_weight": 0.01,
+    "importance_loss_weight": 0.1,
+    "mutual_information_loss_weight": 0.1,
+    "microbatch_balance_loss_weight": 0.1,
+    "balance_convention": "switch",
+    "eval_capacity_factor": 3.0,
+    "priority": "rank",
+    "group_sequences": 2,
 }
 
 
@@ -300,11 +328,21 @@ def test_a_router_takes_the_keys_that_it_reads_and_refuses_the_others(router):
 
 
 def test_every_key_that_some_routers_ignore_is_tried_above():
-    assert set(OTHER_VALUES) | {"expert_groups", "groups_per_token"} == set(READ_BY)
+    in_pairs = {"expert_groups", "groups_per_token", "device_balance_loss_weight"}
+    assert set(OTHER_VALUES) | in_pairs == set(READ_BY)
     with pytest.raises(
         ConfigError, match=r"^moe.expert_groups=4 is not read by moe.router='noisy'"
     ):
         MoEConfig(router="noisy", expert_groups=4, groups_per_token=2)
+    with pytest.raises(ConfigError, match=r"^moe.device_balance_loss_weight=0.1 is not read by"):
+        MoEConfig(router="relu", device_groups=4, device_balance_loss_weight=0.1)
+
+
+@pytest.mark.parametrize("router", ["relu", "hash", "random", "elementwise"])
+def test_a_loss_that_a_router_has_not_can_be_turned_off(router):
+    """It is off either way: that 0 and the default mean the same is no surprise to anybody."""
+    off = {name: 0.0 for name in READ_BY if name.endswith("_loss_weight")}
+    assert _layer(router, **off).balance_loss_weight == 0
 
 
 @pytest.mark.parametrize("router", ["expert_choice", "sinkhorn", "soft", "mixture_of_depths"])

@@ -116,7 +116,9 @@ def test_the_state_of_a_router_weighs_its_loss(config):
 
 
 def test_a_router_that_needs_no_capacity_is_evaluated_once(config):
-    dense = apply_overrides(config, ["moe.router=dense", "eval.batches=1"])
+    dense = apply_overrides(
+        config, ["moe.router=dense", "moe.eval_capacity_factor=2", "eval.batches=1"]
+    )
     record, _ = evaluate(dense)
     assert not {"loss_at_capacity", "drop_fraction_at_capacity", "capacity_factor"} & set(record)
     assert record["expert_load"] == [[0.25] * 4]

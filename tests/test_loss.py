@@ -55,9 +55,11 @@ SEQUENCES = [b for b in range(B) if MASK_BT[b].any()]
 
 def _config(**changes) -> MoEConfig:
     """Returns a config with weights so that no two terms could be mistaken for each other."""
+    weights = {"balance_loss_weight": 0.5, "router_z_loss_weight": 0.25}
+    if changes.get("router") in ("relu", *WITHOUT_LOGITS):  # that refuse them
+        weights = {}
     changes = {
-        "balance_loss_weight": 0.5,
-        "router_z_loss_weight": 0.25,
+        **weights,
         "capacity_factor": None,
         **changes,
     }

@@ -103,9 +103,8 @@ def test_a_step_without_gradient_only_decays(shapes):
 
 
 def _rates(schedule, warmup, steps=10):
-    config = OptimConfig(
-        learning_rate=1.0, warmup_steps=warmup, schedule=schedule, final_fraction=0.2
-    )
+    fraction = {} if schedule == "constant" else {"final_fraction": 0.2}
+    config = OptimConfig(learning_rate=1.0, warmup_steps=warmup, schedule=schedule, **fraction)
     rate = learning_rate(config, steps)
     return [round(float(rate(step)), 5) for step in range(steps + 1)]
 
@@ -281,6 +280,22 @@ def test_moments_have_the_dtype_that_is_asked_for(shapes, name, moments, state_d
     assert len(of_gate) == moments
 
 
+def test_narrow_parameters_are_optimized_in_float32():
+    """Clipping and moments of gradients in bfloat16 are those of the same numbers in float32."""
+    drawn = jnp.asarray(np.random.default_rng(0).normal(size=(16, 24)), jnp.bfloat16)
+    optimizer = make_optimizer(OptimConfig(), 10)
+
+    def state(dtype):
+        tree = {"ffn": {"gate": drawn.astype(dtype)}}
+        return optimizer.update(tree, optimizer.init(tree), tree)[1]
+
+    for narrow, wide in zip(
+        *map(jax.tree.leaves, map(state, ("bfloat16", "float32"))), strict=True
+    ):
+        assert narrow.dtype == wide.dtype
+        np.testing.assert_allclose(narrow, wide, rtol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])  # a sign, of lion, is the same or not
 def test_half_of_the_state_moves_nearly_as_the_whole(shapes, name):
     """Not the same: the moments are rounded. Nor computed in bfloat16, which would be far off."""
@@ -393,6 +408,10 @@ def test_three_steps_are_the_same_on_other_meshes_and_over_a_checkpoint(mesh_of,
             r"optim.b2=0.999 with optim.state_dtype='bfloat16'.*never change; use at most 0.98",
         ),
         ({"name": "muon", "momentum": 1.0}, r"optim.momentum=1.0 is outside"),
+        (
+            {"schedule": "constant", "final_fraction": 0.0},
+            r"optim.final_fraction=0.0 is not read by optim.schedule='constant'; leave it at 0.1, ",
+        ),
     ],
 )
 def test_what_an_optimizer_would_ignore_or_lose_is_refused(changes, error):

@@ -139,7 +139,11 @@ BIAS_FROZEN = Arm(
     dataclasses.replace(
         _sigmoid("", 0.0).config,
         optim=dataclasses.replace(
-            BIAS_2.config.optim, learning_rate=2.5e-4, warmup_steps=0, schedule="constant"
+            BIAS_2.config.optim,
+            learning_rate=2.5e-4,
+            warmup_steps=0,
+            schedule="constant",
+            final_fraction=0.1,
         ),
         train=TrainConfig(steps=75, batch_size=64),
     ),
