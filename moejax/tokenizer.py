@@ -114,18 +114,45 @@ class HuggingFaceTokenizer:
         self.end_of_document = next((special[n] for n in _END_NAMES if n in special), self._size)
         self.vocab_size = max(self._size, self.end_of_document + 1)
         self.bytes_v = np.zeros(self.vocab_size, np.int32)
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(data).get("decoder"))
+        about = json.loads(data)
+        model, byte_level = about["model"], '"ByteLevel"' in json.dumps(about.get("decoder"))
+        prefix, suffix = (
+            model.get(name) or "" for name in ("continuing_subword_prefix", "end_of_word_suffix")
+        )
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         for piece, number in vocabulary.items():
-            if piece not in special:
+            if piece in added:
+                self.bytes_v[number] = 0 if piece in special else len(piece.encode("utf-8"))
+            elif piece != model.get("unk_token"):
+                text = piece.removeprefix(prefix).removesuffix(suffix)
                 # One character of a byte-level piece is one byte.
-                one_each = byte_level and piece not in added
-                self.bytes_v[number] = len(piece) if one_each else _piece_bytes(piece)
+                self.bytes_v[number] = len(text) if byte_level else _piece_bytes(text)
+                self.bytes_v[number] += bool(suffix) and piece.endswith(suffix)  # a space
         self.fingerprint, self._path = hashlib.sha256(data).hexdigest(), path
+        self._letters = None
+        if "merges" in model and not (model.get("unk_token") or model.get("byte_fallback")):
+            # such a BPE leaves out, without a word, the letters that are no piece
+            whole = (piece.removeprefix(prefix).removesuffix(suffix) for piece in vocabulary)
+            letters = {piece for piece in whole if len(piece) == 1}
+            if not (byte_level and len(letters) >= 256):
+                self._letters = letters
 
     def encode(self, text: str) -> np.ndarray:
         with _explained(lambda error: _cannot_encode(self._path, text, error)):
+            if self._letters is not None:
+                self._check_letters(text, self._letters)
             return np.asarray(self._tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def _check_letters(self, text: str, letters: set[str]) -> None:
+        """Raises ValueError for a word of `text` of which a letter would be lost."""
+        normalizer, cutter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
+        plain = text if normalizer is None else normalizer.normalize_str(text)
+        words = [(plain, (0, len(plain)))] if cutter is None else cutter.pre_tokenize_str(plain)
+        for word, (start, stop) in words:
+            lost = set(word) - letters
+            if lost:
+                shown = plain[start:stop][:40]
+                raise ValueError(f"it has no id for a part of {shown!r}, which would be lost")
 
     def decode(self, ids) -> str:
         kept = [int(i) for i in ids if 0 <= i < self._size]
@@ -164,10 +191,10 @@ class SentencePieceTokenizer:
 
 
 def _piece_bytes(piece: str) -> int:
-    """Bytes of text that a SentencePiece or WordPiece piece stands for."""
+    """Bytes of text that a SentencePiece or WordPiece piece stands for, without its affixes."""
     if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
         return 1
-    return len(piece.removeprefix("##").replace("\u2581", " ").encode("utf-8"))
+    return len(piece.replace("\u2581", " ").encode("utf-8"))
 
 
 def _read(path: Path) -> bytes:

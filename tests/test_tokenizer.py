@@ -75,6 +75,55 @@ def test_byte_level_bpe_round_trip(bpe_path):
     np.testing.assert_array_equal(tokenizer.bytes_v[:2], [0, 0])
 
 
+def test_pieces_that_begin_with_number_signs_count_them(mixtral_path, bpe_path, tmp_path):
+    """Headings of Markdown: only WordPiece writes ## before what goes on with a word."""
+    text = "x\n## Heading\n#### deep"
+    tokenizer = load_tokenizer(mixtral_path)
+    ids = tokenizer.encode(text)
+    assert "##" in [tokenizer.decode([i]) for i in ids]
+    assert tokenizer.bytes_v[ids].sum() == len(text) + 1
+    tokenizers = importlib.import_module("tokenizers")
+    added = tokenizers.Tokenizer.from_file(bpe_path)
+    added.add_tokens(["##", "<0x41>"])
+    added.save(str(tmp_path / "added.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "added.json"))
+    ids = tokenizer.encode("a ## b <0x41>")
+    assert tokenizer.bytes_v[ids].sum() == 13
+    assert np.isin([280, 281], ids).all()
+
+
+@pytest.mark.parametrize(
+    ("about", "sizes"),
+    [
+        ({"type": "WordPiece", "continuing_subword_prefix": "##"}, [2, 3, 7, 1, 0]),
+        ({"type": "BPE", "end_of_word_suffix": "</w>", "merges": []}, [2, 5, 4, 1, 0]),
+    ],
+)
+def test_affixes_of_pieces_are_no_text(tmp_path, about, sizes):
+    """A suffix stands for the space after a word."""
+    pieces = {"ab": 0, "##abc": 1, "abc</w>": 2, "b": 3, "?": 4}
+    about |= {"unk_token": "?", "vocab": pieces, "max_input_chars_per_word": 9}
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": about}))
+    np.testing.assert_array_equal(load_tokenizer(str(path)).bytes_v[:5], sizes)
+
+
+def test_letters_that_a_bpe_would_leave_out_are_an_error(tmp_path):
+    """Trained on English without the alphabet of all bytes, it has no id for an accent."""
+    tokenizers = importlib.import_module("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=40, show_progress=False)
+    tokenizer.train_from_iterator(["the beginning of the end"], trainer)
+    assert tokenizer.encode("the é end").ids == tokenizer.encode("the  end").ids  # lost
+    tokenizer.save(str(tmp_path / "x.json"))
+    loaded = load_tokenizer(str(tmp_path / "x.json"))
+    assert loaded.decode(loaded.encode("the end")) == "the end"
+    with pytest.raises(ConfigError, match=r"no id for a part of ' é', which would be lost\); give"):
+        loaded.encode("the é end")
+
+
 def test_end_of_document_is_added_where_there_is_none(bpe_path, tmp_path):
     with open(bpe_path, encoding="utf-8") as file:
         about = json.load(file)
