@@ -199,16 +199,17 @@ def _first_bytes(text: str, ids: np.ndarray, tokenizer: Tokenizer) -> int:
 def find_files(inputs: list[str]) -> tuple[list[tuple[str, int]], tuple[str, ...]]:
     """Returns (path, index of its domain) of every file in order, and the domains' names."""
     domains: dict[str, int] = {}
-    found: dict[str, int] = {}
+    found: dict[str, tuple[str, int]] = {}  # by what a path leads to: ./a.txt is a.txt
     for text in inputs:
         named = re.fullmatch(r"([\w-]+)=(.+)", text)
         name, pattern = named.groups() if named and not os.path.exists(text) else (None, text)
         paths = _match(pattern)
         domain = domains.setdefault(name or _folder_name(pattern), len(domains))
         for path in paths:
-            if found.setdefault(path, domain) != domain:
+            _, first = found.setdefault(os.path.realpath(path), (path, domain))
+            if first != domain:
                 raise ConfigError(
-                    f"{path} is in two domains, {list(domains)[found[path]]!r} and "
+                    f"{path} is in two domains, {list(domains)[first]!r} and "
                     f"{list(domains)[domain]!r}; let each file match one input"
                 )
     if len(domains) > _MAX_DOMAINS:
@@ -216,7 +217,7 @@ def find_files(inputs: list[str]) -> tuple[list[tuple[str, int]], tuple[str, ...
             f"the inputs name {len(domains)} domains, more than {_MAX_DOMAINS}; use name=pattern "
             "to put several folders in one domain"
         )
-    return list(found.items()), tuple(domains)
+    return list(found.values()), tuple(domains)
 
 
 def _match(pattern: str) -> list[str]:

@@ -381,6 +381,14 @@ def test_one_file_in_two_domains():
         _prepare("x=t/*.txt", "y=t/a.txt")
 
 
+def test_a_file_by_two_names_is_read_once():
+    _write("t/a.txt", "text one")
+    _write("t/b.txt", "text two")
+    Path("t/c.txt").symlink_to("a.txt")
+    assert _prepare("t/*.txt", "./t/a.txt", "t", str(Path("t/b.txt").absolute()))["num_files"] == 2
+    assert len(_documents(*_load())) == 2
+
+
 def test_too_many_domains():
     for i in range(257):
         _write(f"t/{i}.txt", "text")
