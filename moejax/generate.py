@@ -6,6 +6,7 @@ seen.
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from moejax.model import Decoder
 from moejax.sharding import replicated
 from moejax.state import model_graph
 from moejax.tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger("moejax")
 
 PROMPT_MULTIPLE = 32  # prompts are padded to a multiple of it, so that few lengths are compiled
 
@@ -53,14 +56,16 @@ def sample(key: jax.Array, logit_bv: jax.Array, temperature: float, top_p: float
     """
     if temperature == 0:
         return jnp.argmax(logit_bv, axis=-1).astype(jnp.int32)
-    logit_bv = logit_bv / temperature
-    sorted_bv = jnp.sort(logit_bv, axis=-1, descending=True)
-    probability_bv = jax.nn.softmax(sorted_bv, axis=-1)
-    before_bv = jnp.cumsum(probability_bv, axis=-1) - probability_bv
-    last_b = jnp.maximum(jnp.sum(before_bv < top_p, axis=-1) - 1, 0)
-    threshold_b1 = jnp.take_along_axis(sorted_bv, last_b[:, None], axis=-1)
-    kept_bv = jnp.where(logit_bv >= threshold_b1, logit_bv, -jnp.inf)
-    return jax.random.categorical(key, kept_bv, axis=-1).astype(jnp.int32)
+    # the best is 0, so that no temperature makes an infinity of two
+    logit_bv = (logit_bv - logit_bv.max(axis=-1, keepdims=True)) / temperature
+    if top_p < 1:  # else none is left out, and nothing has to be sorted
+        order_bv = jnp.argsort(logit_bv, axis=-1, descending=True)
+        rank_bv = jnp.argsort(order_bv, axis=-1)  # of equals the first counts as better
+        probability_bv = jax.nn.softmax(jnp.take_along_axis(logit_bv, order_bv, axis=-1), axis=-1)
+        before_bv = jnp.cumsum(probability_bv, axis=-1) - probability_bv
+        last_b1 = jnp.sum(before_bv < top_p, axis=-1, keepdims=True) - 1
+        logit_bv = jnp.where(rank_bv <= jnp.maximum(last_b1, 0), logit_bv, -jnp.inf)
+    return jax.random.categorical(key, logit_bv, axis=-1).astype(jnp.int32)
 
 
 def make_generate(
@@ -133,15 +138,7 @@ def generate(
         ConfigError: no prompt, or one without a token.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
-    for number, prompt in enumerate(prompts):
-        if any("\ud800" <= char <= "\udfff" for char in prompt):  # bytes of the command line
-            raise ConfigError(f"prompt {number} is not UTF-8: {prompt[:40]!r}; convert it")
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    for number, tokens in enumerate(ids):
-        if len(tokens) == 0:
-            raise ConfigError(f"prompt {number} is empty; give at least one character to continue")
-    if not ids:
-        raise ConfigError("there is no prompt; give --prompt TEXT or --prompts FILE")
+    ids = encode_prompts(tokenizer, prompts)
     longest = max(map(len, ids))
     width = -(-longest // PROMPT_MULTIPLE) * PROMPT_MULTIPLE
     shards = mesh_config(mesh).token_shards
@@ -154,7 +151,21 @@ def generate(
         length_b[row] = len(tokens)
     run = make_generate(config, mesh, max_tokens, temperature, top_p, tokenizer)
     out_bt = np.asarray(run(params, router_state, prompt_bt, length_b, jax.random.key(seed)))
-    return [_decode(tokenizer, row) for row in out_bt[: len(ids)]]
+    return [added_text(tokenizer, *pair) for pair in zip(ids, out_bt, strict=False)]
+
+
+def encode_prompts(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[np.ndarray]:
+    """Returns the ids of each prompt; raises as `generate` does."""
+    for number, prompt in enumerate(prompts):
+        if any("\ud800" <= char <= "\udfff" for char in prompt):  # bytes of the command line
+            raise ConfigError(f"prompt {number} is not UTF-8: {prompt[:40]!r}; convert it")
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    for number, tokens in enumerate(ids):
+        if len(tokens) == 0:
+            raise ConfigError(f"prompt {number} is empty; give at least one character to continue")
+    if not ids:
+        raise ConfigError("there is no prompt; give --prompt TEXT or --prompts FILE")
+    return ids
 
 
 def _check_room(config: Config, rows: int, length: int) -> None:
@@ -170,10 +181,16 @@ def _check_room(config: Config, rows: int, length: int) -> None:
     )
 
 
-def _decode(tokenizer, row: np.ndarray) -> str:
+def added_text(tokenizer: Tokenizer, prompt_n: np.ndarray, row: np.ndarray) -> str:
+    """Returns the text that a generated row adds to a prompt, up to the end of the document.
+
+    Alone, ids can lose what they say in their place: the space before a word, in SentencePiece.
+    """
     ends = np.flatnonzero(row == tokenizer.end_of_document)
     row = row[: ends[0]] if len(ends) else row
-    return tokenizer.decode(row)
+    before = tokenizer.decode(prompt_n)
+    whole = tokenizer.decode(np.concatenate([prompt_n, row]))
+    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(row)
 
 
 def generate_workdir(
@@ -186,7 +203,20 @@ def generate_workdir(
     top_p: float,
     seed: int,
 ) -> list[str]:
-    """Continues prompts with a checkpoint of a run; see `generate`."""
+    """Continues prompts with a checkpoint of a run; see `generate`.
+
+    Prompts that the model continues beyond what it saw at once in training are said.
+    """
+    longest = max(map(len, encode_prompts(load_tokenizer(config.data.tokenizer), prompts)))
+    trained = config.data.sequence_length
+    if longest + max_tokens > trained:
+        log.warning(
+            "a prompt of %d tokens and %d new ones are longer than data.sequence_length=%d, all "
+            "that the model saw at once in training; use shorter prompts or a smaller --max_tokens",
+            longest,
+            max_tokens,
+            trained,
+        )
     restored = restore_for_use(config, workdir, step)
     return generate(
         config,

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +15,14 @@ from flax import nnx
 from moejax.attention import empty_cache, packed_tokens
 from moejax.config import Config, ConfigError, ModelConfig, MoEConfig
 from moejax.evaluate import dropless, with_moe
-from moejax.generate import cached_forward, generate, make_generate, sample
+from moejax.generate import (
+    added_text,
+    cached_forward,
+    generate,
+    generate_workdir,
+    make_generate,
+    sample,
+)
 from moejax.state import model_graph
 from moejax.tokenizer import load_tokenizer
 
@@ -180,6 +189,34 @@ def test_top_p_acts_after_the_temperature():
     np.testing.assert_array_equal(_draws(0.25, 0.7), [0, 1, 0, 0])
 
 
+def test_top_p_counts_equal_tokens_one_by_one():
+    """Of four alike two reach one half, not all four because they tie."""
+    rows = np.zeros((200, 4), np.float32)
+    drawn = sample(jax.random.key(0), rows, 1.0, 0.5)
+    assert set(np.asarray(drawn).tolist()) == {0, 1}
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_a_tiny_temperature_takes_the_best(top_p):
+    rows = jnp.array([[30.0, 10.0, 31.0, -5.0]] * 50, jnp.float32)
+    drawn = sample(jax.random.key(0), rows, 1e-38, top_p)
+    np.testing.assert_array_equal(drawn, [2] * 50)
+
+
+def test_a_continuation_keeps_the_space_before_its_first_word():
+    class Words:
+        """As SentencePiece: a space before each word, and none before a text."""
+
+        end_of_document = 9
+
+        def decode(self, ids):
+            return "".join(f" w{i}" for i in ids)[1:]
+
+    prompt = np.array([1, 2])
+    assert added_text(Words(), prompt, np.array([3, 4, 9, 9])) == " w3 w4"
+    assert added_text(Words(), prompt, np.array([9, 9])) == ""
+
+
 @pytest.fixture(scope="module")
 def texts(mesh_of, params):
     """The default sampling of three prompts on eight devices, which are padded to eight rows."""
@@ -198,6 +235,21 @@ def test_equal_seeds_give_equal_text(texts):
     run, continuations = texts
     assert run(["a", "bcd", "é"], seed=1) == continuations
     assert run(["a", "bcd", "é"], seed=2) != continuations
+
+
+def test_prompts_longer_than_training_saw_are_said(monkeypatch, caplog):
+    monkeypatch.setattr("moejax.generate.restore_for_use", MagicMock())
+    monkeypatch.setattr("moejax.generate.generate", lambda *args: ["text"])
+    longest = CONFIG.data.sequence_length - 4
+
+    def run(*prompts):
+        generate_workdir(CONFIG, Path("x"), None, prompts, 4, 0.8, 0.95, 0)
+
+    run("a" * longest)
+    assert not caplog.records
+    run("a" * (longest + 1), "b")
+    (record,) = caplog.records
+    assert f"a prompt of {longest + 1} tokens and 4 new ones" in record.getMessage()
 
 
 def test_no_prompt_and_an_empty_prompt_are_refused(texts):
