@@ -49,9 +49,14 @@ class Job:
 def read_runs(file: Path) -> list[list[str]]:
     """Returns the `key=value` words of each line that is not empty and no remark."""
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise ConfigError(f"--array {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"--array {file} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
+            f"{error.start}; save it as UTF-8"
+        ) from None
     runs = [_words(file, line) for line in lines if line.strip() and not line.startswith("#")]
     if not runs:
         raise ConfigError(

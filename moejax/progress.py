@@ -307,7 +307,7 @@ def _loss_cells(fields: Record) -> list[str]:
     return [
         _number(fields.get("tokens"), ",d"),
         _number(fields.get("loss"), ".4f"),
-        _number(fields.get("perplexity"), ",.2f"),
+        _perplexity(fields.get("perplexity")),
         _number(fields.get("bits_per_byte"), ".4f"),
     ]
 
@@ -362,6 +362,11 @@ def _encodable(text: str, console: Console) -> str:
 
 def _number(value: float | None, spec: str) -> str:
     return "n/a" if value is None else format(value, spec)
+
+
+def _perplexity(value: float | None) -> str:
+    """A diverged model's has up to 309 digits, and the table no room for them."""
+    return _number(value, ",.2f" if value is None or value < 1e9 else ".3e")
 
 
 def _percent(fraction: float | None) -> str:

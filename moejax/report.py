@@ -316,7 +316,7 @@ def _facts(config: Config, records: Records, goodput: float | None) -> list[list
     facts = [["Steps", f"{newest.get('step', 0):,}", f"of {config.train.steps:,}"]]
     if newest:
         size = config.train.batch_size * config.data.sequence_length
-        facts += [["Tokens seen", _short(newest["tokens_seen"]), f"{size:,} positions a step"]]
+        facts += [["Tokens seen", short(newest["tokens_seen"]), f"{size:,} positions a step"]]
     if evals.get("loss") is not None:
         bits = evals.get("bits_per_byte")
         best = np.nanmin(records.evals["loss"])
@@ -326,8 +326,8 @@ def _facts(config: Config, records: Records, goodput: float | None) -> list[list
         facts += [["Training loss", f"{train['loss']:.4f}", "nats per token; no evaluation yet"]]
     total, active = total_parameters(config), active_parameters(config)
     facts += [
-        ["Parameters", _short(total), f"{_short(active)} active"],
-        ["FLOPs a token", _short(flops_per_token(config)), "forward and backward"],
+        ["Parameters", short(total), f"{short(active)} active"],
+        ["FLOPs a token", short(flops_per_token(config)), "forward and backward"],
         ["Experts", *_expert_words(config)],
     ]
     if newest.get("routed_seen"):
@@ -356,10 +356,10 @@ def _data_words(config: Config) -> tuple[str, str]:
     return name, f"tokenizer {tokens}, sequences of {data.sequence_length:,}"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """Returns a number with three digits: 3.42 M."""
     for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if float(f"{number:.3g}") >= size:  # 999,999 is 1 M
             return f"{number / size:.3g} {letter}"
     return f"{number:.3g}"
 

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from moejax.tokenizer import Tokenizer
+from moejax.tokenizer import ByteTokenizer, Tokenizer
 
 BEFORE, AFTER = 60, 40  # characters around a token that is shown in its place
 
@@ -15,7 +15,9 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
         return "<end of document>"
     text = tokenizer.decode([token])
     if text in ("", "\ufffd"):
-        return f"<0x{token:02X}>" if tokenizer.bytes_v[token] == 1 and token < 256 else f"<{token}>"
+        # only where ids are bytes does the id say which byte it is
+        is_byte = isinstance(tokenizer, ByteTokenizer) and token < 256
+        return f"<0x{token:02X}>" if is_byte else f"<{token}>"
     return text
 
 

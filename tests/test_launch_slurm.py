@@ -170,6 +170,7 @@ def test_an_array_is_a_run_a_line(execute, tmp_path):
         ("", TRAIN, "has no line; write one of key=value words for each run"),
         ("seed=1", ["--", "train", CONFIG, "--workdir=a"], "as --workdir DIR, two words"),
         ("seed=1", ["--", "describe", CONFIG], "describe has to be given as --workdir DIR"),
+        ("name=\xe9", TRAIN, "is not UTF-8: byte 0xe9 at offset 5; save it as UTF-8"),
         ("seed='1", TRAIN, 'No closing quotation in "seed=\'1"; close the quotation'),
         (None, ["--name", "a\\b", *TRAIN], "--job-name='a\\\\b' cannot stand in a script"),
         (None, ["--name", "a\n#SBATCH -N9", *TRAIN], "cannot stand in a script; use no"),
@@ -182,7 +183,7 @@ def test_every_run_is_checked_before_it_is_submitted(tmp_path, sweep, words, mes
     array = []
     if sweep is not None:
         file = tmp_path / "sweep.txt"
-        file.write_text(sweep)
+        file.write_bytes(sweep.encode("latin-1"))
         array = ["--array", str(file)]
     done = run("--nodes", "1", *array, *words)
     assert done.returncode == 2

@@ -213,6 +213,15 @@ def test_evaluation_of_a_dense_model_is_one_table():
     assert "dead" not in shown
 
 
+def test_the_perplexity_of_a_diverged_model_leaves_the_table_its_width():
+    console = _pipe()
+    fields = {"loss": 700.0, "perplexity": 1.0142320547350045e304, "tokens": 3}
+    show_evaluation({"step": 5, "split": "eval", **fields}, console)
+    shown = console.file.getvalue()
+    assert "1.014e+304" in shown
+    assert "700.0000" in shown
+
+
 def test_evaluation_has_the_numbers_at_capacity():
     console = _pipe()
     show_evaluation(EVAL, console)

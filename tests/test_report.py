@@ -26,6 +26,7 @@ from moejax.report import (
     pair_lift,
     report_data,
     report_workdir,
+    short,
     wants_atlas,
     write_report,
 )
@@ -72,6 +73,14 @@ def test_an_array_is_packed_narrowly_and_comes_back(values, dtype):
     entry = packed(np.array(values))
     assert entry["dtype"] == dtype
     np.testing.assert_array_equal(unpacked(entry), values)
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0"), (999, "999"), (999_499, "999 k"), (999_999, "1 M"), (3_419_520, "3.42 M")],
+)
+def test_numbers_have_three_digits(number, text):
+    assert short(number) == text
 
 
 def test_what_does_not_fit_32_bits_is_refused():

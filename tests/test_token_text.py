@@ -25,3 +25,16 @@ def test_context_marks_the_token():
         assert start == min(60, at) or at > 82
         assert len(text) <= 60 + 17 + 40
     assert [token_text(tokenizer, token) for token in (97, 0xC3)] == ["a", "<0xC3>"]
+
+
+def test_only_ids_of_bytes_are_shown_as_bytes():
+    """In a byte-level BPE the id 163 is a part of a character, and not the byte 0xA3."""
+
+    class Other:
+        end_of_document, bytes_v = 2, np.ones(300, np.int32)
+
+        def decode(self, ids):
+            return "\ufffd"
+
+    assert token_text(Other(), 163) == "<163>"
+    assert token_text(ByteTokenizer(), 263) == "<263>"  # a vocabulary that was rounded up
