@@ -236,7 +236,7 @@ def test_a_checkpoint_that_goes_away_in_between_is_said(workdir, config, monkeyp
 def test_the_line_reads_other_data_whole(workdir, data, monkeypatch, tmp_path, capsys):
     """eval.batches=1 of the run is for its validation split, not for data that are asked for."""
     seen = []
-    monkeypatch.setattr("moejax.cli._start_jax", lambda *_: None)
+    monkeypatch.setattr("moejax.commands.eval.start_jax", lambda *_: None)
 
     def answer(config, request):
         seen.append((config.eval.batches, request))

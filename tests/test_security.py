@@ -126,7 +126,7 @@ def test_no_python_of_a_run_is_executed(tmp_path):
 
 # What of the environment is read, and where. A new use belongs here once it was thought about.
 READS = {
-    "moejax/cli.py": {"os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')"},
+    "moejax/commands/common.py": {"os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')"},
     "moejax/cluster.py": {
         "find_cluster(os.environ)",
         "os.environ.get(BIND)",
