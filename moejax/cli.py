@@ -3,14 +3,13 @@
 `errors.EXIT_CODES` has the exit codes; `moejax --help` lists them.
 """
 
-import contextlib
 import io
 import os
 import sys
 from collections.abc import Sequence
 
 import moejax
-from moejax.command_line import Verb, outliving_output
+from moejax.command_line import Verb, checked_output, outliving_output, say
 from moejax.commands import (
     claims,
     compare,
@@ -45,28 +44,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # for characters that its encoding lacks
         sys.stdout.reconfigure(errors="backslashreplace")
     verb = words[0] if words and not words[0].startswith("-") else None
-    with outliving_output() if verb in OUTLIVING else contextlib.nullcontext():
-        return _main(verb, words)
-
-
-def _main(verb: str | None, words: list[str]) -> int:
     name = f"moejax {verb}" if verb in VERBS else "moejax"
+    if verb in OUTLIVING:
+        with outliving_output():
+            return _main(name, verb, words)
+    with checked_output(name) as ending:
+        ending.code = _main(name, verb, words)
+    return ending.code
+
+
+def _main(name: str, verb: str | None, words: list[str]) -> int:
     try:
-        code = VERBS[verb].main(words[1:]) if verb in VERBS else _without_verb(words)
-        sys.stdout.flush()
-        return code
+        return VERBS[verb].main(words[1:]) if verb in VERBS else _without_verb(words)
     except ConfigError as error:
         line = " ".join(str(error).splitlines())
-        print(f"{name}: error: {printable(line)}", file=sys.stderr)
+        say(f"{name}: error: {printable(line)}")
         if error.details:
-            print(printable(error.details), file=sys.stderr)
+            say(printable(error.details))
         return error.code
     except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr)
+        say(f"{name}: interrupted")
         return INTERRUPTED
-    except BrokenPipeError:  # `moejax config ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
 
 
 def _without_verb(words: list[str]) -> int:

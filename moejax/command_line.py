@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import os
 import re
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config, ConfigError
+from moejax.errors import DONE, NoSpaceError, file_error
 from moejax.foreign import require_path
 from moejax.overrides import describe_type, keys, load_config, sections, suggest
 from moejax.workdir import matches
@@ -68,6 +70,93 @@ def outliving_output() -> Iterator[None]:
                 stream.flush()
             except OSError:  # Python would try again at its end, and end with 120 for it
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class _Checked:
+    """A stream that keeps the last error of writing it."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self.error: OSError | None = None
+
+    def write(self, text: str) -> int:
+        return self._try(self._stream.write, text)
+
+    def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, function: Callable, *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@dataclasses.dataclass
+class Ending:
+    """How a line ends; a code other than DONE stands, whatever becomes of the output."""
+
+    code: int = DONE
+
+
+@contextlib.contextmanager
+def checked_output(name: str) -> Iterator[Ending]:
+    """Has a line whose stdout or stderr cannot be written say so on the other, and end with a code.
+
+    A reader that has ended (`| head`) has what it wanted: that is no error.
+
+    Args:
+        name: of the program, with which the message begins.
+    """
+    before = sys.stdout, sys.stderr
+    outputs = sys.stdout, sys.stderr = _Checked(before[0]), _Checked(before[1])
+    ending = Ending()
+    try:
+        try:
+            yield ending
+        finally:
+            sys.stdout, sys.stderr = before
+            for output in outputs:
+                if output.error is None:
+                    with contextlib.suppress(OSError):
+                        output.flush()
+    except (OSError, SystemExit) as error:  # argparse and rich end the process where they cannot
+        lost = [output.error for output in outputs if output.error is not None]
+        if error not in lost and not (lost and isinstance(error, SystemExit)):
+            raise
+    _say_what_was_lost(name, outputs, before, ending)
+
+
+def _say_what_was_lost(name: str, outputs: Any, streams: Any, ending: Ending) -> None:
+    for label, output, other in zip(("stdout", "stderr"), outputs, outputs[::-1], strict=True):
+        if output.error is None or isinstance(output.error, BrokenPipeError):
+            continue
+        error = _lost_output(label, output.error)
+        ending.code = ending.code or error.code
+        with contextlib.suppress(OSError):  # the other one may be lost too
+            print(f"{name}: error: {error}", file=other, flush=True)
+    for output, stream in zip(outputs, streams, strict=True):
+        if output.error is not None:  # Python would try again at its end, and end with 120 for it
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _lost_output(name: str, error: OSError) -> ConfigError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "make room, or send it to another disk" if full else "send it to another file"
+    message = f"{name} cannot be written ({error.strerror}); {remedy}, and start this again"
+    return NoSpaceError(message) if full else file_error(message, error)
+
+
+def say(line: str) -> None:
+    """Prints a line on stderr, or on stdout where that cannot be written."""
+    for stream in (sys.stderr, sys.stdout):
+        with contextlib.suppress(OSError):
+            print(line, file=stream, flush=True)
+            return
 
 
 class _Parser(argparse.ArgumentParser):

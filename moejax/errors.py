@@ -36,7 +36,7 @@ EXIT_CODES = (
         False,
         "`watch.*` stopped the training: not finite, a spike, a collapse, or a device that errs",
     ),
-    ExitCode(NO_SPACE, False, "no space left, for the last checkpoint or another file"),
+    ExitCode(NO_SPACE, False, "no space left, for the last checkpoint, another file or output"),
     ExitCode(
         UNAVAILABLE,
         True,
@@ -75,7 +75,7 @@ class StorageError(ConfigError):
 
 
 class NoSpaceError(StorageError):
-    """There was no space for a checkpoint, or for a file that a command cannot do without."""
+    """There was no space for a checkpoint, output, or a file that a command cannot do without."""
 
     code = NO_SPACE
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: forms, help, exit codes, and one line for every error."""
 
+import errno
 import functools
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from moejax.cli import VERBS, main
-from moejax.command_line import outliving_output
+from moejax.command_line import checked_output, outliving_output
 from moejax.config import Config, ConfigError
 from moejax.overrides import config_values, keys, load_config, sections
 from moejax.topology import parse_topology
@@ -430,6 +431,48 @@ def test_a_closed_pipe_is_not_an_error():
     command = f"{program} | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        (f"config {QUICKSTART} >/dev/full", 28, "stdout cannot be written (No space left on dev"),
+        ("--help >/dev/full", 28, "stdout cannot be written"),
+        ("config --help >/dev/full", 28, "stdout cannot be written"),
+        (f"config {QUICKSTART} >/dev/full 2>&1", 28, ""),
+        ("config x 2>/dev/full", 2, "error: stray word 'x'"),
+        (f"config {QUICKSTART} 1</dev/null", 2, "stdout cannot be written (Bad file descriptor)"),
+    ],
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_output_that_cannot_be_written_is_an_error_of_one_line(line, code, said, unbuffered):
+    """At once, where nothing is buffered, or at the flush at the end."""
+    command = f"PYTHONUNBUFFERED={unbuffered} {sys.executable} -m moejax {line}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr + done.stdout
+    if "2>" not in line:
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.rstrip().endswith("and start this again")
+
+
+def test_a_failed_check_stays_one_where_its_output_is_lost(capfd):
+    def full(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with open(os.devnull, "w") as stream, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "stdout", types.SimpleNamespace(write=full, flush=full, fileno=stream.fileno)
+        )
+        with checked_output("moejax fsck") as ending:
+            ending.code = 1
+        assert ending.code == 1
+        with checked_output("moejax fsck") as ending:
+            print("lost")
+        assert ending.code == 69
+        with pytest.raises(FileNotFoundError), checked_output("moejax fsck"):
+            Path("/nowhere/at/all").read_text()
+    assert capfd.readouterr().err.count("stdout cannot be written (Input/output error)") == 2
 
 
 def test_every_shipped_config_loads():
