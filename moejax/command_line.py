@@ -190,6 +190,7 @@ class Verb:
     keys: tuple[str, ...] = ()  # patterns of the keys that `key=value` may set; () takes none
     config: bool = True  # whether it takes a config file
     required: tuple[str, ...] = ()  # options that must be given; the rest have defaults
+    takes_words: bool = False  # other words than config files and `key=value`
 
     def main(self, argv: list[str]) -> int:
         return self.run(self.read(argv))
@@ -213,9 +214,11 @@ class Verb:
         return Line(options, configs[0] if configs else None, words, overrides)
 
     def _check(self, options: argparse.Namespace, configs: list[str], words: list[str]) -> None:
-        if self.keys and words:
+        if words and not self.takes_words:
             forms = "configs/NAME.py or key=value" if self.config else "key=value"
-            near = suggest(words[0], keys())
+            if not self.keys:
+                forms = f"only options; see moejax {self.name} --help"
+            near = suggest(words[0], keys()) if self.keys else ""
             raise ConfigError(f"stray word {words[0]!r}; expected {forms}{near}")
         if len(configs) > 1:
             given = f"as {configs[0]} and as {configs[1]}"

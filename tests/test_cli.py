@@ -107,11 +107,12 @@ def test_eval_takes_its_config_from_the_workdir(workdir, calls, tmp_path):
 
 def test_generate_prints_each_prompt_with_its_continuation(workdir, calls, tmp_path, capsys):
     prompts = tmp_path / "prompts"
-    prompts.write_text("\nb\n")
+    # with the mark that Windows begins files with, and a character at which lines are not cut
+    prompts.write_bytes("\ufeff\r\nb\u2028c\r\n".encode())
     line = ["--prompt", "hello", "--prompts", str(prompts), "--max_tokens", "5", "--seed=9"]
     assert main(["generate", "--workdir", str(workdir), *line, "--temperature", "0"]) == 0
-    assert calls[1][2:] == (workdir, None, ["hello", "b"], 5, 0.0, 0.95, 9)
-    assert capsys.readouterr().out == "hello world\n\nb\\x1b[2Jb\n"
+    assert calls[1][2:] == (workdir, None, ["hello", "b\u2028c"], 5, 0.0, 0.95, 9)
+    assert capsys.readouterr().out == "hello world\n\nb\\u2028c\\x1b[2Jb\n"
 
 
 def test_verify_describe_and_prepare_pass_on_what_they_are_given(calls, tmp_path, capsys):
@@ -275,6 +276,18 @@ ERRORS = [
     (
         f"eval --workdir W {QUICKSTART}",
         "moejax eval: error: stray word 'configs/quickstart.py'; ex",
+    ),
+    (
+        "fsck --workdir docs runs/a",
+        "moejax fsck: error: stray word 'runs/a'; expected only options; see moejax fsck --help",
+    ),
+    (
+        "claims C4",
+        "moejax claims: error: stray word 'C4'; expected only options; see moejax claims",
+    ),
+    (
+        "sweep_worker --workdir W seed=1",
+        "moejax sweep_worker: error: stray word 'seed=1'; expected only options",
     ),
     (
         "eval --workdir W --step=-1",

@@ -51,4 +51,5 @@ arm if it has several. Reads only configs, metrics and ledgers, and changes noth
     _options,
     _run,
     config=False,
+    takes_words=True,
 )

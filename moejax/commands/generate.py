@@ -15,7 +15,7 @@ from moejax.command_line import (
 )
 from moejax.commands.common import start_jax, stored_config
 from moejax.config import ConfigError
-from moejax.errors import DONE
+from moejax.errors import DONE, require
 from moejax.foreign import printable
 from moejax.workdir import MAY_CHANGE_AFTER_TRAINING
 
@@ -80,14 +80,15 @@ def _run(line: Line) -> int:
 def _read_prompts(file: Path | None) -> list[str]:
     if file is None:
         return []
+    too_large = f"--prompts={file} is larger than {_PROMPT_BYTES >> 20} MiB; cut it"
     try:
         with open(file, "rb") as stream:  # which may be a pipe
             content = stream.read(_PROMPT_BYTES + 1)
-        prompts = [text for text in content.decode().splitlines() if text.strip()]
-    except (OSError, ValueError) as error:
+        require(len(content) <= _PROMPT_BYTES, too_large)
+        lines = content.decode("utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--prompts={file} cannot be read: {error}") from None
-    if len(content) > _PROMPT_BYTES:
-        raise ConfigError(f"--prompts={file} is larger than {_PROMPT_BYTES >> 20} MiB; cut it")
+    prompts = [line.removesuffix("\r") for line in lines if line.strip()]
     if not prompts:
         raise ConfigError(f"--prompts={file} is empty; write one prompt per line")
     return prompts

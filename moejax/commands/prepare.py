@@ -71,4 +71,5 @@ as in en='books/*.txt'; without one, the domain is the name of the folder.""",
     _run,
     config=False,
     required=("output",),
+    takes_words=True,
 )
