@@ -26,7 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from moejax.config import Config, DataConfig, MeshConfig, ModelConfig, MoEConfig, TrainConfig
-from moejax.hlo import collectives, matmul_flops, parse
+from moejax.hlo import parse
+from moejax.hlo_costs import matmul_flops
+from moejax.hlo_traffic import collectives
 from moejax.topology import parse_topology, start_compiler, topology_devices
 from moejax.traffic import exchange_bytes
 

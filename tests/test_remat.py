@@ -10,6 +10,7 @@ import pytest
 from moejax import hlo
 from moejax.config import Config, ModelConfig, MoEConfig
 from moejax.data import Batch
+from moejax.hlo_traffic import collectives
 from moejax.moe import apply_moe
 from moejax.parameters import moe_parameters
 from moejax.routing import RouterInputs
@@ -56,7 +57,7 @@ def _compiled(mesh, params, remat: str, changes: dict):
 
 def _moves(text: str) -> int:
     """Counts what moves tokens, in all layers; further rounds, of unknown number, not."""
-    return sum(c.times for c in hlo.collectives(hlo.parse(text)) if c.kind in MOVES)
+    return sum(c.times for c in collectives(hlo.parse(text)) if c.kind in MOVES)
 
 
 SLOW = [pytest.param(*way, id=name, marks=pytest.mark.slow) for name, way in WAYS.items()]

@@ -159,6 +159,7 @@ def test_a_failed_trial_is_tried_again_in_its_place(study_of, tmp_path):
         assert again.take() == "done", "none is put there anew"
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX runs here, and in no worker of a sweep
 def test_a_trial_that_crashes_is_told_from_one_that_cannot_be(study_of, monkeypatch):
     """By the exit code of its training: bad input and divergence are its config's."""
     study = study_of(Grid({K: [2, 3, 4, 5]}))
