@@ -169,7 +169,7 @@ def compare(
                 for _ in range(options.repeats)
             ]
     losses = [[loss for turn in turns for loss in turn[side]["losses"]] for side in (0, 1)]
-    check_losses(*losses, config.model.vocab_size)
+    check_losses(losses[0], losses[1], config.model.vocab_size)
     print(f"{name}: loss {losses[0][0]:.4f} to {losses[0][-1]:.4f}", file=sys.stderr)
     rows = []
     for clock, unit in (("cpu", "tokens/CPU s"), ("wall", "tokens/s")):

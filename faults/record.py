@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -14,4 +15,4 @@ def pytest_runtest_makereport(item, call):
     if report.when == "call" or (report.when == "setup" and not report.passed):
         why = str(report.longrepr)[-300:] if report.failed else ""
         line = {"test": item.nodeid, "outcome": report.outcome, "why": why}
-        append_line(os.environ["FAULTS_TESTS"], json.dumps(line))
+        append_line(Path(os.environ["FAULTS_TESTS"]), json.dumps(line))

@@ -83,7 +83,8 @@ def _through(bench: Bench, number: int, most: int) -> Part:
     rng = random.Random(f"{bench.seed} storm {number}")
     workdir = bench.folder(f"storm/{number}")
     bench.undisturbed(STORM_STEPS)
-    moments, losses, checked, committed = dict.fromkeys(MOMENTS, 0), 0, 0, 0
+    moments: dict[str, int] = dict.fromkeys(MOMENTS, 0)
+    losses, checked, committed = 0, 0, 0
     while True:
         process = _start(bench, workdir)
         with bench.running(process):
@@ -96,7 +97,9 @@ def _through(bench: Bench, number: int, most: int) -> Part:
         _check_resume(process, committed)
         if moment is None:
             losses += bench.same(workdir, STORM_STEPS)
-            return Part(*moments.values(), losses, checked, _seconds_lost(workdir))
+            in_start, in_step, in_save = (moments[name] for name in MOMENTS)
+            lost = _seconds_lost(workdir)
+            return Part(in_start, in_step, in_save, losses, checked, lost)
         committed = newest(workdir)
         losses += bench.same(workdir, STORM_STEPS, whole=False)
         checked += _check_all(workdir)
