@@ -80,9 +80,10 @@ def _telling_experts(atlas: Atlas) -> list[tuple[int, int]]:
     value_le = atlas.removed_le
     if np.isnan(value_le).all():
         value_le = atlas.load_dle.sum(0).astype(np.float64)
-    order = np.argsort(-np.nan_to_num(value_le, nan=-np.inf), axis=None)[:SHOWN_EXPERTS]
+    order = np.argsort(-np.nan_to_num(value_le, nan=-np.inf), axis=None)
     pairs = [divmod(int(i), value_le.shape[1]) for i in order]
-    return [(layer, e) for layer, e in pairs if e < atlas.experts_l[layer]]
+    # layers with fewer experts are padded
+    return [(layer, e) for layer, e in pairs if e < atlas.experts_l[layer]][:SHOWN_EXPERTS]
 
 
 def _expert_row(atlas: Atlas, load_le: np.ndarray, layer: int, expert: int) -> tuple[str, ...]:
