@@ -111,7 +111,7 @@ def _find_workdirs(path: Path) -> list[Path]:
 def _is_run(path: Path) -> bool:
     try:
         return (path / CONFIG).is_file() or config_of_checkpoint(path) is not None
-    except StorageError:
+    except (OSError, StorageError):
         return True  # reading it tells what is wrong
 
 
@@ -149,7 +149,7 @@ def load_runs(
 
 
 class NothingToCompare(ConfigError):
-    """A run has no value of the metric yet."""
+    """A run has no value of the metric yet, or none that this user may see."""
 
 
 def load_run(workdir: Path, source: int = 0, metric: str = "loss") -> Run:
@@ -172,6 +172,8 @@ def _unread(path: Path, error: OSError) -> ConfigError:
 
 
 def _load_run(workdir: Path, source: int, metric: str) -> Run:
+    if workdir.is_dir() and not os.access(workdir, os.X_OK):  # lost+found, or somebody else's
+        raise NothingToCompare(f"{workdir} is not yours to read; ask its owner, or leave it out")
     config = read_config(workdir)
     try:
         records = kept_records(read_metrics(workdir))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from moejax import compare_runs
+from moejax import workdir as workdir_module
 from moejax.cli import main
 from moejax.compare import compare
 from moejax.compare_runs import find_workdirs, load_run, seconds_at
@@ -187,6 +189,29 @@ def test_a_disk_that_fails_costs_its_own_run_only(reads, tmp_path, monkeypatch):
     assert any(re.match("left out: .*bad.*nput/output error", note) for note in found.notes)
     with pytest.raises(StorageError, match=r"bad.* cannot be read: .*nput/output error"):
         compare([tmp_path / "a", tmp_path / "bad"])
+
+
+def test_a_disk_that_fails_where_runs_are_looked_for_costs_its_own_run_only(tmp_path, monkeypatch):
+    for name in ("a", "b", "bad"):
+        write_run(tmp_path / name, [3.0, 2.0], f"moe.top_k={1 + len(name)}", f"seed={ord(name[0])}")
+    for module, name in ((Path, "is_file"), (workdir_module, "read_file")):
+        monkeypatch.setattr(module, name, failing(getattr(module, name), "/bad"))
+    found = compare([tmp_path])
+    assert sorted(run.workdir.name for run in found.runs) == ["a", "b"]
+    assert any(re.match("left out: .*bad.*nput/output error", note) for note in found.notes)
+
+
+def test_a_folder_that_may_not_be_entered_is_left_out(tmp_path, monkeypatch):
+    """Such as the lost+found of a disk."""
+    for name in ("a", "b"):
+        write_run(tmp_path / name, [3.0, 2.0], f"seed={ord(name)}")
+    (tmp_path / "lost+found").mkdir()
+    refused = failing(Path.is_file, "lost+found", errno.EACCES)
+    monkeypatch.setattr(Path, "is_file", refused)
+    monkeypatch.setattr(os, "access", lambda path, mode: "lost+found" not in str(path))
+    found = compare([tmp_path])
+    assert sorted(run.workdir.name for run in found.runs) == ["a", "b"]
+    assert any("lost+found is not yours to read; ask its owner" in note for note in found.notes)
 
 
 def test_a_file_server_that_fails_leaves_the_text_unknown(tmp_path, monkeypatch):
