@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
@@ -136,6 +137,8 @@ class HuggingFaceTokenizer:
             letters = {piece for piece in whole if len(piece) == 1}
             if not (byte_level and len(letters) >= 256):
                 self._letters = letters
+        plain = sorted(added - special.keys(), key=len, reverse=True)
+        self._added = re.compile("|".join(map(re.escape, plain)) or "(?!)")  # or nothing
 
     def encode(self, text: str) -> np.ndarray:
         with _explained(lambda error: _cannot_encode(self._path, text, error)):
@@ -146,13 +149,13 @@ class HuggingFaceTokenizer:
     def _check_letters(self, text: str, letters: set[str]) -> None:
         """Raises ValueError for a word of `text` of which a letter would be lost."""
         normalizer, cutter = self._tokenizer.normalizer, self._tokenizer.pre_tokenizer
-        plain = text if normalizer is None else normalizer.normalize_str(text)
-        words = [(plain, (0, len(plain)))] if cutter is None else cutter.pre_tokenize_str(plain)
-        for word, (start, stop) in words:
-            lost = set(word) - letters
-            if lost:
-                shown = plain[start:stop][:40]
-                raise ValueError(f"it has no id for a part of {shown!r}, which would be lost")
+        for part in self._added.split(text):  # an added token needs no letters
+            plain = part if normalizer is None else normalizer.normalize_str(part)
+            words = [(plain, (0, len(plain)))] if cutter is None else cutter.pre_tokenize_str(plain)
+            for word, (start, stop) in words:
+                if set(word) - letters:
+                    shown = plain[start:stop][:40]
+                    raise ValueError(f"it has no id for a part of {shown!r}, which would be lost")
 
     def decode(self, ids) -> str:
         kept = [int(i) for i in ids if 0 <= i < self._size]

@@ -122,6 +122,12 @@ def test_letters_that_a_bpe_would_leave_out_are_an_error(tmp_path):
     assert loaded.decode(loaded.encode("the end")) == "the end"
     with pytest.raises(ConfigError, match=r"no id for a part of ' é', which would be lost\); give"):
         loaded.encode("the é end")
+    tokenizer.add_tokens(["<hr>"])  # which has an id without its letters
+    tokenizer.save(str(tmp_path / "y.json"))
+    added = load_tokenizer(str(tmp_path / "y.json"))
+    assert added.decode(added.encode("the<hr>end")) == "the<hr>end"
+    with pytest.raises(ConfigError, match="no id for a part of '<'"):
+        added.encode("the<hr><end")
 
 
 def test_end_of_document_is_added_where_there_is_none(bpe_path, tmp_path):
