@@ -12,7 +12,13 @@ from typing import Literal
 from ml_collections import ConfigDict
 
 from moejax.errors import ConfigError as ConfigError  # where callers look for it
-from moejax.errors import require, require_above_zero, require_finite, require_positive
+from moejax.errors import (
+    require,
+    require_above_zero,
+    require_finite,
+    require_positive,
+    require_read,
+)
 from moejax.moe_config import MoEConfig, Stack
 from moejax.watch_config import COLLAPSE_LIMITS, WatchConfig
 
@@ -244,14 +250,16 @@ class OptimConfig:
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
         for name, readers in OPTIM_READ_BY.items():
             value = getattr(self, name)
-            require(
+            require_read(
                 self.name in readers or value == defaults[name],
+                f"optim.{name}",
                 f"optim.{name}={value} is not read by optim.name={self.name!r}; leave it at "
                 f"{defaults[name]}, or use {' or '.join(readers)}",
             )
         fraction, usual = self.final_fraction, defaults["final_fraction"]
-        require(
+        require_read(
             self.schedule != "constant" or fraction == usual,
+            "optim.final_fraction",
             f"optim.final_fraction={fraction} is not read by optim.schedule='constant'; leave it "
             f"at {usual}, or use optim.schedule=linear",
         )
@@ -525,13 +533,15 @@ class Config:
         """Refuses to record or to replay choices where there are none."""
         chooses = self.moe.every is not None and self.moe.router != "soft"
         why = f"moe.every={self.moe.every} and moe.router={self.moe.router!r}"
-        require(
+        require_read(
             chooses or self.train.replay is None,
+            "train.replay",
             f"train.replay={self.train.replay} with {why}: no token chooses an expert, so nothing "
             "can be replayed; leave it out, or use another router",
         )
-        require(
+        require_read(
             self.moe.every is not None or not self.logging.choices,
+            "logging.choices",
             "logging.choices=True with moe.every=None, which has no MoE layer; leave it out",
         )
 

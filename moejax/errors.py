@@ -62,6 +62,14 @@ class ConfigError(ValueError):
     details = ""  # lines to show below the message
 
 
+class UnreadKeyError(ConfigError):
+    """A key was set that nothing would read. Runs of an older version may have such values."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(message)
+        self.key = key
+
+
 class UnavailableError(ConfigError):
     """Another process did not start, or ended: the same command may succeed later."""
 
@@ -104,6 +112,12 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError with `message` unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_read(condition: bool, key: str, message: str) -> None:
+    """Raises UnreadKeyError of a dotted key with `message` unless `condition` holds."""
+    if not condition:
+        raise UnreadKeyError(key, message)
 
 
 def require_positive(section: str, config: object, *names: str) -> None:

@@ -15,6 +15,7 @@ from moejax.errors import (
     require_finite,
     require_fraction,
     require_positive,
+    require_read,
 )
 
 Router = Literal[
@@ -346,8 +347,9 @@ class MoEConfig:
             f"one of {', '.join(SCORED)}",
         )
         tau = self.zero_computation_weight
-        require(
+        require_read(
             self.free_experts > 0 or tau == _default("zero_computation_weight"),
+            "moe.zero_computation_weight",
             f"moe.zero_computation_weight={tau} weighs zero, copy and constant experts, but there "
             f"are none; leave it at {_default('zero_computation_weight')}, or set "
             "moe.zero_experts=1",
@@ -363,8 +365,9 @@ class MoEConfig:
         for name, routers in READ_BY.items():
             value = getattr(self, name)
             off = name.endswith("_loss_weight") and value == 0  # as asked for
-            require(
+            require_read(
                 self.router in routers or value == _default(name) or off,
+                f"moe.{name}",
                 f"moe.{name}={value} is not read by moe.router={self.router!r}; leave it at "
                 f"{_default(name)}, or use one of {', '.join(routers)}",
             )

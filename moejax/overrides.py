@@ -24,6 +24,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from moejax.config import Config, ConfigError
+from moejax.errors import UnreadKeyError
 
 JSON_FORMAT = 1  # of config_to_json; a new key with a neutral default does not change it
 
@@ -457,6 +458,8 @@ def config_to_json(config: Config) -> str:
 def config_from_json(text: str) -> Config:
     """Reads what `config_to_json` wrote. A missing key, from an older version, takes its default.
 
+    So does a key that nothing reads: older versions took some of those, and trained without them.
+
     Raises:
         ConfigError: it is not JSON, has another format, an unknown key, or a wrong value.
     """
@@ -468,4 +471,11 @@ def config_from_json(text: str) -> Config:
     if found != JSON_FORMAT or not isinstance(stored.get("config"), dict):
         raise ConfigError(f"not a config of format {JSON_FORMAT} but of format {_short(found)}")
     defaults = {name: key.default for name, key in keys().items()}
-    return build_config(defaults | _checked(stored["config"]))
+    values = defaults | _checked(stored["config"])
+    while True:
+        try:
+            return build_config(values)
+        except UnreadKeyError as error:
+            if values[error.key] == defaults[error.key]:
+                raise  # which no default mends
+            values[error.key] = defaults[error.key]

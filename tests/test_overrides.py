@@ -1,8 +1,10 @@
 """Values, keys and files: what a user can write, and what they are told when it is wrong."""
 
+import ast
 import contextlib
 import dataclasses
 import json
+import re
 import sys
 import time
 
@@ -354,6 +356,36 @@ def test_a_key_that_an_older_version_did_not_know_takes_its_default():
     stored = {"format": 1, "config": config_to_dict(Config(seed=3))}
     del stored["config"]["moe"]["transport"]
     assert config_from_json(json.dumps(stored)) == Config(seed=3)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("optim.schedule=constant", "optim.final_fraction=1.0"),
+        ("optim.name=lion", "optim.eps=0.5", "optim.schedule=constant", "optim.final_fraction=0"),
+        ("moe.router=hash", "moe.balance_loss_weight=0.02", "moe.balance_convention=switch"),
+        ("moe.zero_computation_weight=0.5",),
+        ("moe.every=None", "logging.choices=True", "train.replay=there"),
+    ],
+)
+def test_a_run_of_an_older_version_is_read_without_keys_that_it_ignored(words):
+    """To refuse them would leave its checkpoints to nobody: their configs cannot be changed."""
+    with pytest.raises(ConfigError):
+        apply_overrides(Config(), words)
+    chosen = [w for w in words if w.split("=")[0] in ("optim.schedule", "optim.name")]
+    chosen += [w for w in words if w.split("=")[0] in ("moe.router", "moe.every")]
+    stored = config_to_dict(Config())
+    for word in words:
+        section, key, text = re.split("[.=]", word, maxsplit=2)
+        stored[section][key] = parsed(text)
+    read = config_from_json(json.dumps({"format": 1, "config": stored}))
+    assert read == apply_overrides(Config(), chosen)
+
+
+def parsed(text: str):
+    with contextlib.suppress(ValueError, SyntaxError):
+        return ast.literal_eval(text)
+    return text
 
 
 def test_config_difference_names_dotted_keys_with_both_values():
