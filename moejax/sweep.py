@@ -138,7 +138,8 @@ def _retry(study: Study, which: Retry) -> None:
     told = ", ".join(f"{record.number:03d}" for record in again)
     print(f"failed trials that are tried again: {told or 'none'}")
     if left := sum(r.state == "failed" for r in study.records()):
-        print(f"{left} more failed by their config; --retry_failed all tries them too")
+        why = "by their config, or before this was recorded"
+        print(f"{left} more failed {why}; --retry_failed all tries them too")
 
 
 def _show_plan(study: Study) -> None:

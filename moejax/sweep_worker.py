@@ -69,6 +69,7 @@ def run_trial(study: Study, job: Job, signals: Forwarding, cpu_devices: int | No
     folder.mkdir(exist_ok=True)
     wait_until_free(folder)
     with open(log, "ab") as output:
+        start = output.tell()
         training = subprocess.Popen(
             _command(study, job, cpu_devices),
             stdin=subprocess.DEVNULL,
@@ -91,7 +92,7 @@ def run_trial(study: Study, job: Job, signals: Forwarding, cpu_devices: int | No
     elif signals.asked is None and training.returncode != PREEMPTED:  # that is taken again
         # the same config would be refused again, or diverge again; all else may be the machine's
         crashed = training.returncode not in (BAD_INPUT, DIVERGED)
-        study.fail(job.trial, describe_failure(training.returncode, log), crashed=crashed)
+        study.fail(job.trial, describe_failure(training.returncode, log, start), crashed=crashed)
 
 
 def _command(study: Study, job: Job, cpu_devices: int | None) -> list[str]:
@@ -150,10 +151,15 @@ def _metrics(folder: Path) -> list[dict[str, Any]]:
     return []
 
 
-def describe_failure(code: int, log: Path) -> str:
-    """Returns how a training ended: its exit code or signal, and the last line of its log."""
+def describe_failure(code: int, log: Path, start: int = 0) -> str:
+    """Returns how a training ended: its exit code or signal, and the last line of its log.
+
+    Args:
+        start: where its part of the log begins; before that are earlier tries.
+    """
     how = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    text = log.read_bytes()[start:].decode(errors="replace")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     said = next((line for line in reversed(lines) if ": error: " in line), "".join(lines[-1:]))
     return f"{how}: {said}"
 

@@ -497,6 +497,11 @@ def test_a_failure_is_told_by_its_error(tmp_path):
     assert describe_failure(2, log) == "exit code 2: moejax train: error: no"
     log.write_text("step 1\n")
     assert describe_failure(-9, log) == "killed by SIGKILL: step 1"
+    log.write_text("é moejax train: error: first\n")
+    start = log.stat().st_size
+    with log.open("a") as again:
+        again.write("step 2\n")
+    assert describe_failure(-9, log, start) == "killed by SIGKILL: step 2", "the error is older"
 
 
 def test_a_workdir_that_stays_in_use_is_named(tmp_path, monkeypatch):
