@@ -18,7 +18,7 @@ from rich.table import Table
 from moejax import scaling
 from moejax.compare import Arm, Comparison, Ratio, Versus, compare, mean_cost_to_reach
 from moejax.compare_runs import AXES, Run
-from moejax.config import ConfigError
+from moejax.errors import file_error
 from moejax.flops import active_parameters, flops_per_token, total_parameters
 from moejax.overrides import config_values
 from moejax.progress import printable
@@ -83,7 +83,7 @@ def run_compare(
     try:
         _write(found, tables, lines, law, output)
     except OSError as error:
-        raise ConfigError(f"{error}; give another file or folder") from None
+        raise file_error(f"{error}; give another file or folder", error) from None
 
 
 def _write(

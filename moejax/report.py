@@ -15,6 +15,7 @@ import moejax
 from moejax.atlas import Atlas, TokenView, load_atlas
 from moejax.atlas_show import agreement_json
 from moejax.config import Config, ConfigError
+from moejax.errors import file_error
 from moejax.events import KINDS as EVENT_KINDS
 from moejax.events import read_events
 from moejax.flops import active_parameters, flops_per_token, parameter_counts, total_parameters
@@ -106,7 +107,8 @@ def report_workdir(
         size = write_report(workdir, file, atlas, missing, looks)
     except OSError as error:
         reason = error.strerror or str(error)
-        raise ConfigError(f"{file} cannot be written: {reason}; give another --output") from None
+        message = f"{file} cannot be written: {reason}; give another --output"
+        raise file_error(message, error) from None
     said = f"; no atlas: {missing}" if missing and with_atlas else ""
     return f"wrote {file}, {size / 1e6:.1f} MB{said}"
 
@@ -153,7 +155,7 @@ def _atlas(workdir: Path, config: Config) -> tuple[Atlas | None, str]:
             return atlas, ""
         stale.append(step)
     if damaged:
-        raise damaged[0]
+        raise ConfigError(f"{damaged[0]}, or leave it out by --no_atlas")
     if stale:
         return None, (
             f"that of step {stale[0]} is of a checkpoint that the run has not, for it went back or "

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from moejax.errors import ConfigError, UnavailableError, require
+from moejax.errors import ConfigError, UnavailableError, file_error, require
 from moejax.foreign import write_atomically
 from moejax.supervisor import newest_checkpoint
 from moejax.sweep_points import Point, applies, point_key, points, value_text
@@ -527,10 +527,9 @@ def create(workdir: Path, prepared: Prepared, given: str | None) -> Study:
         data = {"study": name, "storage": storage, **sweep_to_json(prepared)}
         write_atomically(workdir / SWEEP, json.dumps(data, indent=1) + "\n")
     except OSError as error:
-        raise ConfigError(
-            f"workdir {workdir} cannot be written: {error.strerror or error}; give another "
-            "--workdir"
-        ) from None
+        reason = error.strerror or str(error)
+        message = f"workdir {workdir} cannot be written: {reason}; give another --workdir"
+        raise file_error(message, error) from None
     study.enqueue()
     return study
 

@@ -12,6 +12,7 @@ from test_compare_runs import runs_of, write_run
 from moejax.cli import main
 from moejax.compare import Arm
 from moejax.compare_report import plot_curves
+from moejax.errors import NO_SPACE
 
 
 @pytest.fixture
@@ -102,6 +103,8 @@ def test_a_folder_that_cannot_be_written_is_refused(tmp_path, capsys):
     (tmp_path / "file").touch()
     assert main(["compare", str(tmp_path), "--output", str(tmp_path / "file" / "out")]) == 2
     assert "give another file or folder" in capsys.readouterr().err
+    assert main(["compare", str(tmp_path), "--csv", "/dev/full"]) == NO_SPACE
+    assert "No space left on device; give another file" in capsys.readouterr().err
 
 
 def test_many_arms_are_rows_and_only_the_best_have_a_colour(tmp_path, capsys):

@@ -5,6 +5,7 @@ The browser is the machine's Chromium, without which these tests are skipped.
 
 import base64
 import dataclasses
+import errno
 import hashlib
 import json
 import re
@@ -19,6 +20,7 @@ import pytest
 from moejax.atlas import load_atlas, save_atlas
 from moejax.cli import main
 from moejax.config import Config, ConfigError
+from moejax.errors import NoSpaceError
 from moejax.overrides import apply_overrides, load_config
 from moejax.report import (
     Looks,
@@ -258,8 +260,18 @@ def test_a_damaged_atlas_is_an_error_with_its_remedy(tmp_path):
     workdir = open_workdir(tmp_path / "run", Config())
     (workdir / "atlas").mkdir()
     (workdir / "atlas" / "5.npz").write_bytes(b"nothing")
-    with pytest.raises(ConfigError, match=r"5\.npz is not an atlas .*`moejax inspect"):
+    with pytest.raises(ConfigError, match=r"5\.npz is not an atlas .*`moejax inspect.* --no_atlas"):
         report_workdir(workdir, None, with_atlas=True)
+
+
+def test_a_page_without_room_has_the_exit_code_of_it(tmp_path, monkeypatch):
+    def full(file, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    workdir = open_workdir(tmp_path / "run", Config())
+    monkeypatch.setattr("moejax.report.write_atomically", full)
+    with pytest.raises(NoSpaceError, match=r"report\.html cannot be written: No space .* --output"):
+        report_workdir(workdir, None, with_atlas=False)
 
 
 def page_data(page: str) -> dict:

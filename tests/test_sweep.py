@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import math
@@ -358,6 +359,16 @@ def test_a_storage_that_cannot_be_reached_is_named_without_its_password(tmp_path
     with pytest.raises(ConfigError, match=r"cannot be reached: .*check the URL"):
         create(tmp_path / "c", space, "nonsense")
     assert shown_url("postgresql://me:a@b@h:5/x") == "postgresql://me:***@h:5/x"
+
+
+def test_a_sweep_without_room_has_the_exit_code_of_it(tmp_path, monkeypatch):
+    def full(file, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moejax.sweep_study.write_atomically", full)
+    with pytest.raises(ConfigError, match=r"written: No space .*another --workdir") as seen:
+        create(tmp_path / "full", made(Grid({K: [2]})), None)
+    assert seen.value.code == NO_SPACE
 
 
 def test_a_workdir_that_cannot_be_used_is_named(tmp_path):
