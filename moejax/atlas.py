@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moejax.errors import ConfigError
+from moejax.errors import ConfigError, file_error
 from moejax.foreign import no_links, open_file
 
 FORMAT = 2  # of the file
@@ -159,7 +159,11 @@ def _check_dims(name: str, value: np.ndarray, sizes: dict[str, int]) -> None:
 
 
 def save_atlas(atlas: Atlas, file: str | os.PathLike) -> None:
-    """Writes an atlas as one compressed `.npz`; a reader sees the whole of it or nothing."""
+    """Writes an atlas as one compressed `.npz`; a reader sees the whole of it or nothing.
+
+    Raises:
+        ConfigError: it cannot be written; a NoSpaceError where the disk is full.
+    """
     file = Path(file)
     entries = {name: getattr(atlas, name) for name in _ARRAYS}
     for i, view in enumerate(atlas.views):
@@ -167,14 +171,19 @@ def save_atlas(atlas: Atlas, file: str | os.PathLike) -> None:
     texts = {name: getattr(atlas, name) for name in _TEXTS}
     texts |= {"format": FORMAT, "views": [(view.name, view.tokens) for view in atlas.views]}
     entries["texts"] = np.frombuffer(json.dumps(texts).encode(), np.uint8)
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        with open(partial, "wb", opener=no_links) as stream:
-            np.savez_compressed(stream, allow_pickle=False, **entries)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(partial, "wb", opener=no_links) as stream:
+                np.savez_compressed(stream, allow_pickle=False, **entries)
+            partial.replace(file)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        message = f"{file} cannot be written: {reason}; give the workdir room and the right to it"
+        raise file_error(message, error) from None
 
 
 # what numpy, json and zipfile raise for a file that is not what was written

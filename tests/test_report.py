@@ -264,6 +264,16 @@ def test_a_damaged_atlas_is_an_error_with_its_remedy(tmp_path):
         report_workdir(workdir, None, with_atlas=True)
 
 
+def test_an_atlas_without_room_has_the_exit_code_of_it(made_up, tmp_path, monkeypatch):
+    def full(*rest, **arrays):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("moejax.atlas.np.savez_compressed", full)
+    with pytest.raises(NoSpaceError, match=r"5\.npz cannot be written: No space .*; give the work"):
+        save_atlas(made_up.synthetic_atlas(2, 4), tmp_path / "atlas" / "5.npz")
+    assert not list((tmp_path / "atlas").iterdir())
+
+
 def test_a_page_without_room_has_the_exit_code_of_it(tmp_path, monkeypatch):
     def full(file, text):
         raise OSError(errno.ENOSPC, "No space left on device")
