@@ -12,6 +12,8 @@ import unicodedata
 from pathlib import Path
 from typing import BinaryIO
 
+from moejax.errors import file_error
+
 MIB = 1 << 20
 
 
@@ -71,6 +73,20 @@ def write_atomically(file: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def write_json(file: Path, text: str) -> None:
+    """Writes what `--json` asks for.
+
+    Raises:
+        ConfigError: the file cannot be written.
+        NoSpaceError: it has no room.
+    """
+    try:
+        file.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        message = f"--json={file} cannot be written: {error.strerror}; give another file"
+        raise file_error(message, error) from None
 
 
 def require_path(path: str) -> None:

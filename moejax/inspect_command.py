@@ -25,6 +25,7 @@ from moejax.config import Config
 from moejax.corpus import load_corpus
 from moejax.errors import require
 from moejax.evaluate import restore_for_use
+from moejax.foreign import write_json
 from moejax.inspect import REMOVED, Inspector, layer_numbers
 from moejax.mesh import Device
 from moejax.tallies import Agreement, agreement
@@ -170,4 +171,4 @@ def inspect_workdir(config: Config, other: Config | None, options: argparse.Name
         print(f"wrote {atlas_file(workdir, atlas.step)}")
         result = atlas_json(atlas)
     if options.json:
-        options.json.write_text(json.dumps(result, allow_nan=False) + "\n", encoding="utf-8")
+        write_json(options.json, json.dumps(result, allow_nan=False))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from moejax.config import AXES, Config
 from moejax.describe import bytes_text, output_console, placements
+from moejax.foreign import write_json
 from moejax.plan import Plan, Traffic, Work, make_plan
 from moejax.topology import GPU_FRACTION, Topology
 from moejax.traffic import local_tokens
@@ -27,7 +28,7 @@ def plan(
     """
     made = make_plan(config, topology)
     if json_path is not None:
-        json_path.write_text(json.dumps(plan_record(made), indent=1) + "\n", encoding="utf-8")
+        write_json(json_path, json.dumps(plan_record(made), indent=1))
     show_plan(made, console or output_console())
     return made.fits
 

@@ -42,6 +42,7 @@ from moejax.describe import (
 )
 from moejax.experts import HIDDEN_BYTES
 from moejax.flops import flops_per_token
+from moejax.foreign import write_json
 from moejax.overrides import config_values
 from moejax.plan import exchange_passes, forwards_ahead, make_plan
 from moejax.plan_report import plan_record
@@ -465,7 +466,7 @@ def search_plan(
     if json_path is not None:
         rows = [{"words": t.layout.words, "error": t.error} | (t.record or {}) for t in tried]
         text = json.dumps({"considered": len(found), "compiled": rows}, indent=1)
-        json_path.write_text(text + "\n", encoding="utf-8")
+        write_json(json_path, text)
     show_search(tried, found, topology, given)
     return tried[0].fits
 

@@ -30,6 +30,7 @@ from moejax import contract
 from moejax.config import AXES, Config, ConfigError, MeshConfig
 from moejax.corpus import load_corpus
 from moejax.data import Batch, TrainBatches, check_vocabulary
+from moejax.foreign import write_json
 from moejax.mesh import make_mesh, single_device_mesh
 from moejax.optim import make_optimizer
 from moejax.sharding import path_name, place_batch, tree_shardings
@@ -443,7 +444,7 @@ def verify(config: Config, matrix: bool, json_path: Path | None, page: Path | No
         found = {"rows": content, "passed": passed}
         if matrix:
             found["matrix"] = [dataclasses.asdict(cell) for cell in cells]
-        json_path.write_text(json.dumps(found) + "\n")
+        write_json(json_path, json.dumps(found))
     return 0 if passed else 1
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from pathlib import Path
 
 from moejax.command_line import Line, add_option
 from moejax.config import Config, ConfigError
@@ -26,16 +25,6 @@ def stored_config(line: Line, verb: str) -> Config:
             allowed = ", ".join(MAY_CHANGE_AFTER_TRAINING)
             raise ConfigError(f"{name} is fixed by the checkpoint; {verb} can change {allowed}")
     return apply_overrides(read_config(line.options.workdir), line.overrides)
-
-
-def write_json(file: Path, text: str) -> None:
-    """Writes what `--json` asks for; raises ConfigError where the file cannot be written."""
-    try:
-        file.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"--json={file} cannot be written: {error.strerror}; give another file"
-        ) from None
 
 
 def add_storage(parser: argparse.ArgumentParser) -> None:

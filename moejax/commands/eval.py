@@ -15,8 +15,9 @@ from moejax.command_line import (
     between,
     whole,
 )
-from moejax.commands.common import start_jax, stored_config, write_json
+from moejax.commands.common import start_jax, stored_config
 from moejax.errors import DONE
+from moejax.foreign import write_json
 from moejax.overrides import apply_overrides, read_overrides
 from moejax.workdir import MAY_CHANGE_AFTER_TRAINING
 

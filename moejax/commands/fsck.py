@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 
 from moejax.command_line import Line, Verb, add_json, add_workdir
-from moejax.commands.common import write_json
 from moejax.errors import CHECK_FAILED, DONE
+from moejax.foreign import write_json
 
 
 def _options(parser: argparse.ArgumentParser) -> None:
