@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from moejax.config import Config, ConfigError
-from moejax.errors import DONE, NoSpaceError, file_error
+from moejax.errors import DONE, FULL, NoSpaceError, file_error
 from moejax.foreign import require_path
 from moejax.overrides import describe_type, keys, load_config, sections, suggest
 from moejax.workdir import matches
@@ -145,7 +144,7 @@ def _say_what_was_lost(name: str, outputs: Any, streams: Any, ending: Ending) ->
 
 
 def _lost_output(name: str, error: OSError) -> ConfigError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = error.errno in FULL
     remedy = "make room, or send it to another disk" if full else "send it to another file"
     message = f"{name} cannot be written ({error.strerror}); {remedy}, and start this again"
     return NoSpaceError(message) if full else file_error(message, error)

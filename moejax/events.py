@@ -21,7 +21,7 @@ KINDS: dict[str, str] = {
     "checkpoint_corrupt": "a checkpoint was unsound: `reason`, and `folder`, its new name",
     "checkpoint_ignored": "a folder of another run is among the checkpoints, untouched: `folder`",
     "leftover_removed": "a save or a deletion of a crashed process was cleared away: `folder`",
-    "config_restored": "`config.json` was missing; it is written again, as the checkpoint has it",
+    "config_restored": "`config.json` was missing; it is written again",
     "lock_taken_over": "the process that had the workdir died without letting go: `owner`",
     "nonfinite": "a loss or gradient was not finite: `policy`, `batch`, `quantities`",
     "spike": "the loss or the gradient's norm was far above that of the last steps: "

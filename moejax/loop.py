@@ -254,8 +254,8 @@ class Training:
         if self.start > 0 and not (self.workdir / CONFIG).exists():
             Events(self.workdir).write("config_restored", self.start)
             print(
-                f"moejax train: {self.workdir / CONFIG} is missing; it is written again, as the "
-                f"checkpoint of step {self.start} has it",
+                f"moejax train: {self.workdir / CONFIG} is missing; it is written again, "
+                f"with the config of this command, which fits the checkpoint of step {self.start}",
                 file=sys.stderr,
             )
 
@@ -424,5 +424,7 @@ class Training:
 
     def close(self) -> None:
         """Writes what is left to write. Closing twice is harmless."""
-        self.observer.close()
-        self.ledger.close()
+        try:
+            self.observer.close()
+        finally:
+            self.ledger.close()

@@ -100,7 +100,7 @@ def test_killed_and_resumed_is_bit_for_bit_the_undisturbed_run(straight, tmp_pat
     resumed = train(workdir)
     assert resumed.returncode == 0, resumed.stderr
     assert f"resuming after step {reached}" in resumed.stdout
-    assert "config.json is missing; it is written again, as the checkpoint of" in resumed.stderr
+    assert "config.json is missing; it is written again, with the config of" in resumed.stderr
     assert {"config_restored"} <= {event["kind"] for event in read_events(workdir)}
     assert read_config(workdir) == read_config(straight)
     assert "environment has changed" not in resumed.stderr
