@@ -72,6 +72,8 @@ class Suite:
             )
         except subprocess.TimeoutExpired:
             raise Broken(f"tests/{module}.py hangs") from None
+        # whole: a row has room for the end of a failure only
+        self._file.with_name(f"{self._file.stem}-{module}.log").write_text(done.stdout)
         expect(
             done.returncode in (0, 1), f"pytest ended with {done.returncode}: {done.stdout[-400:]}"
         )

@@ -198,12 +198,13 @@ def test_a_test_that_failed_is_run_again_by_the_next_harness(tmp_path, monkeypat
             stream.writelines(
                 json.dumps({"test": test, "outcome": "passed", "why": ""}) + "\n" for test in asked
             )
-        return subprocess.CompletedProcess(words, 0, "")
+        return subprocess.CompletedProcess(words, 0, "what pytest said")
 
     monkeypatch.setattr(suite.subprocess, "run", run)
     both = ("test_a.test_x", "test_a.test_y")
     assert Suite(file, [*both]).outcome(both).seen == "2 tests passed"
     assert asked == ["tests/test_a.py::test_x"]
+    assert (tmp_path / "tests-test_a.log").read_text() == "what pytest said"
 
 
 def test_results_are_read_back(tmp_path):
