@@ -292,10 +292,8 @@ def _read_documents(
     try:
         with open_file(path, links=True) as file:
             if "documents_sha256" in about:  # a zip file has bytes that nothing reads
-                digest = hashlib.sha256()
-                while block := file.read(MIB):
-                    digest.update(block)
-                if digest.hexdigest() != about["documents_sha256"]:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if digest != about["documents_sha256"]:
                     raise ValueError("it has another SHA-256 than when it was written")
                 file.seek(0)
             with np.load(file, allow_pickle=False) as arrays:

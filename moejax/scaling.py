@@ -168,7 +168,6 @@ def frontier(arms: Sequence[Arm]) -> tuple[list[Arm], list[Arm]]:
 
 def dominated(arms: Sequence[Arm]) -> list[Arm]:
     """Returns the arms that are worse than one of no more N, D and E: no law as this has such."""
-
     places = np.array([_place(arm) for arm in arms])
     losses = np.array([arm.loss for arm in arms])
     return [

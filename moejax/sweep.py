@@ -137,7 +137,8 @@ def _retry(study: Study, which: Retry) -> None:
     again = study.retry(which)
     told = ", ".join(f"{record.number:03d}" for record in again)
     print(f"failed trials that are tried again: {told or 'none'}")
-    if left := sum(r.state == "failed" for r in study.records()):
+    left = sum(r.state == "failed" for r in study.records())
+    if which == "crashed" and left > 0:
         why = "by their config, or before this was recorded"
         print(f"{left} more failed {why}; --retry_failed all tries them too")
 
