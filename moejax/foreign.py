@@ -9,15 +9,15 @@ import errno
 import os
 import stat
 import unicodedata
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from moejax.errors import file_error
 
 MIB = 1 << 20
 
 
-def open_file(path: str | os.PathLike, *, links: bool = False) -> BinaryIO:
+def open_file(path: str | os.PathLike, *, links: bool = False) -> BufferedReader:
     """Opens a file for reading.
 
     Args:
